@@ -1,0 +1,1 @@
+"""Packet sources: live interfaces and files, written into rings."""

@@ -1,0 +1,1 @@
+"""Rings to one ordered stream of published files."""

@@ -1,0 +1,1 @@
+"""Header digests to IPFIX flow records."""

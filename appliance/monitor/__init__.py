@@ -1,0 +1,1 @@
+"""Counters to metrics, status page and control socket."""

@@ -1,0 +1,1 @@
+"""Shared-memory rings: how packets travel between processes."""

@@ -1,0 +1,1 @@
+"""The appliance's processes: one module per process, wired from the parts in `appliance`."""
