@@ -1,0 +1,209 @@
+"""Counters in shared memory: one page per worker, one writer per page, any number of readers.
+
+The supervisor creates all pages in one memfd before it forks and keeps them, so a counter outlives the worker that
+writes it. A page is an array of u64 slots; a field's name is its place in one of the tuples below. Aligned 8-byte
+stores do not tear on the machines that we run on, so a reader needs no lock; two slots read together may be apart by
+one batch.
+
+Compiled code writes the slots directly (`CounterPage.address`), by the same order of names.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+
+PAGE_BYTES = 4096
+SLOT_BYTES = 8
+_U64 = (1 << 64) - 1
+
+# Every page begins with these, whatever its worker does.
+COMMON_FIELDS = (
+    "heartbeat_ns",  # CLOCK_MONOTONIC of the last turn of the worker's loop
+    "pid",
+    "started_ns",  # CLOCK_MONOTONIC
+    "state",  # one of STATES
+)
+STATES = ("starting", "running", "draining", "ended")
+
+# Reasons why a packet is not metered (appliance/capture/headers.pyx counts them in the capture worker).
+IGNORED_REASONS = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
+
+CAPTURE_FIELDS = COMMON_FIELDS + (
+    "received_packets",  # tp_packets (the kernel's drops included), or packets read from a file
+    "dropped_kernel_packets",  # tp_drops
+    "dropped_filter_packets",  # rejected by a filter in user space
+    "dropped_ring_packets",  # our ring was full
+    "foreign_packets",  # of another interface, or outgoing copies that were not asked for
+    "read_packets",  # taken out of the kernel's ring or the file
+    "read_bytes",  # original lengths of those
+    "published_packets",  # written into our ring
+    "published_bytes",  # captured lengths of those
+    "kernel_queued_packets",  # waiting in the kernel's ring at the last look
+    "kernel_freezes",  # times the kernel's ring was full
+    "reordered_packets",  # put right within reorder_us
+    "late_packets",  # came later than reorder_us
+    "truncated_packets",  # captured length below original length
+    "clock_steps",
+    "last_packet_ns",  # timestamp of the newest packet
+    "interface_up",  # 1 or 0
+    "reopened",  # sockets opened again after the interface came back
+    "digests_published",
+    "digests_dropped",  # the digest ring was full
+    *(f"ignored_{reason}_packets" for reason in IGNORED_REASONS),
+    "input_errors",  # damaged input files
+)
+
+# One page per output.
+MERGE_FIELDS = COMMON_FIELDS + (
+    "merged_packets",
+    "written_packets",
+    "written_bytes",  # before compression, file and record headers included
+    "late_packets",  # emitted after a packet with a later timestamp
+    "late_max_ns",
+    "forced_packets",  # released because max_wait_ms was over
+    "watermark_ns",  # smallest watermark of the sources
+    "last_packet_ns",
+    "segments_opened",
+    "segments_published",
+    "segments_quarantined",
+    "segments_recovered",
+    "segments_skipped",  # empty, and empty_segments = "skip"
+    "published_bytes",  # on disk, after compression
+    "published_packets",
+    "quarantined_packets",
+    "recovered_packets",
+    "write_errors",
+    "compressor_failures",
+    "open_packets",  # in the segment that is being written
+    "segment_opened_ns",  # CLOCK_REALTIME; 0 when none is open
+    "last_published_ns",  # CLOCK_REALTIME
+    "queued_segments",  # closed, not yet published
+    "expired_files",
+    "expired_bytes",
+    "clock_steps",
+)
+
+# One page per source of an output, written by the merge.
+MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
+    "consumed_packets",  # taken out of the ring
+    "written_packets",
+    "written_bytes",  # captured lengths
+    "dropped_merge_packets",  # damaged records, or a file's packets that the output's format cannot hold
+    "dropped_writer_packets",  # the output failed
+    "lost_unclean_packets",  # gone with a killed merge: consumed, but in no file
+    "held_packets",  # consumed, neither written nor dropped yet
+    "late_packets",
+    "closed_packets",  # written, in segments that are closed
+)
+
+METER_FIELDS = COMMON_FIELDS + (
+    "observed_packets",  # digests consumed
+    "metered_packets",
+    "metered_octets",
+    "ignored_packets",
+    "active_flows",
+    "active_flow_packets",
+    "peak_flows",
+    "table_bytes",
+    "flows_created",
+    "flows_idle_timeout",  # flowEndReason 1
+    "flows_active_timeout",  # 2
+    "flows_end_of_flow",  # 3
+    "flows_forced_end",  # 4
+    "flows_lack_of_resources",  # 5
+    "exported_flows",
+    "exported_packets",
+    "exported_octets",
+    "stream_time_ns",
+    "late_packets",
+)
+
+# One page per collector or file of the meter.
+EXPORT_FIELDS = COMMON_FIELDS + (
+    "records",  # data records sent, options data included
+    "flow_records",
+    "messages",
+    "bytes",
+    "send_errors",
+    "connects",
+    "not_sent_flows",
+    "not_sent_packets",
+    "not_sent_octets",
+    "queued_bytes",
+    "up",
+)
+
+OPENER_FIELDS = COMMON_FIELDS + ("opened", "failed")
+MONITOR_FIELDS = COMMON_FIELDS + ("scrapes", "control_requests", "rejected_connections")
+SUPERVISOR_FIELDS = COMMON_FIELDS + ("restarts", "reloads", "reload_failures", "last_reload_ok")
+
+
+class CounterPage:
+    """One page: `page["name"]` reads, `page["name"] = n` and `page.add("name", n)` write (its one writer only)."""
+
+    def __init__(self, memory: memoryview, fields: Sequence[str], address: int) -> None:
+        if len(fields) * SLOT_BYTES > PAGE_BYTES:
+            raise ValueError(f"{len(fields)} fields do not fit into a page of {PAGE_BYTES} bytes")
+        self._slots = memory.cast("Q")
+        self._index = {name: i for i, name in enumerate(fields)}
+        self.fields = tuple(fields)
+        self.address = address
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._slots[self._index[name]])
+
+    def __setitem__(self, name: str, value: int) -> None:
+        self._slots[self._index[name]] = value & _U64
+
+    def add(self, name: str, count: int = 1) -> None:
+        i = self._index[name]
+        self._slots[i] = (self._slots[i] + count) & _U64
+
+    def index(self, name: str) -> int:
+        return self._index[name]
+
+    def snapshot(self) -> dict[str, int]:
+        """All fields at once, as `{name: value}`."""
+        return {name: int(self._slots[i]) for name, i in self._index.items()}
+
+    def release(self) -> None:
+        self._slots.release()
+
+
+class CounterPages:
+    """All pages of one run, in one anonymous memfd (mode 0600 by nature, gone with its last holder)."""
+
+    def __init__(self, layout: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """`layout`: (page's name, its fields) for every page; names are unique."""
+        import ctypes
+
+        size = max(1, len(layout)) * PAGE_BYTES
+        self.fd = os.memfd_create("appliance-counters", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self._map = mmap.mmap(self.fd, size)
+        view = memoryview(self._map)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        base = ctypes.addressof(anchor)
+        del anchor
+        self._pages: dict[str, CounterPage] = {}
+        for i, (name, fields) in enumerate(layout):
+            if name in self._pages:
+                raise ValueError(f"two counter pages are named {name}")
+            start = i * PAGE_BYTES
+            self._pages[name] = CounterPage(view[start : start + PAGE_BYTES], fields, base + start)
+
+    def __getitem__(self, name: str) -> CounterPage:
+        return self._pages[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pages)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pages
+
+
+def page_name(role: str, *parts: str) -> str:
+    """The name of a page: `capture/uplink`, `merge/main`, `merge/main/uplink`, `meter`, `export/0`, ..."""
+    return "/".join((role, *parts))
