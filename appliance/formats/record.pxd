@@ -4,28 +4,30 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-cdef extern from "layout.h" nogil:
-    const uint32_t RECORD_PACKET
-    const uint32_t RECORD_INTERFACE
-    const uint32_t RECORD_PREFIX_BYTES
-    const uint32_t RECORD_PACKET_DATA
-    const uint32_t RECORD_PACKET_MIN
-    const uint32_t RECORD_MAX_BYTES
+from appliance.ring.layout cimport RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN
+from appliance.ring.layout cimport record_set_prefix, record_set_u32, record_timestamp_ns, record_u32
 
 cdef enum:
     NS_PER_S = 1000000000
     PCAP_PACKET_HEADER_BYTES = 16
 
 
-cdef inline uint32_t word_at(const uint8_t *at) noexcept nogil:
-    """A u32 in host order, aligned or not."""
-    cdef uint32_t word
-    memcpy(&word, at, sizeof(word))
-    return word
+cdef inline uint32_t padded(uint32_t length) noexcept nogil:
+    return (length + 3) & ~<uint32_t> 3
 
 
-cdef inline int64_t record_timestamp_ns(const uint8_t *record) noexcept nogil:
-    return <int64_t> ((<uint64_t> word_at(record + 12)) << 32 | word_at(record + 16))
+cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timestamp_ns, uint32_t captured,
+                               uint32_t original, const uint8_t *packet, uint32_t options_bytes) noexcept nogil:
+    """Write a RECORD_PACKET: the prefix and one copy of the packet. The caller has written `options_bytes` of options
+    at `out + RECORD_PACKET_DATA + padded(captured)`, and there is room for them and RECORD_PACKET_MIN around."""
+    cdef uint32_t data_bytes = padded(captured)
+    # The last word of the data is cleared first and then copied over: that is the padding, without a branch.
+    record_set_u32(out + RECORD_PACKET_DATA + data_bytes - 4, 0)
+    record_set_prefix(out, RECORD_PACKET, RECORD_PACKET_MIN + data_bytes + options_bytes, interface,
+                      <uint64_t> timestamp_ns)
+    record_set_u32(out + 20, captured)
+    record_set_u32(out + 24, original)
+    memcpy(out + RECORD_PACKET_DATA, packet, captured)
 
 
 cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanoseconds) noexcept nogil:
@@ -35,9 +37,9 @@ cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanosec
     the record itself. 0 and nothing written: the captured length points outside of the record, which is corrupt.
     Seconds beyond 2106 do not fit into the format and become 2^32 - 1.
     """
-    cdef uint32_t length = word_at(record + 4)
-    cdef uint32_t captured = word_at(record + 20)
-    cdef uint64_t timestamp_ns = <uint64_t> record_timestamp_ns(record)
+    cdef uint32_t length = record_u32(record + 4)
+    cdef uint32_t captured = record_u32(record + 20)
+    cdef uint64_t timestamp_ns = record_timestamp_ns(record)
     cdef uint64_t seconds = timestamp_ns // NS_PER_S
     cdef uint32_t header[4]
     if length < RECORD_PACKET_MIN or captured > length - RECORD_PACKET_MIN:
@@ -47,7 +49,7 @@ cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanosec
         header[1] //= 1000
     header[0] = <uint32_t> seconds if seconds <= 0xFFFFFFFFU else 0xFFFFFFFFU
     header[2] = captured
-    header[3] = word_at(record + 24)
+    header[3] = record_u32(record + 24)
     memcpy(out, header, PCAP_PACKET_HEADER_BYTES)
     memcpy(out + PCAP_PACKET_HEADER_BYTES, record + RECORD_PACKET_DATA, captured)
     return PCAP_PACKET_HEADER_BYTES + captured
