@@ -17,7 +17,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from appliance.capture.headers cimport digest_packet
 from appliance.capture.reorder cimport *
-from appliance.ring.digest cimport DIGEST_MAX_BYTES
+from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
@@ -137,6 +137,13 @@ cdef uint64_t now_ns(int clock) noexcept nogil:
 
 cdef inline uint64_t older_by(uint64_t timestamp_ns, uint64_t difference_ns) noexcept nogil:
     return timestamp_ns - difference_ns if timestamp_ns > difference_ns else 0
+
+
+cdef inline uint32_t digest_status(uint32_t tp_status, bint outbound) noexcept nogil:
+    cdef uint32_t status = DIGEST_OUTGOING if outbound else DIGEST_INCOMING
+    if tp_status & TP_STATUS_CSUMNOTREADY:
+        status |= DIGEST_CHECKSUM_NOT_READY
+    return status
 
 
 cdef class LiveCapture:
@@ -529,9 +536,9 @@ cdef class LiveCapture:
             return
         memset(ignored, 0, sizeof(ignored))
         length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_flags(status, outbound), room, ignored)
+                               digest_status(status, outbound), room, ignored)
         if length == 0:
-            for i in range(REASONS):
+            for i in range(<uint32_t>REASONS):
                 if ignored[i]:
                     entry.flags |= (i + 1) << REASON_SHIFT
             return

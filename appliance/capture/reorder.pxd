@@ -18,6 +18,12 @@ cdef struct tail_entry:
     uint32_t original_length
     uint32_t flags
 
+cdef struct sort_key:  # an entry, and where its bytes lie in the two rings' unpublished parts
+    uint64_t timestamp_ns
+    uint64_t record_offset
+    uint64_t digest_offset
+    uint32_t arrival
+
 cdef class ReorderTail:
     cdef tail_entry *entries
     cdef tail_entry *sorted_entries
@@ -32,5 +38,8 @@ cdef class ReorderTail:
     cdef tail_entry *add(self, uint64_t timestamp_ns) noexcept nogil
     cdef uint32_t cut(self, uint64_t boundary_ns, uint64_t *watermark_ns) noexcept nogil
     cdef int sort(self, uint32_t cut, ring_view *records, ring_view *digests) noexcept nogil
+    cdef int room_for(self, uint64_t wanted) noexcept nogil
+    cdef void permute(self, uint32_t cut, const sort_key *keys, ring_view *ring, uint64_t total,
+                      bint digests) noexcept nogil
     cdef void drop(self, uint32_t cut) noexcept nogil
     cdef void forget_time(self) noexcept nogil

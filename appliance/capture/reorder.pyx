@@ -11,13 +11,6 @@ from libc.string cimport memcpy, memmove
 
 from appliance.ring.layout cimport *
 
-# Positions of a record and its digest while the tail is sorted travel in a copy of the entry.
-cdef struct sort_key:
-    uint64_t timestamp_ns
-    uint64_t record_offset
-    uint64_t digest_offset
-    uint32_t arrival
-
 
 cdef int by_time_then_arrival(const void *left, const void *right) noexcept nogil:
     cdef const sort_key *a = <const sort_key *>left

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from appliance.formats.pcap cimport epb_to_pcap
+from appliance.formats.record cimport epb_to_pcap
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer
 
