@@ -84,7 +84,7 @@ def _label(value: str) -> str:
 
 
 def _printable(value: str) -> str:
-    if not value.isprintable() or len(value) > 4096:
+    if not value.replace("\n", " ").replace("\t", " ").isprintable() or len(value) > 4096:
         raise ValueError("must be printable text of at most 4096 characters")
     return value
 
@@ -111,9 +111,10 @@ def _compressor(value: object) -> object:
     """A list of strings becomes a tuple; TOML has no other way to write an argv."""
     if value in ("none", "lz4"):
         return value
-    if isinstance(value, list | tuple) and all(isinstance(word, str) and "\0" not in word for word in value):
-        if value and value[0]:
-            return tuple(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(word, str) and "\0" not in word for word in value):
+        argv = tuple(value)
+        if argv[0]:
+            return argv
     raise ValueError(f'must be "none", "lz4" or a list of strings such as ["zstd", "-q", "-1"], is {_shown(value)}')
 
 
@@ -491,11 +492,8 @@ def _an_output_has_one_clock(config: Config) -> Iterator[Fault]:
     for i, interface in enumerate(config.interfaces):
         other = first.setdefault(interface.output, interface)
         if other.source.is_live != interface.source.is_live:
-            yield (
-                f"interface[{i}].uri",
-                f"{interface.uri} and {other.uri} cannot be merged: a file's clock is not the host's; "
-                f"give them different outputs",
-            )
+            pair = f"{interface.uri} and {other.uri}"
+            yield f"interface[{i}].uri", f"{pair} need different outputs: a file's clock is not the host's"
 
 
 def _a_meter_has_one_clock(config: Config) -> Iterator[Fault]:
