@@ -197,7 +197,7 @@ class Interface(_Table):
     """One source of packets, read by `fanout` capture workers."""
 
     uri: Annotated[str, AfterValidator(_capture_uri)] = Field(
-        description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without bridge "
+        description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without bridge" " "
         "ports and container veths), pcap:IF or int:IF (through libpcap), pcapfile:PATH, pcapng:PATH"
     )
     label: Annotated[str, AfterValidator(_label)] = Field(
@@ -403,7 +403,7 @@ class Config(_Table):
             for fault in check(self)
         ]
         if faults:
-            raise _CrossFaults(faults)
+            raise _CrossFaultsError(faults)
         return self
 
     def output_of(self, interface: Interface) -> Output:
@@ -441,7 +441,7 @@ def _free_label(label: str, taken: set[str]) -> str:
 Fault = tuple[str, str]  # (key, what is wrong with it)
 
 
-class _CrossFaults(ValueError):
+class _CrossFaultsError(ValueError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in faults))
         self.faults = faults
@@ -613,7 +613,7 @@ def _faults(error: ValidationError) -> Iterator[Fault]:
 
 def _details_cross_faults(detail: Mapping[str, Any]) -> Sequence[Fault]:
     cause = detail.get("ctx", {}).get("error")
-    return cause.faults if isinstance(cause, _CrossFaults) else []
+    return cause.faults if isinstance(cause, _CrossFaultsError) else []
 
 
 def _key(location: Iterable[int | str]) -> str:
