@@ -55,6 +55,7 @@ class CaptureReader:
         self._address = _address(self._buffer)
         self._begin = 0  # the bytes [begin, end) of the buffer are not decoded yet
         self._end = 0
+        self._read_bytes = 0
         self._input_ended = False
 
     def __enter__(self) -> Self:
@@ -108,6 +109,12 @@ class CaptureReader:
         assert status == STATUS_END
         return Filled(0, end=True)
 
+    def rest_bytes(self) -> int:
+        """Unpacked bytes behind the last whole record. Reads the file to its end, so nothing can be filled after it."""
+        while count := self.stream.read_into(self._view):
+            self._read_bytes += count
+        return self._read_bytes - self.counts.whole_offset
+
     def _refill(self) -> None:
         """Moves what is not decoded to the buffer's front and reads a piece behind it."""
         left = self._end - self._begin
@@ -116,6 +123,7 @@ class CaptureReader:
         self._begin, self._end = 0, left
         count = self.stream.read_into(self._view[left : left + READ_BYTES])
         self._end += count
+        self._read_bytes += count
         self._input_ended = count == 0
 
     def _damage(self) -> str:

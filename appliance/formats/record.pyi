@@ -6,6 +6,9 @@
 def count_packets(address: int, batch_bytes: int) -> int:
     """How many of the records are packets. FormatError: one of the records is corrupt."""
 
+def pcap_packet(record: bytes, nanoseconds: bool) -> bytes:
+    """One packet record as a packet of a pcap file (`epb_to_pcap` for Python). FormatError: it is not one."""
+
 def clamp_snaplen(address: int, batch_bytes: int, snaplen: int) -> tuple[int, int]:
     """Cuts the packets down to `snaplen` captured bytes, in place; their original lengths and options stay.
 

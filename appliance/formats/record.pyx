@@ -27,6 +27,19 @@ def count_packets(size_t address, size_t batch_bytes):
     return packets
 
 
+def pcap_packet(bytes record, bint nanoseconds):
+    cdef size_t record_bytes = len(record)
+    cdef const uint8_t *at = record
+    if record_check(at, record_bytes) != record_bytes or record_u32(at) != RECORD_PACKET:
+        raise FormatError(f"{record_bytes} bytes are not a packet record")
+    cdef bytearray out = bytearray(record_bytes)
+    cdef uint8_t *out_at = out
+    cdef size_t length = epb_to_pcap(at, out_at, nanoseconds)
+    if length == 0:
+        raise FormatError("a packet record's captured length points outside of it")
+    return bytes(out[:length])
+
+
 def clamp_snaplen(size_t address, size_t batch_bytes, uint32_t snaplen):
     cdef uint8_t *at = <uint8_t *> address
     cdef uint8_t *end = at + batch_bytes
