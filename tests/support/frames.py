@@ -121,7 +121,7 @@ def _headers(interface_id: int, shape: Shape, payload_bytes: int) -> bytes:
 
 
 def _internet_checksum(header: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(header) // 2}H", header))
+    total: int = sum(struct.unpack(f"!{len(header) // 2}H", header))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

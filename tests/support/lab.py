@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -36,6 +36,9 @@ _QUIET = (
     "for f in /proc/sys/net/ipv6/conf/all/disable_ipv6 /proc/sys/net/ipv6/conf/default/disable_ipv6;"
     " do if [ -e $f ]; then echo 1 > $f; fi; done"
 )
+
+
+Word = str | os.PathLike[str]
 
 
 class LabError(Exception):
@@ -121,7 +124,7 @@ class Lab:
         self._processes: list[subprocess.Popen[Any]] = []
         self._pairs: dict[str, tuple[str, str | None]] = {}
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         try:
             self._make_namespace(self.namespace)
         except BaseException:
@@ -200,14 +203,6 @@ class Lab:
         words = [word for key, on in switches.items() for word in (key.replace("_", "-"), "on" if on else "off")]
         self.run(["ethtool", "-K", name, *words], namespace=namespace)
 
-    def vlan(self, name: str, vlan_id: int, protocol: str = "802.1Q", namespace: str | None = None) -> str:
-        """A VLAN interface on `name`, up; frames sent on it leave `name` with the tag. `protocol`: 802.1Q or 802.1ad."""
-        child = f"{name}.{vlan_id}"
-        words = ["type", "vlan", "proto", protocol, "id", str(vlan_id)]
-        self.ip("link", "add", "link", name, "name", child, *words, namespace=namespace)
-        self.ip("link", "set", "dev", child, "arp", "off", "up", namespace=namespace)
-        return child
-
     def mtu(self, name: str, mtu_bytes: int, namespace: str | None = None) -> None:
         self.ip("link", "set", "dev", name, "mtu", str(mtu_bytes), namespace=namespace)
 
@@ -237,13 +232,11 @@ class Lab:
 
     # Processes
 
-    def argv(self, command: Sequence[str | os.PathLike[str]], namespace: str | None = None) -> list[str]:
+    def argv(self, command: Sequence[Word], namespace: str | None = None) -> list[str]:
         """The command as it runs in the namespace; `ip netns exec` becomes it, so the process id is the command's."""
-        return ["ip", "netns", "exec", namespace or self.namespace, *map(os.fspath, command)]
+        return ["ip", "netns", "exec", namespace or self.namespace, *_words(command)]
 
-    def popen(
-        self, command: Sequence[str | os.PathLike[str]], *, namespace: str | None = None, **options: Any
-    ) -> subprocess.Popen[Any]:
+    def popen(self, command: Sequence[Word], *, namespace: str | None = None, **options: Any) -> subprocess.Popen[Any]:
         """Starts a command in the namespace; options as for subprocess.Popen. The lab ends it at the latest."""
         process: subprocess.Popen[Any] = subprocess.Popen(self.argv(command, namespace), **options)
         self._processes.append(process)
@@ -251,13 +244,13 @@ class Lab:
 
     def run(
         self,
-        command: Sequence[str | os.PathLike[str]],
+        command: Sequence[Word],
         *,
         namespace: str | None = None,
         timeout_s: float = 60.0,
         check: bool = True,
         env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
+        cwd: Word | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command in the namespace to its end, with its output as text; LabError when `check` and it fails."""
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -266,11 +259,11 @@ class Lab:
             output, complaints = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             _end(process)
-            raise LabError(f"{' '.join(map(os.fspath, command))}: still running after {timeout_s} s") from None
+            raise LabError(f"{' '.join(_words(command))}: still running after {timeout_s} s") from None
         if check and process.returncode != 0:
             said = f"{output}{complaints}".strip()
-            raise LabError(f"{' '.join(map(os.fspath, command))}: status {process.returncode}: {said}")
-        return subprocess.CompletedProcess(list(map(os.fspath, command)), process.returncode, output, complaints)
+            raise LabError(f"{' '.join(_words(command))}: status {process.returncode}: {said}")
+        return subprocess.CompletedProcess(_words(command), process.returncode, output, complaints)
 
     # Traffic
 
@@ -289,7 +282,7 @@ class Lab:
     ) -> Sender:
         """Starts sending numbered frames: `frames` per interface (0: until stopped), `rate` per second in all (0: limit).
 
-        The n-th interface has the number `first_id` + n. With `flows` the frames are UDP datagrams of so many flows.
+        The n-th interface has the number `first_id` + n. `vlan` puts an 802.1Q tag into the frames themselves. With `flows` the frames are UDP datagrams of so many flows.
         """
         command = [sys.executable, "-m", "support.sender", *interfaces]
         command += ["--frames", str(frames), "--rate", str(rate), "--sizes", format_sizes(tuple(sizes))]
@@ -331,6 +324,10 @@ class Lab:
                 for pid in pids:
                     _signal(pid, number)
                 time.sleep(0.02)
+
+
+def _words(command: Sequence[Word]) -> list[str]:
+    return [os.fspath(word) for word in command]
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
