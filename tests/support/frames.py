@@ -23,7 +23,9 @@ MAGIC = b"NFR1"
 HEADER = struct.Struct("!4sHQI")  # magic, interface, sequence, crc32
 COUNTED = struct.Struct("!4sHQ")  # what the checksum covers, after the filling
 PATCH = struct.Struct("!QI")  # sequence and crc32: what differs between the frames of one template
-PATCH_OFFSET = 6  # of the patch, within the payload
+INTERFACE_OFFSET = 4  # within the payload
+PATCH_OFFSET = 6
+SOURCE_ID_OFFSET = 10  # the interface's number, in the source address
 
 ETHERNET_BYTES = 14
 VLAN_BYTES = 4
@@ -70,9 +72,10 @@ class Template:
     def __init__(self, interface_id: int, size: int, shape: Shape) -> None:
         self.interface_id = interface_id
         self.size = size
+        self.interface_offset = shape.overhead_bytes + INTERFACE_OFFSET
         self.patch_offset = shape.overhead_bytes + PATCH_OFFSET
         self.port_offset = shape.overhead_bytes - 8 if shape.udp else None
-        filling = bytes((interface_id + i) & 0xFF for i in range(size - shape.overhead_bytes - HEADER.size))
+        filling = bytes(i & 0xFF for i in range(size - shape.overhead_bytes - HEADER.size))
         self._filling_crc = zlib.crc32(filling)
         payload = HEADER.pack(MAGIC, interface_id, 0, 0) + filling
         self.frame = _headers(interface_id, shape, len(payload)) + payload

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from support.frames import Shape
-from support.judges import check_numbered
+from support import xdpsend
+from support.frames import Shape, numbered_frame
+from support.judges import check_numbered, packets
 from support.lab import Lab, LabError, requires_root, requires_tool, wait_until
 
 pytestmark = [requires_root, requires_tool("tcpdump")]
@@ -78,6 +79,21 @@ def test_sizes_tags_and_flows_reach_the_other_end(tmp_path: Path, shape: Shape) 
         report = lab.send([peer], frames=300, rate=10_000, sizes=shape.sizes, vlan=shape.vlan, flows=flows)
         assert tcpdump.wait(10) == 0
     check_numbered([tmp_path / "a.pcap"]).assert_exact(report.sent_by_id)
+
+
+@pytest.mark.skipif(not xdpsend.available(), reason="the kernel refuses live XDP frames (Linux 5.18, CAP_BPF)")
+@pytest.mark.parametrize("rate", [0.0, 30_000.0])
+def test_frames_sent_from_the_kernel_are_the_same_frames(tmp_path: Path, rate: float) -> None:
+    count = 3000
+    with Lab() as lab:
+        pairs = [lab.veth("a"), lab.veth("b")]
+        tcpdump = start_tcpdump(lab, "b", tmp_path / "b.pcap", count)
+        report = lab.start_fast_sender(pairs, frames=count, rate=rate, size=100).report()
+        assert tcpdump.wait(10) == 0
+    check_numbered([tmp_path / "b.pcap"]).assert_exact({1: report.sent_by_id[1]})
+    frames = [bytes(packet.data) for packet in packets(tmp_path / "b.pcap")]
+    assert frames == [numbered_frame(1, number, Shape((100,))) for number in range(count)]
+    assert rate == 0 or report.seconds >= 0.9 * 2 * count / rate
 
 
 def test_an_endless_sender_reports_what_it_sent_when_stopped() -> None:
