@@ -53,6 +53,7 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "digests_dropped",  # the digest ring was full
     *(f"ignored_{reason}_packets" for reason in IGNORED_REASONS),
     "input_errors",  # damaged input files
+    "unpublished_packets",  # walked, and held for reorder_us
 )
 
 # One page per output.
