@@ -53,7 +53,7 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "digests_dropped",  # the digest ring was full
     *(f"ignored_{reason}_packets" for reason in IGNORED_REASONS),
     "input_errors",  # damaged input files
-    "unpublished_packets",  # in the ring, but not yet published: the reorder window holds them
+    "unpublished_packets",  # walked, and held for reorder_us
 )
 
 # Upper bounds of the histogram of the time from a segment's close to its publication.

@@ -1,0 +1,47 @@
+"""One parser from packet bytes to digest records, for compiled callers. See headers.pyi for the rules."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+# Why a packet is not metered: the order of counters.IGNORED_REASONS.
+cdef enum:
+    IGNORED_NOT_IP = 0
+    IGNORED_TRUNCATED = 1
+    IGNORED_MALFORMED = 2
+    IGNORED_TOO_MANY_LAYERS = 3
+    IGNORED_LINK_TYPE = 4
+    IGNORED_REASON_COUNT = 5
+
+# What one call of digest_records did; all counts are of that call.
+cdef struct DigestBatch:
+    uint64_t consumed_bytes  # of the records
+    uint64_t written_bytes  # of the digests
+    uint64_t packets  # seen: digests + ignored
+    uint64_t digests
+
+# Writes the digest of one packet to `out` (room for DIGEST_MAX_BYTES, aligned to 4) and returns its length.
+# 0: not metered, and ignored[reason] went up. `status` takes the bits of DIGEST_CALLER_STATUS.
+cdef uint32_t digest_packet(
+    const uint8_t* packet,
+    uint32_t captured_length,
+    uint32_t original_length,
+    uint16_t linktype,
+    uint32_t interface,
+    uint64_t timestamp_ns,
+    uint32_t status,
+    uint8_t* out,
+    uint64_t* ignored,
+) noexcept nogil
+
+# The same for a buffer of whole records in the framing of layout.h: Enhanced Packet Blocks become digests, other
+# records are passed over. Ends with the buffer, or early, at a record's border, when `out` cannot take another digest.
+# An interface at or above `linktype_count` counts as an unknown link type. False: damaged framing at consumed_bytes.
+cdef bint digest_records(
+    const uint8_t* records,
+    uint64_t record_bytes,
+    const uint16_t* linktypes,
+    uint32_t linktype_count,
+    uint8_t* out,
+    uint64_t out_room,
+    uint64_t* ignored,
+    DigestBatch* batch,
+) noexcept nogil

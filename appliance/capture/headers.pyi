@@ -1,0 +1,43 @@
+"""From packet bytes to digest records (appliance/ring/digest.h), without the GIL.
+
+Compiled callers use `digest_packet` (one packet, while it is hot) and `digest_records` (a buffer of Enhanced Packet
+Blocks) of headers.pxd. The flow that is described is the outermost IP flow.
+
+Rules of the parser:
+
+- No octet at or behind the captured length is read, and none of them changes a result.
+- At most 16 tags, labels, inner frames and IPv6 extension headers together; every one advances the cursor.
+- A packet is not metered, and counted under a reason, when it holds no IP (`not_ip`), when the capture ends inside the
+  headers up to and including IP and its extension headers (`truncated`), when those contradict themselves or exceed
+  their packet (`malformed`), when there are too many of them (`too_many_layers`), or when its link type is unknown.
+- A transport header that is missing or cut does not matter for that: the ports are 0 and the status says so.
+- Later fragments have ports 0; the first one has its ports; an IPv6 atomic fragment (RFC 6946) is no fragment.
+- `ip_octets` is the IP length field (IPv6: plus 40; jumbograms: the option's length). It stays 0 where IPv4 carries 0
+  because segmentation was left to the interface.
+
+Link types: Ethernet with 802.1Q, 802.1ad, PPPoE, MPLS (IP or an Ethernet pseudowire below) and SNAP; raw IP; Linux
+cooked (SLL, SLL2); BSD loopback (NULL, LOOP); PPP, PPP in HDLC framing, Cisco HDLC.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import Buffer
+
+IGNORED: tuple[str, ...]
+"""The reasons, in the order of `appliance.counters.IGNORED_REASONS`."""
+
+def parse(
+    packet: Buffer, linktype: int, original_length: int | None = None, captured_length: int | None = None
+) -> dict[str, Any]:
+    """The digest of one packet as a dictionary of the fields of digest.h, or `{"ignored": reason}`.
+
+    `captured_length` below `len(packet)` leaves octets behind the packet that must not matter. `status` holds the
+    DIGEST_* bits; addresses and MACs are bytes in wire order. For tests and single looks, not for traffic.
+    """
+
+def digests(records: Buffer, linktypes: Sequence[int]) -> tuple[bytes, dict[str, int]]:
+    """All digests of a buffer of records (layout.h), and the ignored packets by reason.
+
+    `linktypes[i]` is the link type of interface i; at most 256. ValueError: damaged framing.
+    """

@@ -1,0 +1,700 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""From packet bytes to a digest record: link layer, tags and labels, IP, transport. Nothing here allocates.
+
+A packet is hostile. The cursor carries two ends: `end`, how far the capture reaches, and `wire_end`, how far the
+packet reached on the wire. Every read is preceded by a look at `end`; every loop advances and counts a layer.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from appliance.ring.digest cimport *
+from appliance.ring.layout cimport *
+
+cdef enum:
+    MAX_LAYERS = 16
+    METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
+
+    # pcap link types (https://www.tcpdump.org/linktypes.html)
+    LINKTYPE_NULL = 0
+    LINKTYPE_ETHERNET = 1
+    LINKTYPE_PPP = 9
+    DLT_RAW_BSD = 12  # DLT_RAW of some systems, found in their files
+    DLT_RAW_OPENBSD = 14
+    LINKTYPE_PPP_HDLC = 50
+    LINKTYPE_RAW = 101
+    LINKTYPE_C_HDLC = 104
+    LINKTYPE_LOOP = 108
+    LINKTYPE_LINUX_SLL = 113
+    LINKTYPE_IPV4 = 228
+    LINKTYPE_IPV6 = 229
+    LINKTYPE_LINUX_SLL2 = 276
+
+    ETHERTYPE_NONE = 0
+    ETHERTYPE_LENGTH_LIMIT = 0x0600  # below: an 802.3 length, and LLC behind it
+    ETHERTYPE_IPV4 = 0x0800
+    ETHERTYPE_TRANSPARENT_ETHERNET = 0x6558
+    ETHERTYPE_8021Q = 0x8100
+    ETHERTYPE_IPV6 = 0x86DD
+    ETHERTYPE_MPLS = 0x8847
+    ETHERTYPE_MPLS_UPSTREAM = 0x8848
+    ETHERTYPE_PPPOE_SESSION = 0x8864
+    ETHERTYPE_8021AD = 0x88A8
+    ETHERTYPE_QINQ_OLD = 0x9100
+    ETHERTYPE_PPP = 0x880B  # here: a PPP protocol field follows
+
+    PROTOCOL_HOP_BY_HOP = 0
+    PROTOCOL_ICMP = 1
+    PROTOCOL_TCP = 6
+    PROTOCOL_UDP = 17
+    PROTOCOL_DCCP = 33
+    PROTOCOL_ROUTING = 43
+    PROTOCOL_FRAGMENT = 44
+    PROTOCOL_AH = 51
+    PROTOCOL_ICMPV6 = 58
+    PROTOCOL_DESTINATION_OPTIONS = 60
+    PROTOCOL_SCTP = 132
+    PROTOCOL_UDPLITE = 136
+
+    OPTION_PAD1 = 0
+    OPTION_JUMBO = 0xC2
+
+cdef struct Cursor:
+    const uint8_t* packet
+    uint64_t offset
+    uint64_t end  # of what may be read
+    uint64_t wire_end  # of what was there
+    uint32_t layers
+    uint32_t ethertype  # of what is at `offset`
+
+
+cdef inline uint16_t be16(const uint8_t* p) noexcept nogil:
+    return <uint16_t>((<uint32_t>p[0] << 8) | p[1])
+
+
+cdef inline uint32_t be32(const uint8_t* p) noexcept nogil:
+    return (<uint32_t>p[0] << 24) | (<uint32_t>p[1] << 16) | (<uint32_t>p[2] << 8) | p[3]
+
+
+cdef inline bint holds(const Cursor* c, uint64_t length) noexcept nogil:
+    return c.offset + length <= c.end
+
+
+cdef inline int shortage(const Cursor* c, uint64_t length) noexcept nogil:
+    """Why `length` octets are missing: the capture was cut, or the packet itself ends too early."""
+    return IGNORED_TRUNCATED if c.offset + length <= c.wire_end else IGNORED_MALFORMED
+
+
+cdef inline bint enter_layer(Cursor* c) noexcept nogil:
+    c.layers += 1
+    return c.layers <= MAX_LAYERS
+
+
+cdef int parse_ethernet(Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 14):
+        return shortage(c, 14)
+    if not d.status & DIGEST_LINK_ADDRESSES:  # the outermost ones
+        memcpy(d.destination_mac, p, 6)
+        memcpy(d.source_mac, p + 6, 6)
+        d.status |= DIGEST_LINK_ADDRESSES
+    c.ethertype = be16(p + 12)
+    c.offset += 14
+    return METERED
+
+
+cdef int parse_sll(Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 16):
+        return shortage(c, 16)
+    if be16(p + 4) == 6:
+        memcpy(d.source_mac, p + 6, 6)
+        d.status |= DIGEST_LINK_ADDRESSES
+    if be16(p) == 4:  # packet type: sent by us
+        d.status |= DIGEST_OUTGOING
+    c.ethertype = be16(p + 14)
+    c.offset += 16
+    return METERED
+
+
+cdef int parse_sll2(Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 20):
+        return shortage(c, 20)
+    if p[11] == 6:
+        memcpy(d.source_mac, p + 12, 6)
+        d.status |= DIGEST_LINK_ADDRESSES
+    if p[10] == 4:
+        d.status |= DIGEST_OUTGOING
+    c.ethertype = be16(p)
+    c.offset += 20
+    return METERED
+
+
+cdef int parse_family(Cursor* c) noexcept nogil:
+    """NULL and LOOP: an address family of 4 octets in either byte order; IPv6 has a number of each system's own."""
+    cdef uint32_t family
+    if not holds(c, 4):
+        return shortage(c, 4)
+    family = be32(c.packet + c.offset)
+    if family > 0xFFFF:
+        family = (family >> 24) | ((family >> 8) & 0xFF00)
+    c.offset += 4
+    if family == 2:
+        c.ethertype = ETHERTYPE_IPV4
+    elif family == 10 or family == 24 or family == 28 or family == 30:
+        c.ethertype = ETHERTYPE_IPV6
+    else:
+        return IGNORED_NOT_IP
+    return METERED
+
+
+cdef int parse_ppp_framing(Cursor* c) noexcept nogil:
+    """Address and control octets may be there or not (RFC 1662, 6.6); Cisco's framing carries an Ethernet type."""
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 2):
+        return shortage(c, 2)
+    c.ethertype = ETHERTYPE_PPP
+    if p[0] == 0xFF and p[1] == 0x03:
+        c.offset += 2
+    elif (p[0] == 0x0F or p[0] == 0x8F) and p[1] == 0:
+        if not holds(c, 4):
+            return shortage(c, 4)
+        c.ethertype = be16(p + 2)
+        c.offset += 4
+    return METERED
+
+
+cdef int parse_raw(Cursor* c) noexcept nogil:
+    if not holds(c, 1):
+        return shortage(c, 1)
+    c.ethertype = ETHERTYPE_IPV6 if c.packet[c.offset] >> 4 == 6 else ETHERTYPE_IPV4
+    return METERED
+
+
+cdef int parse_link(Cursor* c, digest* d, uint16_t linktype) noexcept nogil:
+    if linktype == LINKTYPE_ETHERNET:
+        return parse_ethernet(c, d)
+    if linktype == LINKTYPE_RAW or linktype == DLT_RAW_BSD or linktype == DLT_RAW_OPENBSD:
+        return parse_raw(c)
+    if linktype == LINKTYPE_IPV4:
+        c.ethertype = ETHERTYPE_IPV4
+        return METERED
+    if linktype == LINKTYPE_IPV6:
+        c.ethertype = ETHERTYPE_IPV6
+        return METERED
+    if linktype == LINKTYPE_LINUX_SLL:
+        return parse_sll(c, d)
+    if linktype == LINKTYPE_LINUX_SLL2:
+        return parse_sll2(c, d)
+    if linktype == LINKTYPE_NULL or linktype == LINKTYPE_LOOP:
+        return parse_family(c)
+    if linktype == LINKTYPE_PPP or linktype == LINKTYPE_PPP_HDLC or linktype == LINKTYPE_C_HDLC:
+        return parse_ppp_framing(c)
+    return IGNORED_LINK_TYPE
+
+
+cdef int parse_vlan_tag(Cursor* c, digest* d) noexcept nogil:
+    if not holds(c, 4):
+        return shortage(c, 4)
+    if d.vlan_tags == 0:
+        d.vlan_outer = be16(c.packet + c.offset)
+    elif d.vlan_tags == 1:
+        d.vlan_inner = be16(c.packet + c.offset)
+    d.vlan_tags += 1
+    c.ethertype = be16(c.packet + c.offset + 2)
+    c.offset += 4
+    return METERED
+
+
+cdef int parse_mpls_entry(Cursor* c, digest* d) noexcept nogil:
+    """One label stack entry (RFC 3032); behind the last one, the first nibble tells what it carries (RFC 4928)."""
+    cdef uint32_t entry
+    cdef uint8_t nibble
+    if not holds(c, 4):
+        return shortage(c, 4)
+    entry = be32(c.packet + c.offset)
+    if d.mpls == 0:
+        d.mpls = entry
+    c.offset += 4
+    if not entry & 0x100:  # not the bottom of the stack
+        return METERED
+    if not holds(c, 1):
+        return shortage(c, 1)
+    nibble = c.packet[c.offset] >> 4
+    if nibble == 4:
+        c.ethertype = ETHERTYPE_IPV4
+    elif nibble == 6:
+        c.ethertype = ETHERTYPE_IPV6
+    elif nibble == 0 and holds(c, 4):  # a pseudowire's control word (RFC 4385)
+        c.offset += 4
+        c.ethertype = ETHERTYPE_TRANSPARENT_ETHERNET
+    else:
+        return IGNORED_NOT_IP
+    return METERED
+
+
+cdef int parse_pppoe(Cursor* c) noexcept nogil:
+    if not holds(c, 6):
+        return shortage(c, 6)
+    if c.packet[c.offset] != 0x11 or c.packet[c.offset + 1] != 0:  # version 1, type 1, session data (RFC 2516)
+        return IGNORED_NOT_IP
+    c.offset += 6
+    c.ethertype = ETHERTYPE_PPP
+    return METERED
+
+
+cdef int parse_ppp_protocol(Cursor* c) noexcept nogil:
+    cdef uint32_t protocol
+    if not holds(c, 1):
+        return shortage(c, 1)
+    protocol = c.packet[c.offset]
+    if protocol & 1:  # compressed to one octet (RFC 1661, 6.5)
+        c.offset += 1
+    else:
+        if not holds(c, 2):
+            return shortage(c, 2)
+        protocol = be16(c.packet + c.offset)
+        c.offset += 2
+    if protocol == 0x0021:
+        c.ethertype = ETHERTYPE_IPV4
+    elif protocol == 0x0057:
+        c.ethertype = ETHERTYPE_IPV6
+    elif protocol == 0x0281 or protocol == 0x0283:
+        c.ethertype = ETHERTYPE_MPLS
+    else:
+        return IGNORED_NOT_IP
+    return METERED
+
+
+cdef int parse_llc(Cursor* c) noexcept nogil:
+    """802.2 with SNAP and the OUI of encapsulated Ethernet (RFC 1042); all other LLC is not IP."""
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 8):
+        return IGNORED_NOT_IP
+    if p[0] != 0xAA or p[1] != 0xAA or p[2] != 0x03 or p[3] != 0 or p[4] != 0 or p[5] != 0:
+        return IGNORED_NOT_IP
+    c.ethertype = be16(p + 6)
+    c.offset += 8
+    return METERED if c.ethertype >= ETHERTYPE_LENGTH_LIMIT else IGNORED_NOT_IP
+
+
+cdef int parse_to_ip(Cursor* c, digest* d) noexcept nogil:
+    """Takes off tags, labels and inner frames until an IP header stands at the cursor."""
+    cdef int result
+    while c.ethertype != ETHERTYPE_IPV4 and c.ethertype != ETHERTYPE_IPV6:
+        if not enter_layer(c):
+            return IGNORED_TOO_MANY_LAYERS
+        if c.ethertype == ETHERTYPE_8021Q or c.ethertype == ETHERTYPE_8021AD or c.ethertype == ETHERTYPE_QINQ_OLD:
+            result = parse_vlan_tag(c, d)
+        elif c.ethertype == ETHERTYPE_MPLS or c.ethertype == ETHERTYPE_MPLS_UPSTREAM:
+            result = parse_mpls_entry(c, d)
+        elif c.ethertype == ETHERTYPE_PPPOE_SESSION:
+            result = parse_pppoe(c)
+        elif c.ethertype == ETHERTYPE_PPP:
+            result = parse_ppp_protocol(c)
+        elif c.ethertype == ETHERTYPE_TRANSPARENT_ETHERNET and d.mpls != 0:
+            result = parse_ethernet(c, d)
+        elif c.ethertype < ETHERTYPE_LENGTH_LIMIT:
+            result = parse_llc(c)
+        else:
+            return IGNORED_NOT_IP
+        if result != METERED:
+            return result
+    return METERED
+
+
+cdef int parse_ipv4(Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    cdef uint32_t header_octets, total, fragment
+    if not holds(c, 20):
+        return shortage(c, 20)
+    header_octets = (p[0] & 0x0F) * 4
+    if p[0] >> 4 != 4 or header_octets < 20:
+        return IGNORED_MALFORMED
+    total = be16(p + 2)
+    if total != 0:
+        if total < header_octets:
+            return IGNORED_MALFORMED
+        # What follows belongs to the frame, not to the packet: Ethernet's padding.
+        c.wire_end = c.offset + total
+        if c.end > c.wire_end:
+            c.end = c.wire_end
+    else:
+        d.status |= DIGEST_ZERO_LENGTH
+    if not holds(c, header_octets):
+        return shortage(c, header_octets)
+    d.ip_version = 4
+    d.tos = p[1]
+    d.ip_octets = total
+    d.ttl = p[8]
+    d.protocol = p[9]
+    memcpy(d.source_address, p + 12, 4)
+    memcpy(d.destination_address, p + 16, 4)
+    if header_octets > 20:
+        d.status |= DIGEST_OPTIONS
+    d.fragment_id = be16(p + 4)
+    fragment = be16(p + 6)
+    if fragment & 0x4000:
+        d.status |= DIGEST_DONT_FRAGMENT
+    note_fragment(d, (fragment & 0x1FFF) * 8, (fragment & 0x2000) != 0)
+    c.offset += header_octets
+    return METERED
+
+
+cdef inline void note_fragment(digest* d, uint32_t offset_octets, bint more) noexcept nogil:
+    d.fragment_offset = <uint16_t>offset_octets
+    if more:
+        d.status |= DIGEST_MORE_FRAGMENTS
+    if offset_octets:
+        d.status |= DIGEST_LATER_FRAGMENT
+
+
+cdef uint32_t jumbo_octets(const uint8_t* options, uint32_t length) noexcept nogil:
+    """The jumbo payload option's length (RFC 2675), 0 without one. `options` is wholly captured."""
+    cdef uint32_t i = 0
+    while i < length:
+        if options[i] == OPTION_PAD1:
+            i += 1
+            continue
+        if i + 2 > length:
+            return 0
+        if options[i] == OPTION_JUMBO and options[i + 1] == 4 and i + 6 <= length:
+            return be32(options + i + 2)
+        i += 2 + <uint32_t>options[i + 1]
+    return 0
+
+
+cdef int parse_ipv6(Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    cdef uint32_t payload
+    cdef uint64_t start = c.offset
+    cdef int result
+    if not holds(c, 40):
+        return shortage(c, 40)
+    if p[0] >> 4 != 6:
+        return IGNORED_MALFORMED
+    payload = be16(p + 4)
+    d.ip_version = 6
+    d.tos = <uint8_t>((p[0] << 4) | (p[1] >> 4))
+    d.protocol = p[6]
+    d.ttl = p[7]
+    memcpy(d.source_address, p + 8, 16)
+    memcpy(d.destination_address, p + 24, 16)
+    d.ip_octets = payload + 40
+    if payload != 0:
+        c.wire_end = start + 40 + payload
+        if c.end > c.wire_end:
+            c.end = c.wire_end
+    elif d.protocol != 59 and start + 40 < c.wire_end:  # not an empty packet: a jumbogram, or an offloaded segment
+        d.status |= DIGEST_ZERO_LENGTH
+    c.offset += 40
+    return parse_extension_headers(c, d, start)
+
+
+cdef int parse_extension_headers(Cursor* c, digest* d, uint64_t start) noexcept nogil:
+    """RFC 8200, section 4: to the first header that is not an extension, or into a later fragment."""
+    cdef const uint8_t* p
+    cdef uint32_t length, jumbo
+    cdef uint8_t header
+    while True:
+        header = d.protocol
+        if (
+            header != PROTOCOL_HOP_BY_HOP and header != PROTOCOL_ROUTING and header != PROTOCOL_FRAGMENT
+            and header != PROTOCOL_DESTINATION_OPTIONS and header != PROTOCOL_AH
+        ):
+            return METERED
+        if not enter_layer(c):
+            return IGNORED_TOO_MANY_LAYERS
+        if not holds(c, 8):
+            return shortage(c, 8)
+        p = c.packet + c.offset
+        if header == PROTOCOL_FRAGMENT:
+            length = 8
+        elif header == PROTOCOL_AH:
+            length = (<uint32_t>p[1] + 2) * 4
+        else:
+            length = (<uint32_t>p[1] + 1) * 8
+        if not holds(c, length):
+            return shortage(c, length)
+        d.protocol = p[0]
+        d.status |= DIGEST_OPTIONS
+        c.offset += length
+        if header == PROTOCOL_FRAGMENT:
+            d.fragment_id = be32(p + 4)
+            note_fragment(d, be16(p + 2) & 0xFFF8, p[3] & 1)
+            if d.status & DIGEST_LATER_FRAGMENT:
+                return METERED
+        elif header == PROTOCOL_HOP_BY_HOP and d.status & DIGEST_ZERO_LENGTH:
+            jumbo = jumbo_octets(p + 2, length - 2)
+            if jumbo > 0xFFFF and jumbo <= <uint32_t>0xFFFFFFD7:  # 40 more still fit
+                d.ip_octets = jumbo + 40
+                c.wire_end = start + 40 + jumbo
+                if c.end > c.wire_end:
+                    c.end = c.wire_end
+
+
+cdef inline void set_payload(const Cursor* c, digest* d, uint64_t header_octets) noexcept nogil:
+    cdef uint64_t payload = c.offset + header_octets
+    if payload <= c.wire_end:
+        d.payload_octets = <uint32_t>(c.wire_end - payload)
+        if payload <= 0xFFFF:
+            d.payload_offset = <uint16_t>payload
+    else:
+        d.status |= DIGEST_CUT_TRANSPORT
+
+
+cdef void parse_tcp(const Cursor* c, digest* d) noexcept nogil:
+    cdef const uint8_t* p = c.packet + c.offset
+    if not holds(c, 16):
+        d.status |= DIGEST_CUT_TRANSPORT
+        return
+    d.tcp_sequence = be32(p + 4)
+    d.tcp_acknowledgement = be32(p + 8)
+    d.tcp_flags = be16(p + 12) & 0x0FFF
+    d.tcp_window = be16(p + 14)
+    d.status |= DIGEST_TCP
+    if p[12] >> 4 < 5:
+        d.status |= DIGEST_CUT_TRANSPORT
+    else:
+        set_payload(c, d, (p[12] >> 4) * 4)
+
+
+cdef void parse_transport(Cursor* c, digest* d) noexcept nogil:
+    """What cannot be read here is left at zero and flagged: the packet is metered by its IP header all the same."""
+    cdef const uint8_t* p = c.packet + c.offset
+    cdef uint8_t protocol = d.protocol
+    if d.status & DIGEST_LATER_FRAGMENT:
+        set_payload(c, d, 0)
+        return
+    if (
+        protocol == PROTOCOL_TCP or protocol == PROTOCOL_UDP or protocol == PROTOCOL_SCTP
+        or protocol == PROTOCOL_UDPLITE or protocol == PROTOCOL_DCCP
+    ):
+        if not holds(c, 4):
+            d.status |= DIGEST_CUT_TRANSPORT
+            return
+        d.source_port = be16(p)
+        d.destination_port = be16(p + 2)
+        d.status |= DIGEST_PORTS
+        if protocol == PROTOCOL_TCP:
+            parse_tcp(c, d)
+        elif protocol == PROTOCOL_SCTP:
+            set_payload(c, d, 12)
+        elif protocol != PROTOCOL_DCCP:
+            set_payload(c, d, 8)
+    elif protocol == PROTOCOL_ICMP or protocol == PROTOCOL_ICMPV6:
+        if not holds(c, 2):
+            d.status |= DIGEST_CUT_TRANSPORT
+            return
+        d.icmp_type = p[0]
+        d.icmp_code = p[1]
+        d.status |= DIGEST_ICMP
+        set_payload(c, d, 4)
+    else:
+        set_payload(c, d, 0)
+
+
+cdef int parse_packet(Cursor* c, digest* d, uint16_t linktype) noexcept nogil:
+    cdef int result = parse_link(c, d, linktype)
+    if result == METERED:
+        result = parse_to_ip(c, d)
+    if result != METERED:
+        return result
+    result = parse_ipv4(c, d) if c.ethertype == ETHERTYPE_IPV4 else parse_ipv6(c, d)
+    if result == METERED:
+        if d.ip_version == 4 and d.protocol == PROTOCOL_AH and not d.status & DIGEST_LATER_FRAGMENT:
+            result = parse_extension_headers(c, d, c.offset)
+    if result == METERED:
+        parse_transport(c, d)
+    return result
+
+
+cdef uint32_t digest_packet(
+    const uint8_t* packet,
+    uint32_t captured_length,
+    uint32_t original_length,
+    uint16_t linktype,
+    uint32_t interface,
+    uint64_t timestamp_ns,
+    uint32_t status,
+    uint8_t* out,
+    uint64_t* ignored,
+) noexcept nogil:
+    cdef digest* d = <digest*>out
+    cdef Cursor c
+    cdef int result
+    if original_length < captured_length:
+        original_length = captured_length
+    memset(out, 0, DIGEST_MIN_BYTES)
+    d.status = <uint16_t>(status & DIGEST_CALLER_STATUS)
+    if captured_length < original_length:
+        d.status |= DIGEST_TRUNCATED
+    c.packet = packet
+    c.offset = 0
+    c.end = captured_length
+    c.wire_end = original_length
+    c.layers = 0
+    c.ethertype = ETHERTYPE_NONE
+    result = parse_packet(&c, d, linktype)
+    if result != METERED:
+        ignored[result] += 1
+        return 0
+    d.type = RECORD_DIGEST
+    d.length = DIGEST_MIN_BYTES
+    d.interface = interface
+    d.timestamp_high = <uint32_t>(timestamp_ns >> 32)
+    d.timestamp_low = <uint32_t>timestamp_ns
+    d.version = DIGEST_VERSION
+    d.original_length = original_length
+    d.captured_length = captured_length
+    d.length_again = DIGEST_MIN_BYTES
+    return DIGEST_MIN_BYTES
+
+
+cdef uint32_t status_of_options(const uint8_t* options, uint64_t length) noexcept nogil:
+    """Direction out of an Enhanced Packet Block's epb_flags option (draft-ietf-opsawg-pcapng, 4.3.1)."""
+    cdef uint64_t i = 0
+    cdef uint16_t code, value_length
+    cdef uint32_t value
+    while i + 4 <= length:
+        memcpy(&code, options + i, 2)
+        memcpy(&value_length, options + i + 2, 2)
+        i += 4
+        if code == 0 or i + value_length > length:
+            return 0
+        if code == 2 and value_length == 4:
+            memcpy(&value, options + i, 4)
+            if value & 3 == 1:
+                return DIGEST_INCOMING
+            return DIGEST_OUTGOING if value & 3 == 2 else 0
+        i += (value_length + 3) & 0x1FFFC
+    return 0
+
+
+cdef bint digest_records(
+    const uint8_t* records,
+    uint64_t record_bytes,
+    const uint16_t* linktypes,
+    uint32_t linktype_count,
+    uint8_t* out,
+    uint64_t out_room,
+    uint64_t* ignored,
+    DigestBatch* batch,
+) noexcept nogil:
+    cdef const uint8_t* r
+    cdef uint32_t[7] head  # type, length, interface, timestamp high and low, captured length, original length
+    cdef uint64_t data_end
+    cdef uint32_t written
+    memset(batch, 0, sizeof(DigestBatch))
+    while batch.consumed_bytes < record_bytes:
+        r = records + batch.consumed_bytes
+        if record_bytes - batch.consumed_bytes < RECORD_PREFIX_BYTES:
+            return False
+        memcpy(head, r, 8)
+        if (
+            head[1] < RECORD_PREFIX_BYTES or head[1] > RECORD_MAX_BYTES or head[1] & 3
+            or head[1] > record_bytes - batch.consumed_bytes
+        ):
+            return False
+        if head[0] == RECORD_PACKET:
+            if head[1] < RECORD_PACKET_MIN:
+                return False
+            if out_room - batch.written_bytes < DIGEST_MAX_BYTES:
+                return True
+            memcpy(head, r, RECORD_PACKET_DATA)
+            data_end = RECORD_PACKET_DATA + ((<uint64_t>head[5] + 3) & ~<uint64_t>3)
+            if data_end > head[1] - 4:
+                return False
+            batch.packets += 1
+            if head[2] >= linktype_count:
+                ignored[IGNORED_LINK_TYPE] += 1
+            else:
+                written = digest_packet(
+                    r + RECORD_PACKET_DATA, head[5], head[6], linktypes[head[2]], head[2],
+                    (<uint64_t>head[3] << 32) | head[4],
+                    status_of_options(r + data_end, head[1] - 4 - data_end),
+                    out + batch.written_bytes, ignored,
+                )
+                batch.written_bytes += written
+                batch.digests += written != 0
+        batch.consumed_bytes += head[1]
+    return True
+
+
+# ---- for Python: tests, and tools that look at single packets ----
+
+IGNORED = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
+
+
+def parse(const unsigned char[::1] packet not None, int linktype, original_length=None, captured_length=None):
+    cdef uint64_t[IGNORED_REASON_COUNT] ignored
+    cdef digest d
+    cdef uint32_t captured = packet.shape[0] if captured_length is None else captured_length
+    cdef uint32_t original = captured if original_length is None else original_length
+    cdef const unsigned char* data = &packet[0] if packet.shape[0] else <const unsigned char*>&d
+    if captured > packet.shape[0]:
+        raise ValueError(f"captured_length {captured} exceeds the {packet.shape[0]} octets given")
+    memset(ignored, 0, sizeof(ignored))
+    if not digest_packet(data, captured, original, <uint16_t>linktype, 0, 0, 0, <uint8_t*>&d, ignored):
+        for i in range(IGNORED_REASON_COUNT):
+            if ignored[i]:
+                return {"ignored": IGNORED[i]}
+    return digest_fields(&d)
+
+
+cdef dict digest_fields(const digest* d):
+    cdef Py_ssize_t address_bytes = 4 if d.ip_version == 4 else 16
+    return {
+        "interface": d.interface,
+        "timestamp_ns": (<uint64_t>d.timestamp_high << 32) | d.timestamp_low,
+        "ip_version": d.ip_version,
+        "protocol": d.protocol,
+        "source_address": (<const char*>d.source_address)[:address_bytes],
+        "destination_address": (<const char*>d.destination_address)[:address_bytes],
+        "source_port": d.source_port,
+        "destination_port": d.destination_port,
+        "ip_octets": d.ip_octets,
+        "payload_octets": d.payload_octets,
+        "payload_offset": d.payload_offset,
+        "original_length": d.original_length,
+        "captured_length": d.captured_length,
+        "ttl": d.ttl,
+        "tos": d.tos,
+        "vlan_tags": d.vlan_tags,
+        "vlan_outer": d.vlan_outer,
+        "vlan_inner": d.vlan_inner,
+        "mpls": d.mpls,
+        "tcp_sequence": d.tcp_sequence,
+        "tcp_acknowledgement": d.tcp_acknowledgement,
+        "tcp_window": d.tcp_window,
+        "tcp_flags": d.tcp_flags,
+        "icmp_type": d.icmp_type,
+        "icmp_code": d.icmp_code,
+        "fragment_id": d.fragment_id,
+        "fragment_offset": d.fragment_offset,
+        "source_mac": (<const char*>d.source_mac)[:6],
+        "destination_mac": (<const char*>d.destination_mac)[:6],
+        "status": d.status,
+    }
+
+
+def digests(const unsigned char[::1] records not None, linktypes):
+    cdef uint64_t[IGNORED_REASON_COUNT] ignored
+    cdef uint16_t[256] table
+    cdef DigestBatch batch
+    cdef bytearray out = bytearray(len(records) // RECORD_PACKET_MIN * DIGEST_MAX_BYTES + DIGEST_MAX_BYTES)
+    cdef unsigned char[::1] room = out
+    cdef uint32_t count = len(linktypes)
+    cdef bint whole
+    if count > 256:
+        raise ValueError(f"{count} interfaces, at most 256 here")
+    for i in range(count):
+        table[i] = linktypes[i]
+    memset(ignored, 0, sizeof(ignored))
+    if records.shape[0] == 0:
+        return b"", dict.fromkeys(IGNORED, 0)
+    whole = digest_records(&records[0], records.shape[0], table, count, &room[0], room.shape[0], ignored, &batch)
+    if not whole:
+        raise ValueError(f"damaged record at offset {batch.consumed_bytes}")
+    return bytes(out[: batch.written_bytes]), {IGNORED[i]: ignored[i] for i in range(IGNORED_REASON_COUNT)}

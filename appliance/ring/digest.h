@@ -1,0 +1,91 @@
+/* The digest of one packet's headers: what the capture side parses while the bytes are hot, and all that the meter
+ * sees. A record of type RECORD_DIGEST in the framing of layout.h: two cache lines, every field aligned to its own
+ * size but for the addresses, integers in host byte order, addresses and MACs in wire order.
+ *
+ *    0 type | 4 length | 8 interface | 12 timestamp high | 16 timestamp low        the prefix of every record
+ *   20 version, TTL, IP version, protocol
+ *   24 source address | 40 destination address     IPv4: the first 4 octets, the others zero
+ *   56 source port, destination port | 60 outer and inner VLAN tag     24..63 with 22 and 23 is the flow key
+ *   64 IP octets, payload octets, original length
+ *   76 TCP sequence, acknowledgement, window, flags
+ *   88 fragment identification, offset, status
+ *   96 source MAC, destination MAC
+ *  108 ICMP type, code, VLAN tags, ToS | 112 MPLS | 116 captured length | 120 payload offset, extension length
+ *  124 extension, if any | length again
+ *
+ * An extension (none yet) stands between the fixed part and the closing length; a reader takes what it knows and skips
+ * the rest by `length`. Fields change only with DIGEST_VERSION. */
+#ifndef APPLIANCE_RING_DIGEST_H
+#define APPLIANCE_RING_DIGEST_H
+
+#include "layout.h"
+
+#define DIGEST_VERSION 1u
+#define DIGEST_FIXED_BYTES 124u              /* up to the extension */
+#define DIGEST_MIN_BYTES 128u                /* without an extension */
+#define DIGEST_MAX_BYTES 128u                /* what a parser writes at most: its caller keeps that much room */
+#define DIGEST_LIMIT_BYTES (DIGEST_MIN_BYTES + 65536u) /* longer is corrupt */
+
+/* status */
+#define DIGEST_TRUNCATED 0x0001u          /* the capture holds less than was on the wire */
+#define DIGEST_CHECKSUM_NOT_READY 0x0002u /* left to the interface: outgoing, or never on a wire */
+#define DIGEST_OUTGOING 0x0004u           /* sent by this host */
+#define DIGEST_INCOMING 0x0008u           /* received by this host */
+#define DIGEST_DONT_FRAGMENT 0x0010u      /* IPv4 DF */
+#define DIGEST_MORE_FRAGMENTS 0x0020u     /* IPv4 MF, IPv6 M */
+#define DIGEST_LATER_FRAGMENT 0x0040u     /* fragment offset above 0: no ports */
+#define DIGEST_PORTS 0x0080u              /* the ports were read */
+#define DIGEST_TCP 0x0100u                /* the TCP fields were read */
+#define DIGEST_ICMP 0x0200u               /* ICMP type and code were read */
+#define DIGEST_ZERO_LENGTH 0x0400u        /* the IP length field is 0: an offloaded segment (TSO, BIG TCP) */
+#define DIGEST_CUT_TRANSPORT 0x0800u      /* the transport header is cut short or contradicts itself */
+#define DIGEST_LINK_ADDRESSES 0x1000u     /* the MAC fields were read */
+#define DIGEST_OPTIONS 0x2000u            /* IPv4 options or IPv6 extension headers */
+/* what the caller of the parser may set */
+#define DIGEST_CALLER_STATUS (DIGEST_CHECKSUM_NOT_READY | DIGEST_OUTGOING | DIGEST_INCOMING)
+
+struct digest {
+    uint32_t type;
+    uint32_t length;
+    uint32_t interface;
+    uint32_t timestamp_high;
+    uint32_t timestamp_low;
+    uint8_t version;
+    uint8_t ttl; /* or hop limit */
+    uint8_t ip_version;
+    uint8_t protocol; /* the last header of the IPv6 chain */
+    uint8_t source_address[16];
+    uint8_t destination_address[16];
+    uint16_t source_port;
+    uint16_t destination_port;
+    uint16_t vlan_outer; /* priority, DEI and identifier, as in the tag */
+    uint16_t vlan_inner;
+    uint32_t ip_octets;       /* IP total length; 0 when the IPv4 field is 0 */
+    uint32_t payload_octets;  /* behind the transport header, on the wire */
+    uint32_t original_length; /* of the frame */
+    uint32_t tcp_sequence;
+    uint32_t tcp_acknowledgement;
+    uint16_t tcp_window;
+    uint16_t tcp_flags; /* 12 bits: the reserved ones and AE included */
+    uint32_t fragment_id;
+    uint16_t fragment_offset; /* octets */
+    uint16_t status;
+    uint8_t source_mac[6];
+    uint8_t destination_mac[6];
+    uint8_t icmp_type;
+    uint8_t icmp_code;
+    uint8_t vlan_tags; /* number of VLAN tags */
+    uint8_t tos;       /* or traffic class */
+    uint32_t mpls;     /* top label stack entry, 0 when there is none */
+    uint32_t captured_length;
+    uint16_t payload_offset;   /* of the transport payload in the packet, 0 when unknown */
+    uint16_t extension_length; /* octets between the fixed part and the closing length */
+    uint32_t length_again;     /* here only without an extension */
+};
+
+_Static_assert(sizeof(struct digest) == DIGEST_MIN_BYTES, "two cache lines");
+_Static_assert(offsetof(struct digest, source_address) == 24, "key");
+_Static_assert(offsetof(struct digest, ip_octets) == 64, "the second line begins with the counters");
+_Static_assert(offsetof(struct digest, length_again) == DIGEST_FIXED_BYTES, "fixed part");
+
+#endif

@@ -1,0 +1,64 @@
+"""The digest record of digest.h, for compiled modules."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+
+
+cdef extern from "digest.h" nogil:
+    const uint32_t DIGEST_VERSION
+    const uint32_t DIGEST_FIXED_BYTES
+    const uint32_t DIGEST_MIN_BYTES
+    const uint32_t DIGEST_MAX_BYTES
+    const uint32_t DIGEST_LIMIT_BYTES
+    const uint32_t DIGEST_TRUNCATED
+    const uint32_t DIGEST_CHECKSUM_NOT_READY
+    const uint32_t DIGEST_OUTGOING
+    const uint32_t DIGEST_INCOMING
+    const uint32_t DIGEST_DONT_FRAGMENT
+    const uint32_t DIGEST_MORE_FRAGMENTS
+    const uint32_t DIGEST_LATER_FRAGMENT
+    const uint32_t DIGEST_PORTS
+    const uint32_t DIGEST_TCP
+    const uint32_t DIGEST_ICMP
+    const uint32_t DIGEST_ZERO_LENGTH
+    const uint32_t DIGEST_CUT_TRANSPORT
+    const uint32_t DIGEST_LINK_ADDRESSES
+    const uint32_t DIGEST_OPTIONS
+    const uint32_t DIGEST_CALLER_STATUS
+
+    struct digest:
+        uint32_t type
+        uint32_t length
+        uint32_t interface
+        uint32_t timestamp_high
+        uint32_t timestamp_low
+        uint8_t version
+        uint8_t ttl
+        uint8_t ip_version
+        uint8_t protocol
+        uint8_t[16] source_address
+        uint8_t[16] destination_address
+        uint16_t source_port
+        uint16_t destination_port
+        uint16_t vlan_outer
+        uint16_t vlan_inner
+        uint32_t ip_octets
+        uint32_t payload_octets
+        uint32_t original_length
+        uint32_t tcp_sequence
+        uint32_t tcp_acknowledgement
+        uint16_t tcp_window
+        uint16_t tcp_flags
+        uint32_t fragment_id
+        uint16_t fragment_offset
+        uint16_t status
+        uint8_t[6] source_mac
+        uint8_t[6] destination_mac
+        uint8_t icmp_type
+        uint8_t icmp_code
+        uint8_t vlan_tags
+        uint8_t tos
+        uint32_t mpls
+        uint32_t captured_length
+        uint16_t payload_offset
+        uint16_t extension_length
+        uint32_t length_again

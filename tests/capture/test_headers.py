@@ -1,0 +1,389 @@
+"""The header parser: what it reads, what it refuses and why, and that nothing behind the captured length matters."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.capture import headers
+from appliance.counters import IGNORED_REASONS
+
+ETHERNET, RAW, NULL, LOOP, SLL, SLL2, PPP, PPP_HDLC, C_HDLC = 1, 101, 0, 108, 113, 276, 9, 50, 104
+TRUNCATED, OUTGOING, DF, MORE, LATER, PORTS, TCP_READ = 0x1, 0x4, 0x10, 0x20, 0x40, 0x80, 0x100
+ZERO_LENGTH, CUT_TRANSPORT, OPTIONS = 0x400, 0x800, 0x2000
+
+SHARED = Path(os.environ.get("APPLIANCE_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+
+MACS = bytes.fromhex("020000000002020000000001")
+A4, B4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
+A6, B6 = bytes.fromhex("20010db8" + "00" * 11 + "01"), bytes.fromhex("20010db8" + "00" * 11 + "02")
+
+
+def ethernet(ethertype: int, payload: bytes) -> bytes:
+    return MACS + struct.pack(">H", ethertype) + payload
+
+
+def tag(tci: int, ethertype: int, payload: bytes) -> bytes:
+    return struct.pack(">HH", tci, ethertype) + payload
+
+
+def ipv4(protocol: int, payload: bytes, *, options: bytes = b"", fragment: int = 0, total: int | None = None) -> bytes:
+    header_octets = 20 + len(options)
+    if total is None:
+        total = header_octets + len(payload)
+    first = 0x40 | header_octets // 4
+    return struct.pack(">BBHHHBBH", first, 0xB8, total, 7, fragment, 61, protocol, 0) + A4 + B4 + options + payload
+
+
+def ipv6(next_header: int, payload: bytes, *, length: int | None = None) -> bytes:
+    length = len(payload) if length is None else length
+    return struct.pack(">IHBB", 0x6B800000, length, next_header, 62) + A6 + B6 + payload
+
+
+def tcp(payload: bytes = b"", *, flags: int = 0x18, offset: int = 5) -> bytes:
+    return struct.pack(">HHIIBBHHH", 40000, 443, 1000, 2000, offset << 4, flags, 512, 0, 0) + payload
+
+
+def udp(payload: bytes = b"") -> bytes:
+    return struct.pack(">HHHH", 5353, 53, 8 + len(payload), 0) + payload
+
+
+def fragment6(next_header: int, offset: int, more: bool, payload: bytes) -> bytes:
+    return struct.pack(">BBHI", next_header, 0, offset | more, 99) + payload
+
+
+SEEDS: dict[str, tuple[int, bytes]] = {
+    "tcp over ipv4": (ETHERNET, ethernet(0x0800, ipv4(6, tcp(b"x" * 10)))),
+    "padded to 60 octets": (ETHERNET, ethernet(0x0800, ipv4(17, udp())) + b"\xee" * 18),
+    "tcp with options over ipv4 with options": (
+        ETHERNET,
+        ethernet(0x0800, ipv4(6, tcp(b"\1" * 12 + b"data", offset=8), options=b"\x94\4\0\0")),
+    ),
+    "udp over ipv6": (ETHERNET, ethernet(0x86DD, ipv6(17, udp(b"abc")))),
+    "icmp": (ETHERNET, ethernet(0x0800, ipv4(1, b"\3\1\0\0" + b"\0" * 4 + ipv4(6, tcp())))),
+    "icmpv6": (ETHERNET, ethernet(0x86DD, ipv6(58, b"\x80\0\0\0\0\1\0\1"))),
+    "sctp": (ETHERNET, ethernet(0x0800, ipv4(132, struct.pack(">HHII", 1, 2, 3, 4) + b"c" * 16))),
+    "qinq": (ETHERNET, ethernet(0x88A8, tag(0x2064, 0x8100, tag(0x0065, 0x0800, ipv4(17, udp()))))),
+    "mpls": (ETHERNET, ethernet(0x8847, struct.pack(">II", 0x0001_0040, 0x0001_1140) + ipv4(6, tcp()))),
+    "mpls pseudowire": (
+        ETHERNET,
+        ethernet(0x8847, struct.pack(">II", 0x0001_0140, 0) + ethernet(0x8100, tag(5, 0x86DD, ipv6(17, udp())))),
+    ),
+    "pppoe": (ETHERNET, ethernet(0x8864, b"\x11\0\0\1\0\x40\0\x21" + ipv4(6, tcp()))),
+    "snap": (ETHERNET, ethernet(44, b"\xaa\xaa\3\0\0\0\x08\0" + ipv4(17, udp()))),
+    "ipv6 extension headers": (
+        ETHERNET,
+        ethernet(
+            0x86DD, ipv6(0, b"\x2b\0" + b"\1\4\0\0\0\0" + b"\x3c\2\4\0" + b"\0" * 20 + b"\6\0\1\4\0\0\0\0" + tcp())
+        ),
+    ),
+    "ipv6 first fragment": (RAW, ipv6(44, fragment6(17, 0, True, udp(b"z" * 8)))),
+    "ipv6 later fragment": (RAW, ipv6(44, fragment6(17, 1232, False, b"q" * 9))),
+    "ipv4 later fragment": (RAW, ipv4(17, b"p" * 16, fragment=185)),
+    "jumbogram": (RAW, ipv6(0, b"\6\0\xc2\4" + struct.pack(">I", 70000) + tcp(b"j" * (70000 - 28)), length=0)),
+    "authentication header": (RAW, ipv4(51, b"\6\4" + b"\0" * 22 + tcp())),
+    "loopback, little endian": (NULL, b"\2\0\0\0" + ipv4(17, udp())),
+    "loopback, big endian": (LOOP, b"\0\0\0\x1e" + ipv6(17, udp())),
+    "cooked": (SLL, struct.pack(">HHH8sH", 4, 1, 6, MACS[6:] + b"\0\0", 0x0800) + ipv4(6, tcp())),
+    "cooked 2": (SLL2, struct.pack(">HHIHBB8s", 0x86DD, 0, 3, 1, 0, 6, MACS[6:] + b"\0\0") + ipv6(6, tcp())),
+    "ppp": (PPP, b"\xff\3\0\x21" + ipv4(6, tcp())),
+    "ppp, compressed": (PPP_HDLC, b"\x57" + ipv6(6, tcp())),
+    "cisco hdlc": (C_HDLC, b"\x0f\0\x08\0" + ipv4(6, tcp())),
+}
+
+
+def test_reasons_stand_in_the_order_of_the_counter_page() -> None:
+    assert headers.IGNORED == IGNORED_REASONS
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_seed_is_metered(name: str) -> None:
+    linktype, packet = SEEDS[name]
+    assert "ignored" not in headers.parse(packet, linktype)
+
+
+def test_tcp_fields_are_read() -> None:
+    fields = headers.parse(SEEDS["tcp with options over ipv4 with options"][1], ETHERNET)
+    assert (fields["source_address"], fields["destination_address"]) == (A4, B4)
+    assert (fields["source_port"], fields["destination_port"], fields["protocol"]) == (40000, 443, 6)
+    assert (fields["tcp_sequence"], fields["tcp_acknowledgement"], fields["tcp_window"]) == (1000, 2000, 512)
+    assert (fields["tcp_flags"], fields["ttl"], fields["tos"]) == (0x18, 61, 0xB8)
+    assert (fields["ip_octets"], fields["payload_octets"], fields["payload_offset"]) == (60, 4, 14 + 24 + 32)
+    assert (fields["source_mac"], fields["destination_mac"]) == (MACS[6:], MACS[:6])
+    assert fields["status"] & (PORTS | TCP_READ | OPTIONS) == PORTS | TCP_READ | OPTIONS
+
+
+def test_ethernet_padding_is_no_payload() -> None:
+    fields = headers.parse(SEEDS["padded to 60 octets"][1], ETHERNET)
+    assert (fields["ip_octets"], fields["payload_octets"], fields["original_length"]) == (28, 0, 60)
+
+
+def test_ports_do_not_come_from_the_padding() -> None:
+    fields = headers.parse(ethernet(0x0800, ipv4(17, b"")) + b"\xee" * 26, ETHERNET)
+    assert fields["source_port"] == 0 and fields["status"] & CUT_TRANSPORT and not fields["status"] & PORTS
+
+
+def test_both_vlan_tags_are_kept_whole() -> None:
+    fields = headers.parse(SEEDS["qinq"][1], ETHERNET)
+    assert (fields["vlan_tags"], fields["vlan_outer"], fields["vlan_inner"]) == (2, 0x2064, 0x0065)
+
+
+def test_the_top_label_is_kept() -> None:
+    assert headers.parse(SEEDS["mpls"][1], ETHERNET)["mpls"] == 0x0001_0040
+
+
+def test_ipv6_extension_headers_lead_to_the_transport() -> None:
+    fields = headers.parse(SEEDS["ipv6 extension headers"][1], ETHERNET)
+    assert (fields["protocol"], fields["source_port"], fields["ip_octets"]) == (6, 40000, 40 + 40 + 20)
+
+
+def test_the_first_fragment_has_ports_and_later_ones_have_none() -> None:
+    first = headers.parse(SEEDS["ipv6 first fragment"][1], RAW)
+    assert first["source_port"] == 5353 and first["status"] & (MORE | LATER) == MORE
+    for name, offset, identification in (("ipv6 later fragment", 1232, 99), ("ipv4 later fragment", 1480, 7)):
+        later = headers.parse(SEEDS[name][1], RAW)
+        assert (later["source_port"], later["protocol"], later["fragment_offset"]) == (0, 17, offset)
+        assert later["fragment_id"] == identification and later["status"] & LATER
+
+
+def test_an_atomic_fragment_is_no_fragment() -> None:
+    fields = headers.parse(ipv6(44, fragment6(17, 0, False, udp())), RAW)
+    assert fields["source_port"] == 5353 and not fields["status"] & (MORE | LATER)
+
+
+def test_a_jumbogram_counts_its_option_length() -> None:
+    fields = headers.parse(SEEDS["jumbogram"][1], RAW)
+    assert (fields["ip_octets"], fields["payload_octets"]) == (70040, 70000 - 28)
+    assert fields["status"] & ZERO_LENGTH
+
+
+def test_a_zero_ip_length_counts_no_octets_and_still_has_ports_and_payload() -> None:
+    fields = headers.parse(ethernet(0x0800, ipv4(6, tcp(b"s" * 3000), total=0)), ETHERNET)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (0, 40000, 3000)
+    assert fields["status"] & ZERO_LENGTH
+
+
+def test_icmp_type_and_code_are_no_ports() -> None:
+    fields = headers.parse(SEEDS["icmp"][1], ETHERNET)
+    assert (fields["icmp_type"], fields["icmp_code"], fields["source_port"], fields["destination_port"]) == (3, 1, 0, 0)
+
+
+def test_an_outgoing_cooked_packet_is_marked() -> None:
+    assert headers.parse(SEEDS["cooked"][1], SLL)["status"] & OUTGOING
+
+
+def test_a_packet_that_the_capture_cut_keeps_its_lengths() -> None:
+    packet = ethernet(0x0800, ipv4(6, tcp(b"x" * 1000)))
+    fields = headers.parse(packet[:54], ETHERNET, original_length=len(packet))
+    assert (fields["ip_octets"], fields["payload_octets"], fields["captured_length"]) == (1040, 1000, 54)
+    assert fields["status"] & TRUNCATED
+
+
+@pytest.mark.parametrize(
+    ("reason", "linktype", "packet"),
+    [
+        ("not_ip", ETHERNET, ethernet(0x0806, b"\0" * 28)),
+        ("not_ip", ETHERNET, ethernet(38, b"\x42\x42\3" + b"\0" * 35)),
+        ("not_ip", NULL, b"\7\0\0\0" + b"\0" * 20),
+        ("not_ip", PPP, b"\xff\3\xc0\x21" + b"\0" * 8),
+        ("malformed", RAW, b"\x44" + ipv4(6, tcp())[1:]),
+        ("malformed", RAW, b"\x4f" + ipv4(6, b"")[1:]),
+        ("malformed", RAW, ipv4(6, tcp(), total=19)),
+        ("malformed", RAW, b"\x55" + ipv4(6, tcp())[1:]),
+        ("malformed", RAW, ipv6(6, tcp())[:30]),
+        ("malformed", RAW, ipv6(0, b"\6\xff" + b"\0" * 30)),
+        ("malformed", ETHERNET, MACS),
+        ("malformed", RAW, b""),
+        ("link_type", 105, ethernet(0x0800, ipv4(6, tcp()))),
+        ("too_many_layers", ETHERNET, ethernet(0x8100, tag(1, 0x8100, b"") * 99 + tag(1, 0x0800, ipv4(6, tcp())))),
+        ("too_many_layers", ETHERNET, ethernet(0x8847, b"\0\1\0\x40" * 100 + b"\0\1\1\x40" + ipv4(6, tcp()))),
+        ("too_many_layers", RAW, ipv6(60, b"\x3c\0\1\4\0\0\0\0" * 99 + b"\6\0\1\4\0\0\0\0" + tcp())),
+    ],
+)
+def test_what_is_not_metered_has_a_reason(reason: str, linktype: int, packet: bytes) -> None:
+    assert headers.parse(packet, linktype) == {"ignored": reason}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_capture_that_ends_in_the_headers_is_truncated_never_malformed(name: str) -> None:
+    linktype, packet = SEEDS[name]
+    for length in range(min(len(packet), 150)):
+        result = headers.parse(packet[:length], linktype, original_length=len(packet))
+        assert result.get("ignored", "truncated") in ("truncated", "not_ip"), f"cut at {length}"
+
+
+def test_sixteen_tags_are_taken() -> None:
+    packet = ethernet(0x8100, tag(1, 0x8100, b"") * 15 + tag(1, 0x0800, ipv4(6, tcp())))
+    assert headers.parse(packet, ETHERNET)["vlan_tags"] == 16
+
+
+# ---- safety: only what was captured counts ----
+
+
+def results_under_tails(packet: bytes, linktype: int, length: int, original: int) -> list[dict[str, object]]:
+    return [
+        headers.parse(packet[:length] + tail * 80, linktype, original_length=original, captured_length=length)
+        for tail in (b"\x00", b"\xff", packet[:14] or b"\x45")
+    ]
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_octets_behind_the_captured_length_change_nothing(name: str) -> None:
+    linktype, packet = SEEDS[name]
+    for length in range(min(len(packet), 200) + 1):
+        for original in (length, len(packet)):
+            first, *others = results_under_tails(packet, linktype, length, original)
+            assert all(other == first for other in others), f"cut at {length} of {original}"
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_wrong_octet_anywhere_in_the_headers_reads_nothing_behind_them(name: str) -> None:
+    linktype, packet = SEEDS[name]
+    for position in range(min(len(packet), 100)):
+        for value in (0x00, 0x01, 0x7F, 0x80, 0xFF, packet[position] ^ 0x10):
+            mutated = packet[:position] + bytes([value]) + packet[position + 1 :]
+            length = min(len(packet), 120)
+            first, *others = results_under_tails(mutated, linktype, length, len(packet))
+            assert all(other == first for other in others), f"octet {position} = {value}"
+
+
+@given(st.binary(max_size=200), st.sampled_from([0, 1, 9, 50, 101, 104, 108, 113, 228, 229, 276, 147]))
+@settings(max_examples=300, deadline=None)
+def test_any_octets_give_a_digest_or_a_reason(packet: bytes, linktype: int) -> None:
+    first, *others = results_under_tails(packet, linktype, len(packet), len(packet))
+    assert all(other == first for other in others)
+    assert first.get("ignored") in (*headers.IGNORED, None)
+
+
+class GuardedPage:
+    """A page of memory with an unreadable one behind it: a packet at its end cannot be read past."""
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        libc = ctypes.CDLL(None, use_errno=True)
+        guard = ctypes.c_void_p(base + 2 * mmap.PAGESIZE)
+        if libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+        self._view = memoryview(self._map)
+
+    def at_the_end(self, packet: bytes) -> memoryview:
+        end = 2 * mmap.PAGESIZE
+        self._view[end - len(packet) : end] = packet
+        return self._view[end - len(packet) : end]
+
+
+def test_no_read_crosses_into_an_unreadable_page() -> None:
+    page = GuardedPage()
+    for linktype, packet in SEEDS.values():
+        for length in range(min(len(packet), 200)):
+            in_place = headers.parse(page.at_the_end(packet[:length]), linktype, original_length=len(packet))
+            assert in_place == headers.parse(packet[:length], linktype, original_length=len(packet))
+
+
+# ---- batches of records ----
+
+
+def packet_record(
+    packet: bytes, *, interface: int = 0, timestamp_ns: int = 0, original: int = 0, options: bytes = b""
+) -> bytes:
+    body = packet + b"\0" * (-len(packet) % 4) + options
+    length = 32 + len(body)
+    high, low = divmod(timestamp_ns, 1 << 32)
+    head = struct.pack("=7I", 6, length, interface, high, low, len(packet), original or len(packet))
+    return head + body + struct.pack("=I", length)
+
+
+def test_a_batch_gives_one_digest_for_every_metered_packet() -> None:
+    arp = ethernet(0x0806, b"\0" * 28)
+    time_ns = 1_700_000_000_123_456_789
+    records = (
+        packet_record(SEEDS["tcp over ipv4"][1], timestamp_ns=time_ns)
+        + packet_record(arp)
+        + struct.pack("=III", 1, 20, 0)
+        + b"\0" * 4
+        + struct.pack("=I", 20)
+        + packet_record(SEEDS["ppp"][1], interface=1)
+        + packet_record(SEEDS["ppp"][1], interface=2)
+    )
+    out, ignored = headers.digests(records, [ETHERNET, PPP])
+    assert len(out) == 2 * 128
+    record_type, length, interface, high, low = struct.unpack_from("=5I", out)
+    assert (record_type, length, interface, high << 32 | low) == (0x80000D16, 128, 0, time_ns)
+    assert struct.unpack_from("=I", out, 124) == (128,)
+    assert struct.unpack_from("=I", out, 128 + 8) == (1,)
+    assert ignored == {"not_ip": 1, "truncated": 0, "malformed": 0, "too_many_layers": 0, "link_type": 1}
+
+
+@pytest.mark.parametrize(("flags", "status"), [(1, 0x8), (2, 0x4), (0, 0)])
+def test_the_direction_of_a_packet_block_travels_along(flags: int, status: int) -> None:
+    options = struct.pack("=HH4s", 1, 4, b"note") + struct.pack("=HHI", 2, 4, flags) + struct.pack("=HH", 0, 0)
+    out, _ = headers.digests(packet_record(SEEDS["tcp over ipv4"][1], options=options), [ETHERNET])
+    assert struct.unpack_from("=H", out, 94)[0] & 0xC == status
+
+
+@pytest.mark.parametrize("damage", ["length too small", "length too large", "captured length beyond the record", "cut"])
+def test_damaged_framing_is_refused(damage: str) -> None:
+    good = packet_record(SEEDS["tcp over ipv4"][1])
+    bad = bytearray(good)
+    if damage == "length too small":
+        struct.pack_into("=I", bad, 4, 8)
+    elif damage == "length too large":
+        struct.pack_into("=I", bad, 4, len(bad) + 4)
+    elif damage == "captured length beyond the record":
+        struct.pack_into("=I", bad, 20, 0xFFFFFFFF)
+    else:
+        del bad[10:]
+    with pytest.raises(ValueError, match=f"offset {len(good)}"):
+        headers.digests(good + bytes(bad), [ETHERNET])
+
+
+# ---- real captures ----
+
+
+def pcap_packets(path: Path) -> Iterator[tuple[int, int, bytes, int]]:
+    """(link type, time in the file's own units, captured octets, original length) of a classic pcap file."""
+    data = path.read_bytes()
+    order = {
+        b"\xd4\xc3\xb2\xa1": "<",
+        b"\x4d\x3c\xb2\xa1": "<",
+        b"\xa1\xb2\xc3\xd4": ">",
+        b"\xa1\xb2\x3c\x4d": ">",
+    }.get(data[:4])
+    if order is None:
+        return
+    linktype = struct.unpack_from(order + "I", data, 20)[0] & 0xFFFF
+    offset = 24
+    while offset + 16 <= len(data):
+        _, _, captured, original = struct.unpack_from(order + "4I", data, offset)
+        packet = data[offset + 16 : offset + 16 + captured]
+        if len(packet) < captured:
+            return
+        yield linktype, 0, packet, original
+        offset += 16 + captured
+
+
+def shared_captures() -> list[Path]:
+    return sorted(SHARED.glob("captures/**/*.pcap")) if SHARED.is_dir() else []
+
+
+@pytest.mark.skipif(not shared_captures(), reason="no shared captures beside the repository (APPLIANCE_SHARED_DATA)")
+def test_real_and_damaged_captures_never_read_behind_a_packet() -> None:
+    checked = 0
+    for path in shared_captures():
+        for number, (linktype, _, packet, original) in enumerate(pcap_packets(path)):
+            if number == 60:  # of each file: the kinds repeat
+                break
+            for length in {*range(0, min(len(packet), 130), 3), len(packet)}:
+                first, *others = results_under_tails(packet, linktype, length, max(original, length))
+                assert all(other == first for other in others), f"{path.name} packet {number} cut at {length}"
+                checked += 1
+    assert checked > 10_000
