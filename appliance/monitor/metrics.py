@@ -44,7 +44,7 @@ class SnapshotCollector(Collector):
 class Family:
     """One metric family; `samples` finds its label values and values in a snapshot."""
 
-    kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
+    kind: type[CounterMetricFamily | GaugeMetricFamily]
     name: str
     help: str
     labels: tuple[str, ...]
@@ -83,7 +83,7 @@ class _Rows(Generic[_Row]):
 
     def _family(
         self,
-        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        kind: type[CounterMetricFamily | GaugeMetricFamily],
         name: str,
         help: str,
         get: Callable[[_Row], _Value],
