@@ -6,6 +6,7 @@ import subprocess
 
 import psutil
 import pytest
+from monitor_pages import Appliance
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
@@ -13,7 +14,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from appliance.monitor.host import sample
 from appliance.monitor.metrics import FAMILIES, SnapshotCollector
-from monitor_pages import Appliance
 
 
 def registry(appliance: Appliance) -> CollectorRegistry:

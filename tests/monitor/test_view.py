@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from monitor_pages import SECOND, Appliance
 
 from appliance.counters import STATES
 from appliance.monitor.view import LOSS_STAGES, PLACES, STAGES, Snapshot
-from monitor_pages import SECOND, Appliance
 
 
 def test_the_identity_holds_when_every_term_is_counted(appliance: Appliance) -> None:
