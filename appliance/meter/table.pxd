@@ -24,12 +24,8 @@ cdef struct Direction:  # one cache line
 
 # Both ends in an order of their own, so that the two directions of a conversation have one key.
 cdef struct FlowKey:
-    uint8_t[16] low_address
-    uint8_t[16] high_address
-    uint16_t low_port
-    uint16_t high_port
-    uint16_t vlan_outer  # identifiers; 0 when VLANs are not in the key
-    uint16_t vlan_inner
+    uint64_t[4] ends  # the low and the high end's address, 16 octets each in wire order
+    uint64_t ports_vlans  # low port, high port, outer and inner VLAN identifier from the lowest bits up
     uint32_t interface  # 0 when interfaces are not in the key
     uint8_t protocol
     uint8_t ip_version

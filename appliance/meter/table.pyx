@@ -23,7 +23,8 @@ from appliance.ring.layout cimport *
 cdef extern from *:
     """
     #include <sys/mman.h>
-    #define prefetch_for_write(p) __builtin_prefetch((p), 1, 3)
+    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
     static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
     """
     void prefetch_for_write(const void* p) noexcept nogil
@@ -31,7 +32,7 @@ cdef extern from *:
 
 cdef enum:
     GROUP = 16  # digests whose memory is fetched ahead
-    HASH_WORDS = 12  # of 32 bits: a FlowKey
+    SECRETS = 14  # of 64 bits, for hash_key
     EVICTION_SAMPLE = 16
     WHEEL_BUCKETS = 8192
     WHEEL_DUE = WHEEL_BUCKETS  # the list that is being worked off
@@ -62,8 +63,18 @@ cdef struct Arrival:  # a digest on its way into the table
     FlowKey key
     uint32_t hash
     bint from_low
-    const digest* packet
+    const digest* packet  # NULL: of a version that is not known here
     uint64_t end  # offset behind its record
+
+cdef struct Group:
+    Arrival[GROUP] arrivals
+    int count
+
+cdef struct Input:
+    const uint8_t* records
+    uint64_t length  # cut back to what is whole
+    uint64_t offset
+    bint damaged
 
 cdef struct Counters:
     uint64_t observed_packets
@@ -95,7 +106,7 @@ cdef class FlowTable:
     cdef Slot* slots
     cdef FlowRow* row_buffer
     cdef uint32_t* wheel  # heads of the buckets' lists, and of WHEEL_DUE
-    cdef uint64_t[HASH_WORDS + 2] secrets
+    cdef uint64_t[SECRETS] secrets
     cdef uint32_t max_flows, used, high_water, free_list, hand, slot_mask
     cdef uint32_t row_capacity, rows_ready
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
@@ -153,53 +164,56 @@ cdef class FlowTable:
         """Multilinear hashing with secret keys: two different keys meet with a probability of 2^-32, whoever chose
         them (Lemire and Kaser 2014, Strongly universal string hashing is fast). The last step is a bijection of 64
         bits that breaks the linearity, so that ranges of addresses and ports spread over the slots."""
-        cdef uint32_t[HASH_WORDS] words
-        cdef uint64_t total = self.secrets[HASH_WORDS]
-        cdef int i
-        memcpy(words, key, sizeof(FlowKey))
-        for i in range(HASH_WORDS):
-            total += self.secrets[i] * words[i]
+        cdef const uint64_t* k = self.secrets
+        cdef uint64_t total = k[12]
+        total += k[0] * <uint32_t>key.ends[0] + k[1] * (key.ends[0] >> 32)
+        total += k[2] * <uint32_t>key.ends[1] + k[3] * (key.ends[1] >> 32)
+        total += k[4] * <uint32_t>key.ends[2] + k[5] * (key.ends[2] >> 32)
+        total += k[6] * <uint32_t>key.ends[3] + k[7] * (key.ends[3] >> 32)
+        total += k[8] * <uint32_t>key.ports_vlans + k[9] * (key.ports_vlans >> 32)
+        total += k[10] * key.interface + k[11] * ((<uint64_t>key.ip_version << 8) | key.protocol)
         total ^= total >> 32
-        total *= self.secrets[HASH_WORDS + 1] | 1
+        total *= k[13] | 1
         return <uint32_t>(total >> 32)
 
     cdef inline void take_in(self, Arrival* a, const digest* d) noexcept nogil:
-        cdef uint64_t[4] ends  # source and destination; any order will do that both directions agree on
-        memcpy(ends, d.source_address, 32)
-        a.packet = d
+        cdef uint64_t[4] ends
+        cdef uint64_t ports_vlans = 0
+        cdef int low
+        memcpy(ends, d.source_address, 32)  # the destination stands behind it
+        # Any order will do that both directions agree on.
         if ends[0] != ends[2]:
             a.from_low = ends[0] < ends[2]
         elif ends[1] != ends[3]:
             a.from_low = ends[1] < ends[3]
         else:
             a.from_low = d.source_port <= d.destination_port
+        low = 0 if a.from_low else 2
+        a.packet = d
+        a.key.ends[0] = ends[low]
+        a.key.ends[1] = ends[low + 1]
+        a.key.ends[2] = ends[2 - low]
+        a.key.ends[3] = ends[3 - low]
+        if self.vlan_in_key:
+            ports_vlans = (<uint64_t>(d.vlan_inner & 0x0FFF) << 48) | (<uint64_t>(d.vlan_outer & 0x0FFF) << 32)
         if a.from_low:
-            memcpy(a.key.low_address, d.source_address, 32)  # both: they stand side by side here and there
-            a.key.low_port = d.source_port
-            a.key.high_port = d.destination_port
+            ports_vlans |= (<uint64_t>d.destination_port << 16) | d.source_port
         else:
-            memcpy(a.key.low_address, d.destination_address, 16)
-            memcpy(a.key.high_address, d.source_address, 16)
-            a.key.low_port = d.destination_port
-            a.key.high_port = d.source_port
-        a.key.vlan_outer = d.vlan_outer & 0x0FFF if self.vlan_in_key else 0
-        a.key.vlan_inner = d.vlan_inner & 0x0FFF if self.vlan_in_key else 0
+            ports_vlans |= (<uint64_t>d.source_port << 16) | d.destination_port
+        a.key.ports_vlans = ports_vlans
         a.key.interface = d.interface if self.interface_in_key else 0
         a.key.protocol = d.protocol
         a.key.ip_version = d.ip_version
-        a.key.state = 0
-        a.key.forward_is_low = 0
+        a.key.state = STATE_OPEN
+        a.key.forward_is_low = a.from_low
         a.hash = self.hash_key(&a.key)
 
     @staticmethod
     cdef inline bint same_key(const FlowKey* a, const FlowKey* b) noexcept nogil:
-        cdef uint64_t[6] x
-        cdef uint64_t[6] y
-        memcpy(x, a, sizeof(FlowKey))
-        memcpy(y, b, sizeof(FlowKey))
         return (
-            x[0] == y[0] and x[1] == y[1] and x[2] == y[2] and x[3] == y[3] and x[4] == y[4]
-            and a.interface == b.interface and a.protocol == b.protocol and a.ip_version == b.ip_version
+            a.ends[0] == b.ends[0] and a.ends[1] == b.ends[1] and a.ends[2] == b.ends[2] and a.ends[3] == b.ends[3]
+            and a.ports_vlans == b.ports_vlans and a.interface == b.interface
+            and a.protocol == b.protocol and a.ip_version == b.ip_version
         )
 
     # ---- the index ----
@@ -347,7 +361,6 @@ cdef class FlowTable:
         flow = &self.flows[number]
         memset(flow, 0, sizeof(Flow))
         flow.key = a.key
-        flow.key.forward_is_low = a.from_low
         flow.hash = a.hash
         flow.flow_id = self.next_flow_id
         flow.last_ns = self.now_ns
@@ -424,17 +437,15 @@ cdef class FlowTable:
         cdef FlowRow* row = &self.row_buffer[self.rows_ready]
         cdef const Direction* f = &flow.forward
         cdef const Direction* r = &flow.reverse
+        cdef int source = 0 if flow.key.forward_is_low else 2
+        cdef uint16_t low_port = <uint16_t>flow.key.ports_vlans
+        cdef uint16_t high_port = <uint16_t>(flow.key.ports_vlans >> 16)
         if f.packets + r.packets == 0:  # nothing came since the last split
             return
-        if flow.key.forward_is_low:
-            memcpy(row.source_address, flow.key.low_address, 32)
-            row.source_port = flow.key.low_port
-            row.destination_port = flow.key.high_port
-        else:
-            memcpy(row.source_address, flow.key.high_address, 16)
-            memcpy(row.destination_address, flow.key.low_address, 16)
-            row.source_port = flow.key.high_port
-            row.destination_port = flow.key.low_port
+        memcpy(row.source_address, &flow.key.ends[source], 16)
+        memcpy(row.destination_address, &flow.key.ends[2 - source], 16)
+        row.source_port = low_port if source == 0 else high_port
+        row.destination_port = high_port if source == 0 else low_port
         row.vlan_outer = flow.vlan_outer
         row.vlan_inner = flow.vlan_inner
         row.vlan_tags = flow.vlan_tags
@@ -511,9 +522,14 @@ cdef class FlowTable:
     cdef inline bint meter(self, const Arrival* a) noexcept nogil:
         """One packet into its flow. False, and nothing done, when the row buffer is full."""
         cdef const digest* d = a.packet
-        cdef uint64_t time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
+        cdef uint64_t time_ns
         cdef Flow* flow
         cdef int reason
+        if d == NULL:
+            self.counts.observed_packets += 1
+            self.counts.ignored_packets += 1
+            return True
+        time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
         flow = self.find(&a.key, a.hash)
@@ -535,72 +551,86 @@ cdef class FlowTable:
         self.count(flow, a)
         return True
 
-    cdef int gather(self, Arrival* group, const uint8_t* records, uint64_t length, uint64_t* offset) noexcept nogil:
-        """The next digests, at most GROUP, their index slots on the way into the cache. -1: damaged framing."""
+    cdef inline void gather(self, Group* group, Input* source) noexcept nogil:
+        """The next digests, their index slots on the way into the cache."""
         cdef const uint8_t* r
+        cdef const digest* d
         cdef uint32_t[2] head
-        cdef int n = 0
-        while n < GROUP and offset[0] < length:
-            r = records + offset[0]
-            if length - offset[0] < RECORD_PREFIX_BYTES + 4:
-                return n if n else -1
-            memcpy(head, r, 8)
-            if head[1] < RECORD_PREFIX_BYTES + 4 or head[1] & 3 or head[1] > length - offset[0]:
-                return n if n else -1
+        cdef Arrival* a
+        group.count = 0
+        while group.count < GROUP and source.offset < source.length:
+            r = source.records + source.offset
+            if source.length - source.offset >= RECORD_PREFIX_BYTES + 4:
+                memcpy(head, r, 8)
+            else:
+                head[1] = 0
+            if head[1] < RECORD_PREFIX_BYTES + 4 or head[1] & 3 or head[1] > source.length - source.offset:
+                source.damaged = True
+                source.length = source.offset
+                return
+            source.offset += head[1]
             if head[0] == RECORD_DIGEST:
-                if head[1] >= DIGEST_MIN_BYTES and (<const digest*>r).version == DIGEST_VERSION:
-                    self.take_in(&group[n], <const digest*>r)
-                    prefetch_for_write(&self.slots[group[n].hash & self.slot_mask])
-                    group[n].end = offset[0] + head[1]
-                    n += 1
-                else:
-                    # Counted once, and behind us for good, even when the digests before it have to wait.
-                    if n == 0:
-                        self.counts.observed_packets += 1
-                        self.counts.ignored_packets += 1
-                        offset[0] += head[1]
-                    return n
-            offset[0] += head[1]
-        return n
+                a = &group.arrivals[group.count]
+                group.count += 1
+                a.end = source.offset
+                a.packet = NULL
+                a.hash = 0
+                d = <const digest*>r
+                if head[1] >= DIGEST_MIN_BYTES and d.version == DIGEST_VERSION:
+                    self.take_in(a, d)
+                prefetch_for_write(&self.slots[a.hash & self.slot_mask])
 
-    cdef inline void fetch(self, const Arrival* group, int n) noexcept nogil:
+    cdef inline void fetch(self, const Group* group) noexcept nogil:
         cdef uint32_t flow
         cdef int i
-        for i in range(n):
-            flow = self.slots[group[i].hash & self.slot_mask].flow
+        for i in range(group.count):
+            flow = self.slots[group.arrivals[i].hash & self.slot_mask].flow
             if flow != 0:
                 prefetch_for_write(&self.flows[flow - 1])
                 prefetch_for_write(&self.flows[flow - 1].forward)
                 prefetch_for_write(&self.flows[flow - 1].reverse)
 
-    cdef int64_t run(self, const uint8_t* records, uint64_t length) noexcept nogil:
-        """Octets consumed; less than `length` when the row buffer is full; -1 - consumed: damaged framing there."""
-        cdef Arrival[GROUP] group
-        cdef uint64_t offset = 0
+    cdef uint64_t run(self, Input* source) noexcept nogil:
+        """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
+
+        Three groups are under way: the slots of one and the flows of another travel into the cache while the packets
+        of the third are counted."""
+        cdef Group[3] groups
+        cdef Group* current
         cdef uint64_t done = 0
-        cdef int i, n
-        while done < length:
-            n = self.gather(group, records, length, &offset)
-            if n < 0:
-                return -1 - <int64_t>offset
-            self.fetch(group, n)
-            for i in range(n):
-                if not self.meter(&group[i]):
+        cdef int turn = 0
+        cdef int i
+        self.gather(&groups[0], source)
+        self.gather(&groups[1], source)
+        self.fetch(&groups[0])
+        while True:
+            self.gather(&groups[(turn + 2) % 3], source)
+            self.fetch(&groups[(turn + 1) % 3])
+            current = &groups[turn]
+            if current.count == 0:
+                return source.length
+            for i in range(current.count):
+                if not self.meter(&current.arrivals[i]):
+                    source.damaged = False  # not reached yet
                     return done
-                done = group[i].end
-            done = offset
-        return done
+                done = current.arrivals[i].end
+            turn = (turn + 1) % 3
 
     # ---- for Python ----
 
     def update(self, uintptr_t address, uint64_t length):
-        cdef int64_t consumed
+        cdef Input source
+        cdef uint64_t consumed
         if address & 3:
             raise ValueError("records are aligned to 4 octets")
+        source.records = <const uint8_t*>address
+        source.length = length
+        source.offset = 0
+        source.damaged = False
         with nogil:
-            consumed = self.run(<const uint8_t*>address, length)
-        if consumed < 0:
-            raise ValueError(f"damaged record at offset {-1 - consumed}")
+            consumed = self.run(&source)
+        if source.damaged:
+            raise ValueError(f"damaged record at offset {consumed}")
         return consumed
 
     def advance(self, uint64_t stream_time_ns):
