@@ -599,6 +599,9 @@ cdef class Merge:
         """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
         self.held = True
 
+    def set_max_wait(self, uint64_t max_wait_ms):
+        self.max_wait_ns = max_wait_ms * 1000000
+
     def set_consumed(self, uint32_t index, uint64_t packets):
         """A successor takes up its predecessor's count."""
         self.sources[index].consumed = packets
