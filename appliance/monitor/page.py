@@ -32,8 +32,9 @@ footer { margin-top: 2rem; } a { color: var(--flow); }
 _SCRIPT = """
 "use strict";
 const REFRESH_MS = 2000;
+const NONE = "-";
 const byId = (id) => document.getElementById(id);
-const number = (n) => n === null || n === undefined ? "–" : Math.round(n).toLocaleString("en");
+const number = (n) => n === null || n === undefined ? NONE : Math.round(n).toLocaleString("en");
 const sum = (rows, get) => rows.reduce((total, row) => total + get(row), 0);
 const entries = (map) => Object.entries(map).filter(([, n]) => n).map(([name, n]) => `${name} ${number(n)}`).join(", ");
 
@@ -42,12 +43,12 @@ function scaled(n, step, units) {
   while (Math.abs(n) >= step && i < units.length - 1) { n /= step; i += 1; }
   return `${i && n < 100 ? n.toFixed(1) : Math.round(n)} ${units[i]}`;
 }
-const size = (n) => n === null || n === undefined ? "–" : scaled(n, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
+const size = (n) => n === null || n === undefined ? NONE : scaled(n, 1024, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
 const rate = (n) => n === null ? "" : `${scaled(n, 1000, ["", "k", "M", "G"]).trim()}/s`;
 const bits = (n) => n === null ? "" : scaled(8 * n, 1000, ["b/s", "kb/s", "Mb/s", "Gb/s"]);
 
 function duration(s) {
-  if (s === null || s === undefined) return "–";
+  if (s === null || s === undefined) return NONE;
   if (s < 90) return `${s.toFixed(s < 10 ? 1 : 0)} s`;
   if (s < 5400) return `${Math.round(s / 60)} min`;
   return s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${(s / 86400).toFixed(1)} days`;
@@ -174,8 +175,8 @@ const OUTPUTS = (now) => [
   ["quarantined", (row) => number(row.files_quarantined), "", (row) => row.files_quarantined > 0],
   ["errors", (row) => number(row.write_errors + row.compressor_failures), "",
    (row) => row.write_errors + row.compressor_failures > 0],
-  ["open for", (row) => row.file_opened_ns ? duration((now.taken_ns - row.file_opened_ns) / 1e9) : "–"],
-  ["disk free", (row) => row.storage ? size(row.storage.free_bytes) : "–"],
+  ["open for", (row) => row.file_opened_ns ? duration((now.taken_ns - row.file_opened_ns) / 1e9) : NONE],
+  ["disk free", (row) => row.storage ? size(row.storage.free_bytes) : NONE],
 ];
 const EXPORTS = [
   ["collector", (row) => row.uri, "text"],
@@ -188,13 +189,13 @@ const EXPORTS = [
 ];
 const WORKERS = [
   ["process", (row) => row.name, "text"],
-  ["pid", (row) => row.pid || "–"],
+  ["pid", (row) => row.pid || NONE],
   ["state", (row) => row.state, "text", (row) => !row.is_fresh && row.state !== "ended"],
   ["last sign of life", (row) => duration(row.heartbeat_age_s)],
   ["up for", (row) => duration(row.uptime_s)],
   ["restarts", (row) => number(row.restarts), "", (row) => row.restarts > 0],
-  ["CPU", (row) => row.process ? duration(row.process.cpu_seconds) : "–"],
-  ["memory", (row) => row.process ? size(row.process.resident_bytes) : "–"],
+  ["CPU", (row) => row.process ? duration(row.process.cpu_seconds) : NONE],
+  ["memory", (row) => row.process ? size(row.process.resident_bytes) : NONE],
 ];
 
 function setHealth(kind, text, problems) {
@@ -238,13 +239,13 @@ hold the same figures.</p></noscript>
 <ul id="problems"></ul>
 <h2>A packet's journey</h2>
 <div class="scroll"><svg id="journey" viewBox="0 0 1180 252" role="img"
-aria-label="Packets by stage, from the interface to published files; the tables below hold the same figures"></svg></div>
+aria-label="Packets by stage, from interface to published files; the tables below hold the same figures"></svg></div>
 <section hidden><h2>Interfaces</h2><div class="scroll"><table id="interfaces"></table></div></section>
 <section hidden><h2>Outputs</h2><div class="scroll"><table id="outputs"></table></div></section>
 <section hidden><h2>Flow collectors</h2><div class="scroll"><table id="exports"></table></div></section>
 <section hidden><h2>Processes</h2><div class="scroll"><table id="workers"></table></div></section>
-<footer class="soft"><a href="metrics">metrics</a> · <a href="healthz">healthz</a> · <a href="status.json">status.json</a>
-</footer>
+<footer class="soft"><a href="metrics">metrics</a> · <a href="healthz">healthz</a> ·
+<a href="status.json">status.json</a></footer>
 """
 
 PAGE = (

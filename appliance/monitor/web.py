@@ -1,4 +1,4 @@
-"""HTTP on the monitor's address: /metrics, /healthz, /status.json and the status page. It only tells, it changes nothing.
+"""HTTP on the monitor's address: /metrics, /healthz, /status.json and the status page. It tells and changes nothing.
 
 Clients may be slow, silent or many. An exchange that is not over in time is cut off; when there are too many
 connections, the one that has idled longest goes, so that a scrape always finds a place.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from monitor_pages import Appliance
+from monitor.pages import Appliance
 
 from appliance.errors import CannotCreateError, InputOutputError, MissingPermissionError
 from appliance.monitor import control

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from monitor_pages import Appliance
+from monitor.pages import Appliance
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.errors import CannotCreateError
