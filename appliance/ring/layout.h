@@ -25,6 +25,10 @@ struct ring_commit {
     uint64_t words[RING_COMMIT_WORDS];
 };
 
+/* Of `words`, the first is the same for all producers: packets published up to `head`, ever. With the packets between
+ * tail and head it tells exactly how many were consumed, whoever died in the meantime. */
+#define COMMIT_WORD_PUBLISHED 0u
+
 struct ring_header {
     /* written once, by the creator */
     uint64_t magic;

@@ -6,6 +6,7 @@ cdef extern from "layout.h" nogil:
     const uint32_t RING_VERSION
     const uint32_t RING_HEADER_BYTES
     const uint32_t RING_COMMIT_WORDS
+    const uint32_t COMMIT_WORD_PUBLISHED
     const uint32_t RECORD_PACKET
     const uint32_t RECORD_INTERFACE
     const uint32_t RECORD_DIGEST
@@ -57,6 +58,7 @@ cdef extern from "ring.h" nogil:
                       uint32_t word_count)
     void ring_promise(ring_view *view, int64_t watermark_ns)
     void ring_end(ring_view *view)
+    int ring_commit_slot(const ring_header *header, uint64_t head)
     const ring_commit *ring_resume_producer(ring_view *view)
     void ring_resume_consumer(ring_view *view)
     int ring_look(ring_view *view, int64_t *watermark_ns, uint32_t *ended)

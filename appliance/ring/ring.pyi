@@ -25,6 +25,13 @@ class Mapping:
     used_bytes: int
     watermark_ns: int
     ended: bool
+    def published_packets(self) -> int:
+        """Packets published, ever, as committed with the head."""
+    def occupancy(self) -> tuple[int, int]:
+        """(packets published ever, packets between tail and head), by walking the records.
+
+        Their difference is what was consumed, exactly, whoever died. Call it while no consumer runs.
+        """
 
 class Producer:
     """The writing end: push or reserve/advance any number of records, then publish them all with one store.

@@ -86,6 +86,40 @@ cdef class Mapping:
     def ended(self):
         return self.header.ended != 0
 
+    def published_packets(self):
+        """Packets published, ever, as committed with the head; 0 before the first."""
+        cdef int slot
+        cdef uint64_t head
+        while True:  # the producer may be publishing: take a slot and a head that belong together
+            head = self.header.head
+            slot = ring_commit_slot(self.header, head)
+            if slot >= 0:
+                return self.header.commit[slot].words[COMMIT_WORD_PUBLISHED]
+            if head == 0:
+                return 0
+
+    def occupancy(self):
+        """(packets published ever, packets between tail and head): read while the consumer rests."""
+        cdef uint64_t published, head, at
+        cdef uint64_t waiting = 0
+        cdef uint32_t length
+        cdef uint8_t *record
+        while True:
+            head = self.header.head
+            published = self.published_packets()
+            if self.header.head == head:
+                break
+        at = self.header.tail
+        while at < head and head - at <= self.capacity:
+            record = self.data + (at & (self.capacity - 1))
+            length = record_check(record, head - at)
+            if length == 0:
+                break
+            if record_u32(record) == RECORD_PACKET:
+                waiting += 1
+            at += length
+        return published, waiting
+
 
 cdef class Producer:
     """The writing end. Maps the ring and takes up its published head; see ring.pyi."""

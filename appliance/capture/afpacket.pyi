@@ -1,0 +1,47 @@
+"""A live interface through the kernel's memory-mapped ring (TPACKET_V3)."""
+
+from appliance.counters import CounterPage
+from appliance.ring.ring import Producer
+
+COMMITTED_FIELDS: tuple[str, ...]
+"""Counters of CAPTURE_FIELDS that are stored with each publish, so that they always match the ring's content."""
+
+class LiveCapture:
+    """Walks the kernel's ring of one socket into a packet ring and, when `digests` is given, a digest ring.
+
+    The socket is set up and bound already (appliance.capture.opener); `block_bytes` and `block_count` are those of its
+    PACKET_RX_RING. `socket_serial` (from 1) numbers the openings of the interface: with the same number a successor
+    goes on at the very packet where its predecessor stopped publishing. `cooked` says that the socket is SOCK_DGRAM:
+    each packet then gets a LINUX_SLL2 header. Raises OSError when the kernel's ring cannot be mapped.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        block_bytes: int,
+        block_count: int,
+        records: Producer,
+        digests: Producer | None,
+        page: CounterPage,
+        *,
+        socket_serial: int,
+        linktype: int,
+        cooked: bool,
+        snaplen: int,
+        ifindex: int,
+        reorder_us: int,
+        step_ms: int = 50,
+    ) -> None: ...
+    def pump(self) -> int:
+        """Takes up to 32 kernel blocks, publishes what is in order. Returns the packets taken. GIL released.
+
+        Never blocks. A full packet ring drops the newest packets and counts them; the kernel's ring is never held up.
+        """
+    def finish(self) -> None:
+        """Publishes the whole tail, in whatever order it is: before the socket is given up, or at the end."""
+    is_drained: bool
+    """Nothing waits in the kernel's ring and nothing is unpublished."""
+    is_ready: bool
+    """There is something to do at once: look here between announcing a sleep and sleeping."""
+    sleep_ms: int
+    """The longest sleep that does not delay a held tail or an owed watermark."""

@@ -1,0 +1,689 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""A live interface through the kernel's memory-mapped ring (TPACKET_V3, Documentation/networking/packet_mmap.rst).
+
+One turn (`pump`), without the GIL: for every block that the kernel has handed over, each packet is copied once into
+the packet ring as an Enhanced Packet Block, its headers are parsed into the digest ring while they are in the cache,
+and the block goes back to the kernel as soon as all of its packets are published.
+
+What must survive our death is in the ring's commit slot: the block and the packet that come next, where the digest
+ring ended, and every counter. A successor takes the socket, maps the same kernel ring, and goes on exactly there.
+"""
+from libc.errno cimport errno
+from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset, strerror
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+
+from appliance.capture.headers cimport digest_packet
+from appliance.capture.reorder cimport *
+from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
+from appliance.ring.layout cimport *
+from appliance.ring.ring cimport Producer
+
+from appliance.counters import CAPTURE_FIELDS, IGNORED_REASONS
+
+cdef extern from "linux/if_packet.h" nogil:
+    struct tpacket_hdr_variant1:
+        uint32_t tp_vlan_tci
+        uint16_t tp_vlan_tpid
+    struct tpacket3_hdr:
+        uint32_t tp_next_offset
+        uint32_t tp_sec
+        uint32_t tp_nsec
+        uint32_t tp_snaplen
+        uint32_t tp_len
+        uint32_t tp_status
+        uint16_t tp_mac
+        uint16_t tp_net
+        tpacket_hdr_variant1 hv1
+    struct tpacket_hdr_v1:
+        uint32_t block_status
+        uint32_t num_pkts
+        uint32_t offset_to_first_pkt
+        uint32_t blk_len
+        uint64_t seq_num
+    union tpacket_bd_header_u:
+        tpacket_hdr_v1 bh1
+    struct tpacket_block_desc:
+        tpacket_bd_header_u hdr
+    struct tpacket_stats_v3:
+        unsigned int tp_packets
+        unsigned int tp_drops
+        unsigned int tp_freeze_q_cnt
+    struct sockaddr_ll:
+        uint16_t sll_protocol
+        int sll_ifindex
+        uint16_t sll_hatype
+        uint8_t sll_pkttype
+        uint8_t sll_halen
+        uint8_t sll_addr[8]
+    enum:
+        TP_STATUS_KERNEL
+        TP_STATUS_USER
+        TP_STATUS_CSUMNOTREADY
+        TP_STATUS_VLAN_VALID
+        TP_STATUS_VLAN_TPID_VALID
+        PACKET_STATISTICS
+        PACKET_OUTGOING
+    uint32_t TPACKET_ALIGN(uint32_t length)
+
+cdef extern from "sys/socket.h" nogil:
+    int getsockopt(int fd, int level, int name, void *value, uint32_t *length)
+    enum:
+        SOL_PACKET
+
+cdef extern from *:
+    """
+    #define LOAD_STATUS(block) __atomic_load_n(&(block)->hdr.bh1.block_status, __ATOMIC_ACQUIRE)
+    #define LOAD_PACKETS(block) __atomic_load_n(&(block)->hdr.bh1.num_pkts, __ATOMIC_ACQUIRE)
+    #define GIVE_BACK(block) __atomic_store_n(&(block)->hdr.bh1.block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE)
+    """
+    uint32_t LOAD_STATUS(tpacket_block_desc *block) nogil
+    uint32_t LOAD_PACKETS(tpacket_block_desc *block) nogil
+    void GIVE_BACK(tpacket_block_desc *block) nogil
+
+cdef enum:
+    LINKTYPE_ETHERNET = 1
+    LINKTYPE_LINUX_SLL2 = 276
+    SLL2_HEADER_BYTES = 20
+    OUTBOUND_OPTION_BYTES = 12  # epb_flags (8) and opt_endofopt (4)
+    VLAN_TAG_BYTES = 4
+    REASON_SHIFT = 8  # ENTRY flags: 1 + index of the reason why it is not metered
+    REASONS = 5
+    BLOCKS_PER_TURN = 32
+
+# Words of the commit slot, behind COMMIT_WORD_PUBLISHED. The counters from WORD_COUNTERS on are in the order of COMMITTED_FIELDS.
+cdef enum:
+    WORD_SOCKET = 1  # which opening of the interface; 0: nothing was ever published
+    WORD_BLOCK       # the block that holds the first packet that is not published
+    WORD_BLOCK_SEQUENCE
+    WORD_BLOCK_PACKETS  # packets of it that are published
+    WORD_DIGEST_HEAD
+    WORD_CLOCK_OFFSET
+    WORD_COUNTERS
+
+cdef enum:
+    READ_PACKETS = 0
+    READ_BYTES
+    FOREIGN
+    DROPPED_FILTER
+    DROPPED_RING
+    PUBLISHED_PACKETS
+    PUBLISHED_BYTES
+    REORDERED
+    LATE
+    TRUNCATED
+    CLOCK_STEPS
+    LAST_PACKET
+    DIGESTS_PUBLISHED
+    DIGESTS_DROPPED
+    IGNORED  # REASONS of them
+    COMMITTED = IGNORED + REASONS
+
+COMMITTED_FIELDS = (
+    "read_packets", "read_bytes", "foreign_packets", "dropped_filter_packets", "dropped_ring_packets",
+    "published_packets", "published_bytes", "reordered_packets", "late_packets", "truncated_packets", "clock_steps",
+    "last_packet_ns", "digests_published", "digests_dropped", *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
+)
+assert len(COMMITTED_FIELDS) == COMMITTED and len(IGNORED_REASONS) == REASONS
+
+
+cdef uint64_t now_ns(int clock) noexcept nogil:
+    cdef timespec t
+    clock_gettime(clock, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef inline uint64_t older_by(uint64_t timestamp_ns, uint64_t difference_ns) noexcept nogil:
+    return timestamp_ns - difference_ns if timestamp_ns > difference_ns else 0
+
+
+cdef inline uint32_t digest_status(uint32_t tp_status, bint outbound) noexcept nogil:
+    cdef uint32_t status = DIGEST_OUTGOING if outbound else DIGEST_INCOMING
+    if tp_status & TP_STATUS_CSUMNOTREADY:
+        status |= DIGEST_CHECKSUM_NOT_READY
+    return status
+
+
+cdef class LiveCapture:
+    """See afpacket.pyi."""
+    cdef int fd
+    cdef uint8_t *blocks
+    cdef uint64_t mapped_bytes
+    cdef uint64_t block_bytes
+    cdef uint32_t block_count
+    cdef uint32_t block_index       # next block to walk
+    cdef uint32_t oldest_held       # first block that is walked and not given back
+    cdef uint32_t held              # number of those
+    cdef uint32_t skip              # packets of the next block that a predecessor had published
+    cdef uint64_t *start_arrival    # per block: arrivals before its first packet
+    cdef uint64_t *end_arrival      # per block: arrivals when it was walked to its end
+    cdef uint64_t arrivals          # packets walked
+    cdef uint64_t published_arrivals
+    cdef Producer records
+    cdef Producer digests
+    cdef ReorderTail tail
+    cdef uint64_t counters[32]
+    cdef uint64_t *page
+    cdef uint32_t page_index[32]
+    cdef uint32_t received_index, dropped_index, freezes_index, queued_index, unpublished_index
+    cdef uint16_t linktype
+    cdef bint cooked
+    cdef uint32_t interface
+    cdef uint32_t snaplen
+    cdef int ifindex
+    cdef uint64_t reorder_ns
+    cdef uint64_t step_ns
+    cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
+    cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
+    cdef uint64_t socket_serial
+
+    def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
+                  Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
+                  uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t step_ms=50):
+        self.fd = fd
+        self.socket_serial = socket_serial
+        self.block_bytes = block_bytes
+        self.block_count = block_count
+        self.records = records
+        self.digests = digests
+        self.linktype = linktype
+        self.cooked = cooked
+        self.snaplen = snaplen
+        self.ifindex = ifindex
+        self.reorder_ns = reorder_us * 1000
+        self.step_ns = step_ms * 1000000
+        self.tail = ReorderTail()
+        self.page = <uint64_t *><uint64_t>page.address
+        for i, name in enumerate(COMMITTED_FIELDS):
+            self.page_index[i] = page.index(name)
+        self.received_index = page.index("received_packets")
+        self.dropped_index = page.index("dropped_kernel_packets")
+        self.freezes_index = page.index("kernel_freezes")
+        self.queued_index = page.index("kernel_queued_packets")
+        self.unpublished_index = page.index("unpublished_packets")
+        self.start_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
+        self.end_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
+        if self.start_arrival == NULL or self.end_arrival == NULL:
+            raise MemoryError
+        self.map_kernel_ring()
+        self.resume()
+
+    def map_kernel_ring(self):
+        self.mapped_bytes = self.block_bytes * self.block_count
+        self.blocks = <uint8_t *>mmap(NULL, self.mapped_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
+        if self.blocks == <uint8_t *>MAP_FAILED:
+            self.mapped_bytes = 0
+            raise OSError(errno, "the kernel's packet ring cannot be mapped: " + strerror(errno).decode())
+
+    def __dealloc__(self):
+        if self.mapped_bytes:
+            munmap(self.blocks, self.mapped_bytes)
+        free(self.start_arrival)
+        free(self.end_arrival)
+
+    # ---- where a predecessor stopped ----
+
+    def resume(self):
+        """Takes up what was committed with the ring's head: counters, digests, block and packet."""
+        cdef uint64_t *words = self.records.words
+        self.clock_offset = <int64_t>(now_ns(CLOCK_REALTIME) - now_ns(CLOCK_MONOTONIC))
+        if words[WORD_SOCKET] == 0:
+            return
+        self.clock_offset = <int64_t>words[WORD_CLOCK_OFFSET]
+        memcpy(self.counters, &words[WORD_COUNTERS], COMMITTED * sizeof(uint64_t))
+        self.store_counters()
+        if self.digests is not None:
+            self.resume_digests(words[WORD_DIGEST_HEAD])
+        if words[WORD_SOCKET] == self.socket_serial:
+            self.resume_blocks(<uint32_t>words[WORD_BLOCK], words[WORD_BLOCK_SEQUENCE],
+                               <uint32_t>words[WORD_BLOCK_PACKETS])
+
+    cdef void resume_digests(self, uint64_t committed_head) noexcept:
+        """The packets were published and their digests not yet: the bytes are there, only the head is missing."""
+        if 0 < committed_head - self.digests.view.published <= self.digests.view.capacity:
+            self.digests.view.position = committed_head
+            ring_publish(&self.digests.view, committed_head, self.digests.view.header.watermark_ns, NULL, 0)
+
+    cdef void resume_blocks(self, uint32_t block, uint64_t sequence, uint32_t packets) noexcept:
+        """Blocks before `sequence` are published in full; of that one, the first `packets` are. The kernel numbers its
+        blocks upwards, and hands them over in that order."""
+        cdef uint32_t i
+        cdef uint32_t newest = 0
+        cdef bint found = False
+        cdef uint64_t number, oldest_number = 0
+        for i in range(self.block_count):
+            number = self.block(i).hdr.bh1.seq_num
+            if number > self.block(newest).hdr.bh1.seq_num:
+                newest = i
+            if LOAD_STATUS(self.block(i)) & TP_STATUS_USER == 0:
+                continue
+            if number < sequence:
+                GIVE_BACK(self.block(i))
+            elif not found or number < oldest_number:
+                found = True
+                oldest_number = number
+                self.block_index = i
+        if not found:
+            self.block_index = newest  # the one that the kernel fills
+        if self.block(self.block_index).hdr.bh1.seq_num == sequence:
+            self.skip = packets
+        self.oldest_held = self.block_index
+
+    cdef inline tpacket_block_desc *block(self, uint32_t index) noexcept nogil:
+        return <tpacket_block_desc *>(self.blocks + index * self.block_bytes)
+
+    # ---- a turn ----
+
+    def pump(self):
+        """Takes what the kernel has, publishes what is in order. Returns the packets walked in this turn."""
+        cdef uint64_t walked
+        with nogil:
+            walked = self.turn()
+        return walked
+
+    cdef uint64_t turn(self) noexcept nogil:
+        cdef uint64_t before = self.arrivals
+        # The clock is read before the kernel's ring is looked at: whatever comes later is younger than `now`.
+        cdef uint64_t now = now_ns(CLOCK_REALTIME)
+        cdef int64_t offset = <int64_t>(now - now_ns(CLOCK_MONOTONIC))
+        cdef bint stepped = self.differs(offset)
+        cdef uint32_t taken = 0
+        if self.watermark_is_wanted():
+            self.owes_watermark = True
+        while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
+            if self.held == self.block_count:
+                self.publish(UINT64_MAX)  # the whole kernel ring is in the tail: it must go back
+            self.walk(self.block(self.block_index), stepped, now, offset)
+            taken += 1
+            self.collect_kernel_counters()
+            self.add_counters_record()
+            self.publish(older_by(self.tail.newest_ns, self.reorder_ns))
+        if self.kernel_is_empty():
+            if stepped and self.differs(offset):
+                self.begin_epoch(offset)
+            self.publish(older_by(now, self.reorder_ns))
+            self.owes_watermark = False
+        elif self.tail.count and self.tail.newest_ns <= older_by(now, self.reorder_ns):
+            self.publish(self.tail.newest_ns)
+        if taken == 0:
+            self.collect_kernel_counters()
+        self.measure_queue()
+        return self.arrivals - before
+
+    cdef bint watermark_is_wanted(self) noexcept nogil:
+        cdef bint wanted = ring_watermark_wanted(&self.records.view) != 0
+        if self.digests is not None and ring_watermark_wanted(&self.digests.view):
+            wanted = True
+        return wanted
+
+    cdef void measure_queue(self) noexcept nogil:
+        """What the kernel holds and we have not walked, by its own numbers."""
+        cdef uint64_t queued = 0
+        cdef uint32_t i
+        cdef uint32_t index = self.block_index
+        for i in range(self.block_count - self.held):
+            queued += LOAD_PACKETS(self.block(index))
+            if LOAD_STATUS(self.block(index)) & TP_STATUS_USER == 0:
+                break  # the one that the kernel fills: behind it are only old ones
+            index = (index + 1) % self.block_count
+        self.page[self.queued_index] = queued - self.skip if queued > self.skip else 0
+        self.page[self.unpublished_index] = self.arrivals - self.published_arrivals
+
+    def finish(self):
+        """Publishes the whole tail: before the socket is given up, and at the end of a drain."""
+        with nogil:
+            self.publish(UINT64_MAX)
+            self.collect_kernel_counters()
+            self.measure_queue()
+
+    @property
+    def is_drained(self):
+        """Nothing waits in the kernel's ring, nothing is unpublished."""
+        return self.kernel_is_empty() and self.tail.count == 0
+
+    @property
+    def is_ready(self):
+        """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
+        return (
+            LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
+            or self.records.view.header.watermark_wanted != 0
+            or (self.digests is not None and self.digests.view.header.watermark_wanted != 0)
+        )
+
+    @property
+    def sleep_ms(self):
+        """How long a sleep may be: short while a tail waits for its time or a watermark is owed."""
+        if self.tail.count:
+            return self.reorder_ns // 1000000 + 1
+        return 2 if self.owes_watermark else 1000
+
+    cdef bint differs(self, int64_t offset) noexcept nogil:
+        cdef int64_t change = offset - self.clock_offset
+        return change > <int64_t>self.step_ns or -change > <int64_t>self.step_ns
+
+    cdef bint kernel_is_empty(self) noexcept nogil:
+        """Nothing waits, neither in a block that is ours nor in the one that the kernel fills. Only if this was so
+        after the clock was read may the watermark follow the clock."""
+        cdef tpacket_block_desc *at = self.block(self.block_index)
+        return LOAD_STATUS(at) & TP_STATUS_USER == 0 and LOAD_PACKETS(at) == 0
+
+    cdef void walk(self, tpacket_block_desc *block, bint stepped, uint64_t now, int64_t offset) noexcept nogil:
+        cdef uint32_t packets = block.hdr.bh1.num_pkts
+        cdef uint64_t at = block.hdr.bh1.offset_to_first_pkt
+        cdef uint32_t i
+        cdef tpacket3_hdr *packet
+        self.start_arrival[self.block_index] = self.arrivals
+        self.end_arrival[self.block_index] = UINT64_MAX  # held, and not to be given back before its end is known
+        self.held += 1
+        for i in range(packets):
+            if at + sizeof(tpacket3_hdr) > self.block_bytes:
+                break
+            packet = <tpacket3_hdr *>(<uint8_t *>block + at)
+            if i < self.skip:
+                self.arrivals += 1  # a predecessor published it
+                self.published_arrivals += 1
+            else:
+                if stepped and self.differs(offset) and self.is_of_new_epoch(packet, now, offset):
+                    self.begin_epoch(offset)
+                self.take(packet)
+            at += packet.tp_next_offset
+        self.skip = 0
+        self.end_arrival[self.block_index] = self.arrivals
+        self.block_index = (self.block_index + 1) % self.block_count
+
+    cdef bint is_of_new_epoch(self, tpacket3_hdr *packet, uint64_t now, int64_t offset) noexcept nogil:
+        """Stamped by the new clock or by the old one: whichever reading it is nearer to."""
+        cdef int64_t stamp = <int64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        cdef int64_t old_now = <int64_t>now - (offset - self.clock_offset)
+        cdef int64_t to_new = stamp - <int64_t>now
+        cdef int64_t to_old = stamp - old_now
+        return (to_new if to_new > 0 else -to_new) < (to_old if to_old > 0 else -to_old)
+
+    cdef void begin_epoch(self, int64_t offset) noexcept nogil:
+        """The clock was set. Everything stamped by the old clock is published, then the mark, then the new order."""
+        self.publish(UINT64_MAX)
+        self.tail.forget_time()
+        self.clock_offset = offset
+        self.counters[CLOCK_STEPS] += 1
+        self.mark_epoch(self.records, offset, True)
+        if self.digests is not None:
+            self.mark_epoch(self.digests, offset, False)
+
+    cdef void mark_epoch(self, Producer ring, int64_t offset, bint commit) noexcept nogil:
+        cdef uint32_t length = RECORD_PREFIX_BYTES + 8 + 4
+        cdef uint8_t *room = ring_reserve(&ring.view, length)
+        if room == NULL:
+            return  # the ring is full: the merge sees the jump as lateness, which is counted
+        record_set_prefix(room, RECORD_EPOCH, length, self.interface, 0)
+        memcpy(room + RECORD_PREFIX_BYTES, &offset, 8)
+        ring_advance(&ring.view, length)
+        if commit:
+            self.fill_words(self.digests.view.position if self.digests is not None else 0)
+            ring_publish(&ring.view, ring.view.position, 0, ring.words, WORD_COUNTERS + COMMITTED)
+        else:
+            ring_publish(&ring.view, ring.view.position, 0, NULL, 0)
+        ring.wake()
+
+    # ---- a packet ----
+
+    cdef void take(self, tpacket3_hdr *packet) noexcept nogil:
+        cdef sockaddr_ll *link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
+        cdef uint64_t stamp = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        cdef tail_entry *entry = self.tail.add(stamp)
+        if entry == NULL:
+            self.publish(UINT64_MAX)
+            entry = self.tail.add(stamp)
+        self.arrivals += 1
+        if link.sll_ifindex != self.ifindex:
+            entry.flags |= ENTRY_FOREIGN
+            return
+        self.copy(packet, link, stamp, entry)
+
+    cdef void copy(self, tpacket3_hdr *packet, sockaddr_ll *link, uint64_t stamp, tail_entry *entry) noexcept nogil:
+        """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3), the VLAN tag back in its place."""
+        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
+        cdef uint32_t captured = packet.tp_snaplen
+        cdef uint32_t original = packet.tp_len
+        cdef uint32_t inserted = 0
+        cdef uint32_t padded, length, flags
+        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
+        cdef uint8_t *room
+        if self.cooked:
+            inserted = SLL2_HEADER_BYTES
+        elif packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and captured >= 12:
+            inserted = VLAN_TAG_BYTES
+        original += inserted
+        captured += inserted
+        if captured > self.snaplen:
+            captured = self.snaplen
+        entry.original_length = original
+        entry.captured_length = captured
+        padded = (captured + 3) & ~<uint32_t>3
+        length = RECORD_PACKET_MIN + padded + (OUTBOUND_OPTION_BYTES if outbound else 0)
+        room = ring_reserve(&self.records.view, length)
+        if room == NULL:
+            entry.flags |= ENTRY_RING_DROPPED
+            self.digest(data, packet, inserted, stamp, outbound, entry)
+            return
+        record_set_u32(room + 20, captured)
+        record_set_u32(room + 24, original)
+        self.copy_data(room + RECORD_PACKET_DATA, data, captured, inserted, packet, link)
+        memset(room + RECORD_PACKET_DATA + captured, 0, padded - captured)
+        if outbound:
+            record_set_u32(room + RECORD_PACKET_DATA + padded, 2 | (4 << 16))  # epb_flags, 4 octets
+            record_set_u32(room + RECORD_PACKET_DATA + padded + 4, 2)  # outbound
+            record_set_u32(room + RECORD_PACKET_DATA + padded + 8, 0)  # opt_endofopt
+        record_set_prefix(room, RECORD_PACKET, length, self.interface, stamp)
+        entry.record_bytes = length
+        if self.digests is not None:
+            self.digest_at(room + RECORD_PACKET_DATA, captured, original, packet.tp_status, stamp, outbound, entry)
+        ring_advance(&self.records.view, length)
+
+    cdef inline void copy_data(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
+                               tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
+        if inserted == 0:
+            memcpy(target, data, captured)
+        elif self.cooked:
+            self.put_sll2_header(target, link)
+            if captured > SLL2_HEADER_BYTES:
+                memcpy(target + SLL2_HEADER_BYTES, data, captured - SLL2_HEADER_BYTES)
+        else:
+            memcpy(target, data, 12)
+            self.put_vlan_tag(target + 12, packet)
+            if captured > 16:
+                memcpy(target + 16, data + 12, captured - 16)
+
+    cdef inline void put_vlan_tag(self, uint8_t *target, tpacket3_hdr *packet) noexcept nogil:
+        cdef uint16_t tpid = 0x8100
+        if packet.tp_status & TP_STATUS_VLAN_TPID_VALID:
+            tpid = packet.hv1.tp_vlan_tpid
+        target[0] = <uint8_t>(tpid >> 8)
+        target[1] = <uint8_t>tpid
+        target[2] = <uint8_t>(packet.hv1.tp_vlan_tci >> 8)
+        target[3] = <uint8_t>packet.hv1.tp_vlan_tci
+
+    cdef inline void put_sll2_header(self, uint8_t *target, sockaddr_ll *link) noexcept nogil:
+        """LINKTYPE_LINUX_SLL2: protocol, reserved, interface, ARPHRD, packet type, address; in network order."""
+        memset(target, 0, SLL2_HEADER_BYTES)
+        memcpy(target, &link.sll_protocol, 2)
+        target[4] = <uint8_t>(link.sll_ifindex >> 24)
+        target[5] = <uint8_t>(link.sll_ifindex >> 16)
+        target[6] = <uint8_t>(link.sll_ifindex >> 8)
+        target[7] = <uint8_t>link.sll_ifindex
+        target[8] = <uint8_t>(link.sll_hatype >> 8)
+        target[9] = <uint8_t>link.sll_hatype
+        target[10] = link.sll_pkttype
+        target[11] = link.sll_halen if link.sll_halen <= 8 else 8
+        memcpy(target + 12, link.sll_addr, target[11])
+
+    cdef void digest(self, const uint8_t *data, tpacket3_hdr *packet, uint32_t inserted, uint64_t stamp,
+                     bint outbound, tail_entry *entry) noexcept nogil:
+        """Our ring is full, the meter's is not: it still counts the packet, from the kernel's own bytes."""
+        if self.digests is not None and inserted == 0:
+            self.digest_at(data, entry.captured_length, entry.original_length, packet.tp_status, stamp, outbound, entry)
+        elif self.digests is not None:
+            entry.flags |= ENTRY_DIGEST_DROPPED
+
+    cdef inline void digest_at(self, const uint8_t *data, uint32_t captured, uint32_t original, uint32_t status,
+                               uint64_t stamp, bint outbound, tail_entry *entry) noexcept nogil:
+        cdef uint64_t ignored[REASONS]
+        cdef uint32_t length, i
+        cdef uint8_t *room = ring_reserve(&self.digests.view, DIGEST_MAX_BYTES)
+        if room == NULL:
+            entry.flags |= ENTRY_DIGEST_DROPPED
+            return
+        memset(ignored, 0, sizeof(ignored))
+        length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
+                               digest_status(status, outbound), room, ignored)
+        if length == 0:
+            for i in range(<uint32_t>REASONS):
+                if ignored[i]:
+                    entry.flags |= (i + 1) << REASON_SHIFT
+            return
+        entry.digest_bytes = length
+        ring_advance(&self.digests.view, length)
+
+    # ---- publishing ----
+
+    cdef void publish(self, uint64_t boundary_ns) noexcept nogil:
+        """Everything up to `boundary_ns` becomes visible, as far as a clean cut allows, and is promised."""
+        cdef uint64_t watermark = boundary_ns
+        cdef uint32_t cut
+        cdef uint64_t record_bytes = 0, digest_bytes = 0
+        cdef uint64_t digest_head = 0
+        cut = self.tail.cut(boundary_ns, &watermark)
+        if boundary_ns == UINT64_MAX:
+            watermark = older_by(self.tail.newest_ns, self.reorder_ns)
+        if cut == 0:
+            self.promise(watermark)
+            return
+        self.tail.sort(cut, &self.records.view, &self.digests.view if self.digests is not None else NULL)
+        self.count(cut, &record_bytes, &digest_bytes)
+        if self.digests is not None:
+            digest_head = self.digests.view.published + digest_bytes
+        if <int64_t>watermark < self.records.view.header.watermark_ns:
+            watermark = self.records.view.header.watermark_ns
+        self.fill_words(digest_head)
+        ring_publish(&self.records.view, self.records.view.published + record_bytes, watermark,
+                     self.records.words, WORD_COUNTERS + COMMITTED)
+        if self.digests is not None:
+            ring_publish(&self.digests.view, digest_head, watermark, NULL, 0)
+            self.digests.wake()
+        self.records.wake()
+        self.tail.drop(cut)
+        self.store_counters()
+        self.give_back_blocks()
+
+    cdef void promise(self, uint64_t watermark) noexcept nogil:
+        if <int64_t>watermark <= self.records.view.header.watermark_ns:
+            return
+        ring_promise(&self.records.view, watermark)
+        if self.digests is not None:
+            ring_promise(&self.digests.view, watermark)
+        if self.owes_watermark:
+            self.records.wake()
+            if self.digests is not None:
+                self.digests.wake()
+
+    cdef void count(self, uint32_t cut, uint64_t *record_bytes, uint64_t *digest_bytes) noexcept nogil:
+        """Adds the first `cut` entries to the counters: what is counted here is what is published with them."""
+        cdef uint32_t i
+        cdef tail_entry *entry
+        for i in range(cut):
+            entry = &self.tail.entries[i]
+            record_bytes[0] += entry.record_bytes
+            digest_bytes[0] += entry.digest_bytes
+            if entry.flags & ENTRY_CONTROL:
+                continue
+            self.published_arrivals += 1
+            self.counters[READ_PACKETS] += 1
+            self.counters[READ_BYTES] += entry.original_length
+            if entry.timestamp_ns > self.counters[LAST_PACKET]:
+                self.counters[LAST_PACKET] = entry.timestamp_ns
+            if entry.digest_bytes:
+                self.counters[DIGESTS_PUBLISHED] += 1
+            if entry.record_bytes:
+                self.counters[PUBLISHED_PACKETS] += 1
+                self.counters[PUBLISHED_BYTES] += entry.captured_length
+                if entry.captured_length < entry.original_length:
+                    self.counters[TRUNCATED] += 1
+            if entry.flags:
+                self.count_flags(entry.flags)
+        self.counters[REORDERED] += self.tail.reordered
+        self.tail.reordered = 0
+
+    cdef void count_flags(self, uint32_t flags) noexcept nogil:
+        cdef uint32_t reason = flags >> REASON_SHIFT
+        if flags & ENTRY_FOREIGN:
+            self.counters[FOREIGN] += 1
+        if flags & ENTRY_RING_DROPPED:
+            self.counters[DROPPED_RING] += 1
+        if flags & ENTRY_DIGEST_DROPPED:
+            self.counters[DIGESTS_DROPPED] += 1
+        if flags & ENTRY_LATE:
+            self.counters[LATE] += 1
+        if 0 < reason <= REASONS:
+            self.counters[IGNORED + reason - 1] += 1
+
+    cdef void fill_words(self, uint64_t digest_head) noexcept nogil:
+        """The first block that is not published to its end, and how far into it we are."""
+        cdef uint64_t *words = self.records.words
+        cdef uint32_t block = self.oldest_held
+        cdef uint32_t left = self.held
+        while left > 1 and self.end_arrival[block] <= self.published_arrivals:
+            block = (block + 1) % self.block_count
+            left -= 1
+        words[COMMIT_WORD_PUBLISHED] = self.counters[PUBLISHED_PACKETS]
+        words[WORD_SOCKET] = self.socket_serial
+        words[WORD_BLOCK] = block
+        words[WORD_BLOCK_SEQUENCE] = self.block(block).hdr.bh1.seq_num
+        words[WORD_BLOCK_PACKETS] = self.published_arrivals - self.start_arrival[block] if left else 0
+        words[WORD_DIGEST_HEAD] = digest_head
+        words[WORD_CLOCK_OFFSET] = <uint64_t>self.clock_offset
+        memcpy(&words[WORD_COUNTERS], self.counters, COMMITTED * sizeof(uint64_t))
+
+    cdef void give_back_blocks(self) noexcept nogil:
+        while self.held and self.end_arrival[self.oldest_held] <= self.published_arrivals:
+            GIVE_BACK(self.block(self.oldest_held))
+            self.oldest_held = (self.oldest_held + 1) % self.block_count
+            self.held -= 1
+
+    # ---- counters ----
+
+    cdef void store_counters(self) noexcept nogil:
+        cdef int i
+        for i in range(COMMITTED):
+            self.page[self.page_index[i]] = self.counters[i]
+
+    cdef void collect_kernel_counters(self) noexcept nogil:
+        """PACKET_STATISTICS is reset by being read: this is its only reader, and it adds up (tp_packets includes
+        the drops)."""
+        cdef tpacket_stats_v3 stats
+        cdef uint32_t length = sizeof(stats)
+        if getsockopt(self.fd, SOL_PACKET, PACKET_STATISTICS, &stats, &length) == 0:
+            self.page[self.received_index] += stats.tp_packets
+            self.page[self.dropped_index] += stats.tp_drops
+            self.page[self.freezes_index] += stats.tp_freeze_q_cnt
+
+    cdef void add_counters_record(self) noexcept nogil:
+        """The cumulative counters travel with the packets, so that each file can state its own losses."""
+        cdef uint64_t words[RECORD_COUNTERS_WORDS]
+        cdef tail_entry *entry
+        cdef uint8_t *room = ring_reserve(&self.records.view, RECORD_COUNTERS_BYTES)
+        if room == NULL:
+            return
+        entry = self.tail.add(self.tail.newest_ns)
+        if entry == NULL:
+            return
+        words[0] = self.page[self.received_index]
+        words[1] = self.page[self.dropped_index]
+        words[2] = self.counters[DROPPED_FILTER]
+        words[3] = self.counters[DROPPED_RING]
+        words[4] = self.counters[PUBLISHED_PACKETS]
+        memcpy(room + RECORD_PREFIX_BYTES, words, sizeof(words))
+        record_set_prefix(room, RECORD_COUNTERS, RECORD_COUNTERS_BYTES, self.interface, self.tail.newest_ns)
+        entry.flags = ENTRY_CONTROL
+        entry.record_bytes = RECORD_COUNTERS_BYTES
+        ring_advance(&self.records.view, RECORD_COUNTERS_BYTES)

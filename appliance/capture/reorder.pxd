@@ -1,0 +1,45 @@
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from appliance.ring.layout cimport ring_view
+
+cdef enum:
+    ENTRY_FOREIGN = 1         # not ours: counted, in no ring
+    ENTRY_RING_DROPPED = 2    # the packet ring was full
+    ENTRY_DIGEST_DROPPED = 4  # the digest ring was full
+    ENTRY_LATE = 8            # older than what is published already
+    ENTRY_CONTROL = 16        # a record of ours, not a packet
+    ENTRY_FILTERED = 32       # rejected by a filter in user space
+
+cdef struct tail_entry:
+    uint64_t timestamp_ns
+    uint32_t record_bytes
+    uint32_t digest_bytes
+    uint32_t captured_length
+    uint32_t original_length
+    uint32_t flags
+
+cdef struct sort_key:  # an entry, and where its bytes lie in the two rings' unpublished parts
+    uint64_t timestamp_ns
+    uint64_t record_offset
+    uint64_t digest_offset
+    uint32_t arrival
+
+cdef class ReorderTail:
+    cdef tail_entry *entries
+    cdef tail_entry *sorted_entries
+    cdef uint8_t *scratch
+    cdef uint64_t scratch_bytes
+    cdef uint32_t count
+    cdef uint32_t capacity
+    cdef bint disordered
+    cdef uint64_t newest_ns
+    cdef uint64_t published_ns
+    cdef readonly uint64_t reordered
+    cdef tail_entry *add(self, uint64_t timestamp_ns) noexcept nogil
+    cdef uint32_t cut(self, uint64_t boundary_ns, uint64_t *watermark_ns) noexcept nogil
+    cdef int sort(self, uint32_t cut, ring_view *records, ring_view *digests) noexcept nogil
+    cdef int room_for(self, uint64_t wanted) noexcept nogil
+    cdef void permute(self, uint32_t cut, const sort_key *keys, ring_view *ring, uint64_t total,
+                      bint digests) noexcept nogil
+    cdef void drop(self, uint32_t cut) noexcept nogil
+    cdef void forget_time(self) noexcept nogil

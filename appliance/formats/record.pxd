@@ -1,0 +1,55 @@
+# cython: language_level=3
+"""Packet records (ring/layout.h) to and from the bytes of files: inline, without the GIL, nothing but arithmetic."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from appliance.ring.layout cimport RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN
+from appliance.ring.layout cimport record_set_prefix, record_set_u32, record_timestamp_ns, record_u32
+
+cdef enum:
+    NS_PER_S = 1000000000
+    PCAP_PACKET_HEADER_BYTES = 16
+
+
+cdef inline uint32_t padded(uint32_t length) noexcept nogil:
+    return (length + 3) & ~<uint32_t> 3
+
+
+cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timestamp_ns, uint32_t captured,
+                               uint32_t original, const uint8_t *packet, uint32_t options_bytes) noexcept nogil:
+    """Write a RECORD_PACKET: the prefix and one copy of the packet. The caller has written `options_bytes` of options
+    at `out + RECORD_PACKET_DATA + padded(captured)`, and there is room for them and RECORD_PACKET_MIN around."""
+    cdef uint32_t data_bytes = padded(captured)
+    # The last word of the data is cleared first and then copied over: that is the padding, without a branch.
+    record_set_u32(out + RECORD_PACKET_DATA + data_bytes - 4, 0)
+    record_set_prefix(out, RECORD_PACKET, RECORD_PACKET_MIN + data_bytes + options_bytes, interface,
+                      <uint64_t> timestamp_ns)
+    record_set_u32(out + 20, captured)
+    record_set_u32(out + 24, original)
+    memcpy(out + RECORD_PACKET_DATA, packet, captured)
+
+
+cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanoseconds) noexcept nogil:
+    """Write a packet record as a classic pcap packet (16 bytes of header, then the data); returns its length.
+
+    `record`: a whole RECORD_PACKET; `out` has room for 16 bytes and the record's captured length, which is less than
+    the record itself. 0 and nothing written: the captured length points outside of the record, which is corrupt.
+    Seconds beyond 2106 do not fit into the format and become 2^32 - 1.
+    """
+    cdef uint32_t length = record_u32(record + 4)
+    cdef uint32_t captured = record_u32(record + 20)
+    cdef uint64_t timestamp_ns = record_timestamp_ns(record)
+    cdef uint64_t seconds = timestamp_ns // NS_PER_S
+    cdef uint32_t header[4]
+    if length < RECORD_PACKET_MIN or captured > length - RECORD_PACKET_MIN:
+        return 0
+    header[1] = <uint32_t> (timestamp_ns - seconds * NS_PER_S)
+    if not nanoseconds:
+        header[1] //= 1000
+    header[0] = <uint32_t> seconds if seconds <= 0xFFFFFFFFU else 0xFFFFFFFFU
+    header[2] = captured
+    header[3] = record_u32(record + 24)
+    memcpy(out, header, PCAP_PACKET_HEADER_BYTES)
+    memcpy(out + PCAP_PACKET_HEADER_BYTES, record + RECORD_PACKET_DATA, captured)
+    return PCAP_PACKET_HEADER_BYTES + captured
