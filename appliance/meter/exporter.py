@@ -18,9 +18,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from appliance.counters import EXPORT_FIELDS, PAGE_BYTES, CounterPage
-from appliance.errors import MissingInputError
+from appliance.errors import ConfigError, MissingInputError
 from appliance.meter.files import FlowFiles
 from appliance.meter.pack import Message, Packer
 from appliance.meter.settings import Endpoint, ExportSettings, MeterSettings, parse_uri
@@ -67,7 +68,7 @@ class Exporter(ABC):
         self.packer = Packer(
             self.templates.plans,
             biflow=settings.biflow,
-            observation_domain=meter.observation_domain,
+            observation_domain=settings.domain,
             message_bytes=self.message_bytes,
         )
         self.queue: deque[Message] = deque()
@@ -270,7 +271,7 @@ class UdpExporter(SocketExporter):
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
         self.templates_due_s = 0.0
-        self.messages_to_templates = 0
+        self.messages_to_templates: float = 0
         self.allowed = float(BURST_DATAGRAMS)  # datagrams that may go out now
         self.allowed_at_s = time.monotonic()
 
@@ -317,7 +318,7 @@ class UdpExporter(SocketExporter):
 
     def send_templates(self, copies: int) -> None:
         self.templates_due_s = time.monotonic() + self.settings.template_refresh_s
-        self.messages_to_templates = self.settings.template_refresh_messages
+        self.messages_to_templates = self.settings.template_refresh_messages or math.inf
         for _ in range(copies):
             for message in self.templates.announcement(self.message_bytes):
                 if not self.send(message):
@@ -509,7 +510,13 @@ class FileExporter(Exporter):
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
         self.first_sequence = first_sequence
-        self.files = FlowFiles(parse_uri(settings.uri).path, settings.directory, settings.rotate_seconds, clock)
+        path = parse_uri(settings.uri).path
+        if settings.single_file:
+            self.files = FlowFiles(Path(path), 0, clock, single=True)
+        elif path or settings.directory:
+            self.files = FlowFiles(Path(path) if path else settings.directory or Path(), settings.rotate_seconds, clock)
+        else:
+            raise ConfigError(f"{settings.uri} names no directory, and none is configured; use file:DIRECTORY")
         self.page["up"] = 1
 
     def service(self, now_s: float, counts: Counts) -> None:

@@ -8,11 +8,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from appliance.errors import CannotCreateError, ConfigError, InputOutputError
+from appliance.errors import CannotCreateError, InputOutputError
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +30,26 @@ class FlowFiles:
     Syncing and renaming run on a thread: a slow disk must not hold up the meter.
     """
 
-    def __init__(self, path: str, directory: Path | None, rotate_seconds: int, clock: Callable[[], float]) -> None:
-        """`path` as in the URI. CannotCreateError: the place cannot be written, or the one file is already there."""
-        self.single = bool(path) and not path.endswith("/")
+    def __init__(self, place: Path, rotate_seconds: int, clock: Callable[[], float], *, single: bool = False) -> None:
+        """`place`: the directory, or the one file. CannotCreateError: it cannot be written, or the file is there."""
+        self.place = place
+        self.single = single
         self.clock = clock
-        self.rotate_seconds = 0 if self.single else rotate_seconds
+        self.rotate_seconds = rotate_seconds
         self.number = 0
         self.name = ""
         self.period = 0
         self.whole_bytes = 0
         self._fd = -1
         self._publisher = ThreadPoolExecutor(1, "flow-files")
-        self._pending: list[Future[None]] = []
-        if self.single:
-            self.place = Path(path)
-            self.work, self.ready = self.place.parent, self.place.parent
+        if single:
+            self.work = self.ready = place.parent
             if not self.ready.is_dir():
-                raise CannotCreateError(f"{path}: the directory {self.ready} does not exist; make it first")
-            if os.path.lexists(path):
-                raise CannotCreateError(f"{path}: exists already; remove it or name another file")
+                raise CannotCreateError(f"{place}: the directory {self.ready} does not exist; make it first")
+            if os.path.lexists(place):
+                raise CannotCreateError(f"{place}: exists already; remove it or name another file")
         else:
-            if not path and directory is None:
-                raise ConfigError("file: names no directory, and none is configured; use file:DIRECTORY/")
-            self.place = Path(path) if path else directory or Path()
-            self.work, self.ready = self.place / "work", self.place / "flows"
+            self.work, self.ready = place / "work", place / "flows"
             self._prepare()
 
     def _prepare(self) -> None:
@@ -119,8 +115,7 @@ class FlowFiles:
             return
         fd, self._fd = self._fd, -1
         target = self.place.name if self.single else self.name
-        self._pending = [future for future in self._pending if not future.done()]
-        self._pending.append(self._publisher.submit(publish_file, fd, self.work, self.name, self.ready, target))
+        self._publisher.submit(publish_file, fd, self.work, self.name, self.ready, target)
 
     def discard(self) -> None:
         if self._fd >= 0:

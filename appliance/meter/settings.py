@@ -15,18 +15,19 @@ MAX_MESSAGE_BYTES = 65535
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """One collector or file. `uri`: udp://HOST[:PORT], tcp://HOST[:PORT], file:DIRECTORY/, file:FILE, or file: alone.
+    """One collector or file. `uri`: udp://HOST[:PORT], tcp://HOST[:PORT], file:DIRECTORY, or file: alone.
 
-    `file:` alone and `file:DIRECTORY/` give rotated files: staged in `work/`, published in `flows/` below the
-    directory (`directory` when the URI names none). `file:FILE` gives that one file when all is done.
+    Files are rotated: staged in `work/`, published in `flows/` below the directory (`directory` when the URI names
+    none). With `single_file` the URI names one file, which appears when all is done.
     """
 
     uri: str
+    domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
     message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP and in files
     template_refresh_s: float = 60.0  # over UDP
-    template_refresh_messages: int = 2000  # over UDP
+    template_refresh_messages: int = 1000  # over UDP; 0: by time alone
     template_copies: int = 3  # over UDP, before the first record
     datagrams_per_s: int = 20_000  # over UDP: a burst would overrun the collector's socket; 0: no limit
     statistics_interval_s: float = (
@@ -35,6 +36,7 @@ class ExportSettings:
     queue_bytes: int = 16 << 20  # waiting for the collector; what does not fit is counted as not sent
     rotate_seconds: int = 60  # of files, aligned to the clock; 0: never
     directory: Path | None = None
+    single_file: bool = False
 
     def __post_init__(self) -> None:
         parse_uri(self.uri)
@@ -52,7 +54,6 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
-    observation_domain: int = 1
     export: tuple[ExportSettings, ...] = field(default=())
 
 
@@ -72,7 +73,7 @@ def parse_uri(uri: str) -> Endpoint:
     if scheme == "tls":
         raise ConfigError(f"{uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
     if scheme not in ("udp", "tcp") or not rest.startswith("//"):
-        raise ConfigError(f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT or file:DIRECTORY/")
+        raise ConfigError(f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT or file:DIRECTORY")
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port

@@ -218,7 +218,7 @@ class TemplateSet:
     """All templates of one exporter, their plans, and the messages that announce them."""
 
     def __init__(self, meter: MeterSettings, export: ExportSettings) -> None:
-        self.observation_domain = meter.observation_domain
+        self.observation_domain = export.domain
         self.biflow = export.biflow
         self.flows = list(self._flow_templates(meter, export))
 
