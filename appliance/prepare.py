@@ -42,6 +42,15 @@ class Preparation:
             first, second, *_ = devices.values()
             raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
 
+    def make_parents(self, path: str) -> None:
+        """The directories above `path`."""
+        for directory in missing_parts(os.path.dirname(path)):
+            try:
+                os.mkdir(directory, 0o755)
+            except OSError as error:
+                raise CannotCreateError(f"{directory}: cannot be made: {error.strerror}") from error
+            self._directories.append(directory)
+
     def lock(self, path: str) -> None:
         """One instance a directory. GaveUpError: another one is running."""
         try:

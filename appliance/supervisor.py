@@ -52,6 +52,7 @@ def run(config: Config, options: RunOptions | None = None) -> int:
     try:
         wired.start_opener()
         wired.open_sources()
+        wired.open_monitor()
         wired.make_memory()
         drop_privileges(config.service.user, wired.kept_capabilities)
     except BaseException:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import workers.capture
@@ -32,6 +33,7 @@ from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.monitor.control import open_control_socket
 from appliance.monitor.view import (
     ExportInfo,
     OutputInfo,
@@ -41,6 +43,7 @@ from appliance.monitor.view import (
     View,
     WorkerInfo,
 )
+from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
 from appliance.process import CAP_NET_RAW, WorkerContext, drop_privileges, set_process_name
@@ -93,6 +96,8 @@ class Wiring:
     rings: dict[str, Rings] = field(default_factory=dict)
     merge_wakes: dict[str, int] = field(default_factory=dict)
     meter_wake: int = -1
+    listener: socket.socket | None = None
+    control: socket.socket | None = None
     generation: int = field(default_factory=lambda: secrets.randbits(63))
 
     # ---- the steps ----
@@ -143,6 +148,16 @@ class Wiring:
         for planned in self.plan.outputs:
             check_linktypes(planned.output, self.known_linktypes(planned))
 
+    def open_monitor(self) -> None:
+        """The sockets of the monitor: an address that is taken is an error now, and its clients wait for a restart."""
+        monitor = self.config.monitor
+        if monitor.address is not None:
+            self.listener = open_listener(*monitor.address)
+        if monitor.control_socket is not None:
+            path = os.path.abspath(monitor.control_socket)
+            self.preparation.make_parents(path)
+            self.control = open_control_socket(Path(path))
+
     def make_memory(self) -> None:
         """Rings, eventfds."""
         for planned in self.plan.outputs:
@@ -166,10 +181,12 @@ class Wiring:
     def undo(self) -> None:
         """The start failed: nothing stays behind."""
         self.close_opener()
+        self.close_monitor()
         self.preparation.undo()
 
     def close(self) -> None:
         self.close_opener()
+        self.close_monitor()
         for opened in self.opened.values():
             os.close(opened.fd)
         self.preparation.release()
@@ -178,6 +195,14 @@ class Wiring:
         if self.opener is not None:
             self.opener.channel.close()
             self.opener = None
+
+    def close_monitor(self) -> None:
+        if self.listener is not None:
+            self.listener.close()
+        if self.control is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.control.getsockname())
+            self.control.close()
 
     # ---- who gets what ----
 
@@ -288,7 +313,10 @@ class Wiring:
 
     def monitor_parts(self) -> workers.monitor.MonitorParts:
         return workers.monitor.MonitorParts(
-            rings={label: rings.ring_fd for label, rings in self.rings.items()}, generation=self.generation
+            listener_fd=self.listener.fileno() if self.listener is not None else -1,
+            control_fd=self.control.fileno() if self.control is not None else -1,
+            rings=tuple((label, rings.ring_fd) for label, rings in self.rings.items()),
+            generation=self.generation,
         )
 
     # ---- sockets ----
