@@ -197,8 +197,8 @@ class Interface(_Table):
     """One source of packets, read by `fanout` capture workers."""
 
     uri: Annotated[str, AfterValidator(_capture_uri)] = Field(
-        description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without bridge "
-        "ports and container veths), pcap:IF or int:IF (through libpcap), pcapfile:PATH, pcapng:PATH"
+        description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without "
+        "bridge ports and container veths), pcap:IF or int:IF (through libpcap), pcapfile:PATH, pcapng:PATH"
     )
     label: Annotated[str, AfterValidator(_label)] = Field(
         default="", description='its name in files, metrics and messages; "" = from the uri'
@@ -250,7 +250,7 @@ class Output(_Table):
     )
     format: Literal["pcapng", "pcap", "pcap-us"] = Field(
         default="pcapng",
-        description='"pcapng" (interfaces and losses in the file), "pcap" (nanoseconds), "pcap-us" (microseconds)',
+        description='"pcapng" (tells interfaces and losses), "pcap" (nanoseconds) or "pcap-us" (microseconds)',
     )
     linktype: Literal["", "sll2"] = Field(
         default="", description='"" = as captured; "sll2" makes several link types one (Linux cooked capture v2)'
@@ -403,7 +403,7 @@ class Config(_Table):
             for fault in check(self)
         ]
         if faults:
-            raise _CrossFaults(faults)
+            raise _CrossFaultsError(faults)
         return self
 
     def output_of(self, interface: Interface) -> Output:
@@ -441,7 +441,7 @@ def _free_label(label: str, taken: set[str]) -> str:
 Fault = tuple[str, str]  # (key, what is wrong with it)
 
 
-class _CrossFaults(ValueError):
+class _CrossFaultsError(ValueError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in faults))
         self.faults = faults
@@ -508,6 +508,8 @@ def _keys_fit_the_kind_of_source(config: Config) -> Iterator[Fault]:
             yield f"interface[{i}].fanout", f"only ring: can have several workers, not {interface.uri}"
         if interface.speed != "full" and interface.source.is_live:
             yield f"interface[{i}].speed", f"only a file can be replayed, not {interface.uri}"
+        if interface.source.is_every_interface and interface.label != _derived_label(interface.source):
+            yield f"interface[{i}].label", f"{interface.uri} stands for several; each is called by its own name"
 
 
 def _sources_can_be_taken_once(config: Config) -> Iterator[Fault]:
@@ -528,7 +530,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[Fault]]]
     (("interface.output", "output.name"), _every_output_exists_and_is_used),
     (("interface.uri", "interface.output"), _an_output_has_one_clock),
     (("interface.uri", "meter.enabled"), _a_meter_has_one_clock),
-    (("interface.uri", "interface.fanout", "interface.speed"), _keys_fit_the_kind_of_source),
+    (("interface.uri", "interface.fanout", "interface.speed", "interface.label"), _keys_fit_the_kind_of_source),
     (("interface.uri",), _sources_can_be_taken_once),
 )
 
@@ -613,7 +615,7 @@ def _faults(error: ValidationError) -> Iterator[Fault]:
 
 def _details_cross_faults(detail: Mapping[str, Any]) -> Sequence[Fault]:
     cause = detail.get("ctx", {}).get("error")
-    return cause.faults if isinstance(cause, _CrossFaults) else []
+    return cause.faults if isinstance(cause, _CrossFaultsError) else []
 
 
 def _key(location: Iterable[int | str]) -> str:

@@ -37,7 +37,7 @@ _RECEIVE_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class HostInterface:
-    """One interface. `kind` is "loopback", "ethernet", "other", or the kernel's name of a virtual kind ("veth", ...)."""
+    """One interface. `kind`: "loopback", "ethernet", "other", or what the kernel calls a virtual one ("veth", ...)."""
 
     name: str
     index: int
