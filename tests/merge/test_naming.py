@@ -199,9 +199,19 @@ class TestSingleFileNaming:
 
     def test_a_name_that_was_taken_meanwhile_is_left_alone(self, tmp_path: Path) -> None:
         naming = SingleFileNaming(tmp_path / "out.pcap")
-        (tmp_path / "out.pcap").touch()
+        (tmp_path / "out.pcap").write_bytes(b"precious")
+        assert not naming.is_free()
         (tmp_path / "out.pcap.1").symlink_to("nowhere")
         assert naming.final_path(0, START_NS) == str(tmp_path / "out.pcap.2")
+
+    def test_an_empty_file_gives_way_and_a_link_does_not(self, tmp_path: Path) -> None:
+        (tmp_path / "out.pcap").touch()
+        (tmp_path / "link.pcap").symlink_to("out.pcap")
+        assert not SingleFileNaming(tmp_path / "link.pcap").is_free()
+        naming = SingleFileNaming(tmp_path / "out.pcap")
+        assert naming.is_free()
+        assert naming.final_path(0, START_NS) == str(tmp_path / "out.pcap")
+        assert not (tmp_path / "out.pcap").exists()
 
     def test_standard_output_devices_and_fifos_are_written_straight_into(self, tmp_path: Path) -> None:
         fifo = tmp_path / "fifo"

@@ -170,7 +170,7 @@ def available() -> bool:
 
 
 class PassProgram:
-    """A native XDP_PASS program on an interface while the `with` block lasts: a veth then receives redirected frames."""
+    """A native XDP_PASS program on an interface while the `with` block lasts: a veth takes redirected frames then."""
 
     def __init__(self, interface: str) -> None:
         self._interface = interface
