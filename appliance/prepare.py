@@ -1,0 +1,142 @@
+"""Everything that is checked, and made, before the first process starts: a run either starts whole or leaves nothing.
+
+Each check raises an ApplianceError that names its object; `Preparation.undo` removes what was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Sequence
+
+from appliance.capture import bpf
+from appliance.config import Output
+from appliance.errors import CannotCreateError, ConfigError, FormatError, GaveUpError, MissingInputError
+from appliance.formats.encode import InterfaceDescription
+from appliance.formats.reader import read_interfaces
+from appliance.merge.compressor import compressor_argv
+from appliance.merge.naming import Naming, prepare_directories
+from appliance.plan import Plan, Source
+
+log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """What was made for this run, in the order in which it was made."""
+
+    def __init__(self) -> None:
+        self._directories: list[str] = []
+        self._lock_fds: list[int] = []
+
+    def make_directories(self, naming: Naming) -> None:
+        """The policy's directories, all on one file system, because files get from one into the other by rename."""
+        missing = [path for directory in naming.directories for path in missing_parts(directory)]
+        try:
+            prepare_directories(naming)
+        finally:
+            self._directories += [path for path in missing if os.path.isdir(path) and path not in self._directories]
+        devices = {os.stat(path).st_dev: path for path in reversed(naming.directories)}
+        if len(devices) > 1:
+            first, second, *_ = devices.values()
+            raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
+
+    def make_parents(self, path: str) -> None:
+        """The directories above `path`."""
+        for directory in missing_parts(os.path.dirname(path)):
+            try:
+                os.mkdir(directory, 0o755)
+            except OSError as error:
+                raise CannotCreateError(f"{directory}: cannot be made: {error.strerror}") from error
+            self._directories.append(directory)
+
+    def lock(self, path: str) -> None:
+        """One instance a directory. GaveUpError: another one is running."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise CannotCreateError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise GaveUpError(f"{os.path.dirname(path)}: another instance is writing there") from None
+        self._lock_fds.append(fd)
+
+    def hand_over(self, uid: int, gid: int) -> None:
+        """What was made belongs to the user that the service becomes."""
+        for path in self._directories:
+            os.chown(path, uid, gid)
+        for fd in self._lock_fds:
+            os.fchown(fd, uid, gid)
+
+    def release(self) -> None:
+        """The run is over; what it made stays."""
+        for fd in self._lock_fds:
+            os.close(fd)
+        self._lock_fds.clear()
+
+    def undo(self) -> None:
+        for fd in self._lock_fds:
+            with contextlib.suppress(OSError):
+                os.unlink(os.readlink(f"/proc/self/fd/{fd}"))
+        self.release()
+        for path in reversed(self._directories):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
+def check_files(plan: Plan) -> dict[str, list[InterfaceDescription]]:
+    """Opens every file source and its filter once. Returns the interfaces that each names before its first packet."""
+    interfaces: dict[str, list[InterfaceDescription]] = {}
+    for source in plan.sources:
+        if source.uri.is_live or source.uri.target == "-":
+            continue
+        interfaces[source.label] = found = first_interfaces(source)
+        if source.interface.filter:
+            bpf.compile_offline(found[0].linktype if found else 1, source.interface.filter)
+    return interfaces
+
+
+def first_interfaces(source: Source) -> list[InterfaceDescription]:
+    if os.path.isdir(source.uri.target):
+        raise MissingInputError(f"{source.uri.target} is a directory, not a capture file")
+    try:
+        return read_interfaces(source.uri.target)
+    except FormatError as error:
+        if error.packets or "damaged" in str(error):
+            # Damage is met again, and counted, when the file is read: what is whole before it is worth having.
+            return []
+        raise
+
+
+def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> None:
+    """A pcap file holds one link type. `linktypes`: (label, link type) of every interface known at the start."""
+    distinct = {linktype: label for label, linktype in reversed(linktypes)}
+    if len(distinct) < 2:
+        return
+    (first, label), (second, other), *_ = sorted(distinct.items())
+    what = f"{label} has link type {first}, {other} has {second}"
+    if output.format != "pcapng":
+        raise ConfigError(
+            f"output {output.name}: {what}: one pcap file cannot hold both; "
+            'use format = "pcapng", or linktype = "sll2" for live interfaces'
+        )
+    log.warning("output %s: %s: programs on libpcap refuse such a pcapng file; tshark reads it", output.name, what)
+
+
+def check_output(output: Output, naming: Naming, preparation: Preparation) -> None:
+    compressor_argv(output.compressor)
+    preparation.make_directories(naming)
+    if naming.makes_directories:
+        preparation.lock(os.path.join(naming.directories[0], ".lock"))
+
+
+def missing_parts(path: str) -> list[str]:
+    """The directory and its parents, as far as they do not exist, outermost first."""
+    missing: list[str] = []
+    while not os.path.lexists(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    return missing
