@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 PAGE_BYTES = 4096
 SLOT_BYTES = 8
@@ -56,6 +56,9 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "unpublished_packets",  # walked, and held for reorder_us
 )
 
+# Upper bounds of the histogram of the time from a segment's close to its publication.
+PUBLISH_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
+
 # One page per output.
 MERGE_FIELDS = COMMON_FIELDS + (
     "merged_packets",
@@ -84,6 +87,9 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "expired_files",
     "expired_bytes",
     "clock_steps",
+    "publish_ns",  # sum of the times from a segment's close to its publication
+    *(f"publish_{bound_ms}_ms" for bound_ms in PUBLISH_BUCKETS_MS),  # how many of them fell below this bound only
+    "publish_slower",  # and above the last one; see publish_bucket
 )
 
 # One page per source of an output, written by the merge.
@@ -139,6 +145,24 @@ EXPORT_FIELDS = COMMON_FIELDS + (
 OPENER_FIELDS = COMMON_FIELDS + ("opened", "failed")
 MONITOR_FIELDS = COMMON_FIELDS + ("scrapes", "control_requests", "rejected_connections")
 SUPERVISOR_FIELDS = COMMON_FIELDS + ("restarts", "reloads", "reload_failures", "last_reload_ok")
+
+
+def supervisor_fields(workers: Iterable[str]) -> tuple[str, ...]:
+    """The supervisor's fields, with one `restarts/<worker>` for each of `workers` (names of their pages)."""
+    return SUPERVISOR_FIELDS + tuple(restarts_field(worker) for worker in workers)
+
+
+def restarts_field(worker: str) -> str:
+    """The supervisor's field that counts the restarts of the worker with this page."""
+    return f"restarts/{worker}"
+
+
+def publish_bucket(duration_ns: int) -> str:
+    """The field of MERGE_FIELDS that counts a segment whose publication took so long."""
+    for bound_ms in PUBLISH_BUCKETS_MS:
+        if duration_ns <= bound_ms * 1_000_000:
+            return f"publish_{bound_ms}_ms"
+    return "publish_slower"
 
 
 class CounterPage:

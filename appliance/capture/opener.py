@@ -27,6 +27,8 @@ SOL_PACKET = 263
 PACKET_ADD_MEMBERSHIP = 1
 PACKET_RX_RING = 5
 PACKET_VERSION = 10
+PACKET_FANOUT = 18
+PACKET_FANOUT_HASH = 0
 PACKET_IGNORE_OUTGOING = 23
 PACKET_MR_PROMISC = 1
 TPACKET_V3 = 2
@@ -64,6 +66,7 @@ class OpenRequest:
     kernel_ring_bytes: int = 64 << 20
     block_timeout_ms: int = 8
     linktype: str = ""
+    fanout_group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,8 @@ def open_interface(request: OpenRequest) -> OpenedInterface:
         if request.promiscuous:
             sock.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, struct.pack("iHH8s", ifindex, PACKET_MR_PROMISC, 0, b""))
         sock.bind((name, ETH_P_ALL))
+        if request.fanout_group:
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, request.fanout_group | PACKET_FANOUT_HASH << 16)
         return OpenedInterface(sock.detach(), name, ifindex, linktype, cooked, BLOCK_BYTES, block_count)
     except OSError as error:
         if error.errno == errno.ENODEV:
@@ -162,6 +167,15 @@ def stop_accepting(fd: int) -> None:
     bpf.attach(fd, bpf.reject_all())
 
 
+def describe_opened(opened: OpenedInterface) -> bytes:
+    """What travels beside the descriptor."""
+    return json.dumps(dataclasses.asdict(opened)).encode()
+
+
+def parse_opened(message: bytes, fd: int) -> OpenedInterface:
+    return OpenedInterface(**{**json.loads(message), "fd": fd})
+
+
 # ---- the process ----
 
 
@@ -175,14 +189,12 @@ def serve(channel: socket.socket) -> None:
             channel.send(json.dumps(answer).encode())
             continue
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [opened.fd]))]
-        channel.sendmsg([json.dumps(dataclasses.asdict(opened)).encode()], rights)
+        channel.sendmsg([describe_opened(opened)], rights)
         os.close(opened.fd)
 
 
 class OpenerClient:
     """The supervisor's end. Requests are answered in order; `open` waits, `ask`/`answer` do not."""
-
-    ERRORS = {kind.__name__: kind for kind in (MissingInputError, MissingPermissionError, InputOutputError)}
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
@@ -201,7 +213,7 @@ class OpenerClient:
         if "error" in fields:
             kind = getattr(errors, fields["kind"], InputOutputError)
             raise kind(fields["error"])
-        return OpenedInterface(**{**fields, "fd": descriptors[0]})
+        return parse_opened(message, descriptors[0])
 
     def open(self, request: OpenRequest) -> OpenedInterface:
         self.ask(request)

@@ -5,7 +5,7 @@
 Python and lets `run` go on.
 """
 
-from libc.stdint cimport INT64_MAX, INT64_MIN, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 

@@ -283,7 +283,7 @@ cdef inline uint32_t load32(const uint8_t *at, bint swapped) noexcept nogil:
     return swap32(word) if swapped else word
 
 
-cdef uint32_t copy_options(uint8_t *out, const uint8_t *options, uint32_t options_bytes, uint32_t block_type,
+cdef uint32_t copy_options(uint8_t *out, const uint8_t *listed, uint32_t options_bytes, uint32_t block_type,
                            bint swapped) noexcept nogil:
     """Writes a packet's options in host byte order and closes them; `out` has room for `options_bytes + 4`.
 
@@ -291,10 +291,10 @@ cdef uint32_t copy_options(uint8_t *out, const uint8_t *options, uint32_t option
     above 3 of an obsolete packet block, which mean nothing there.
     """
     cdef uint32_t offset = 0, written = 0
-    cdef uint16_t code, length, half
+    cdef uint16_t code, length
     while options_bytes - offset >= 4:
-        code = load16(options + offset, swapped)
-        length = load16(options + offset + 2, swapped)
+        code = load16(listed + offset, swapped)
+        length = load16(listed + offset + 2, swapped)
         offset += 4
         if code == OPT_END:
             break
@@ -305,7 +305,7 @@ cdef uint32_t copy_options(uint8_t *out, const uint8_t *options, uint32_t option
         ):
             memcpy(out + written, &code, sizeof(code))
             memcpy(out + written + 2, &length, sizeof(length))
-            if not copy_value(out + written + 4, options + offset, code, length, swapped):
+            if not copy_value(out + written + 4, listed + offset, code, length, swapped):
                 return 0
             written += 4 + padded(length)
         offset += padded(length)

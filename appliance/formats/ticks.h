@@ -11,7 +11,7 @@
 struct tick_scale {
     uint64_t multiplier;
     uint64_t divisor;
-    uint64_t plain_limit; /* up to here one multiplication is the whole conversion, and cannot overflow */
+    uint64_t plain_end; /* below it one multiplication is the whole conversion, and cannot overflow */
     int64_t offset_s;
     uint8_t shift;
 };
@@ -36,9 +36,9 @@ static inline void tick_scale_set(struct tick_scale *scale, uint8_t tsresol, int
         for (unsigned i = 9; i < exponent; i++)
             scale->divisor *= 10;
     }
-    scale->plain_limit = 0;
+    scale->plain_end = 0;
     if (scale->multiplier && scale->divisor == 1 && scale->shift == 0 && offset_s == 0)
-        scale->plain_limit = (uint64_t)TIMESTAMP_MAX_NS / scale->multiplier;
+        scale->plain_end = (uint64_t)TIMESTAMP_MAX_NS / scale->multiplier + 1;
 }
 
 static inline int64_t ticks_to_ns_exactly(uint64_t ticks, const struct tick_scale *scale, uint64_t *clamped)
@@ -54,7 +54,7 @@ static inline int64_t ticks_to_ns_exactly(uint64_t ticks, const struct tick_scal
 
 static inline int64_t ticks_to_ns(uint64_t ticks, const struct tick_scale *scale, uint64_t *clamped)
 {
-    if (__builtin_expect(ticks <= scale->plain_limit, 1))
+    if (__builtin_expect(ticks < scale->plain_end, 1))
         return (int64_t)(ticks * scale->multiplier);
     return ticks_to_ns_exactly(ticks, scale, clamped);
 }

@@ -605,6 +605,22 @@ cdef class Merge:
         return tuple(self.sources[index].counters[i] for i in range(RECORD_COUNTERS_WORDS))
 
     @property
+    def next_ns(self):
+        """The time of the oldest waiting record, else the merged watermark; 0 when neither is known."""
+        cdef uint32_t best = 0
+        if self.pick(&best):
+            return self.sources[best].next_ns
+        return self.watermark
+
+    @property
+    def half_full(self):
+        """Whether any ring is: no time for sleeping."""
+        return any(
+            self.sources[i].view.other - self.sources[i].view.published > self.sources[i].view.capacity / 2
+            for i in range(self.source_count)
+        )
+
+    @property
     def watermark(self):
         cdef uint64_t lowest = self.merged_watermark()
         return lowest if lowest != UINT64_MAX else self.last_ns

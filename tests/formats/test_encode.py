@@ -22,7 +22,7 @@ from appliance.formats.encode import (
     section_header,
 )
 
-TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=40)
+TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=40)
 DESCRIPTIONS = st.builds(
     InterfaceDescription,
     linktype=st.integers(0, 65535),

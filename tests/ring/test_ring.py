@@ -121,7 +121,17 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("traced") / "traced_ring.so"
     include = here.parent.parent / "appliance" / "ring"
     subprocess.run(
-        ["gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", f"-I{include}", str(here / "traced_ring.c"), "-o", str(library)],
+        [
+            "gcc",
+            "-std=gnu11",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            str(here / "traced_ring.c"),
+            "-o",
+            str(library),
+        ],
         check=True,
     )
     dll = ctypes.CDLL(str(library))

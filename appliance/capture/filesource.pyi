@@ -1,0 +1,21 @@
+"""A capture file into a packet ring and a digest ring."""
+
+from appliance.config import Interface
+from appliance.counters import CounterPage
+from appliance.ring.ring import Producer
+
+class FileCapture:
+    """Reads the file of `interface` (pcapfile: or pcapng:) into `records` and, if given, `digests`.
+
+    A full ring is waited for, nothing is dropped. A successor on the same rings goes on behind what was published.
+    Raises what FileSource raises; FormatError comes behind the last whole packet of a damaged file.
+    """
+
+    def __init__(self, interface: Interface, records: Producer, digests: Producer | None, page: CounterPage) -> None: ...
+    ended: bool
+    """Everything is published."""
+    must_wait: bool
+    """There is no room, or the recorded time has not come: a sleep is in order."""
+    def step(self) -> int:
+        """One batch further. Returns 0, or for how many ms there may be nothing to do."""
+    def close(self) -> None: ...

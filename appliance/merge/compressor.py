@@ -1,0 +1,223 @@
+"""Where a segment's bytes go: straight into a file, or through a compressor's pipe into it.
+
+A compressor is a child process in a session of its own: a program the user named, or the built-in one (`python -m
+workers.compress`). It holds only three descriptors: the pipe, the staging file, and a memory file for its complaints.
+The staging file is locked (flock) through its standard output, so that whoever finds the file later knows whether
+somebody still writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from appliance.errors import InputOutputError, MissingInputError
+
+PIPE_BYTES = 1 << 20
+COMPLAINT_BYTES = 500
+POLL_MS = 500
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+SUFFIXES = {
+    "gzip": ".gz",
+    "pigz": ".gz",
+    "lz4": ".lz4",
+    "zstd": ".zst",
+    "zstdmt": ".zst",
+    "pzstd": ".zst",
+    "xz": ".xz",
+    "pxz": ".xz",
+    "bzip2": ".bz2",
+    "pbzip2": ".bz2",
+    "lzop": ".lzo",
+}
+
+
+def compressor_argv(compressor: str | Sequence[str]) -> tuple[str, ...] | None:
+    """The argv behind a configuration's `compressor`: None for "none". MissingInputError: there is no such program."""
+    if compressor == "none":
+        return None
+    if compressor == "lz4":
+        return (sys.executable, "-I", "-m", "workers.compress")
+    argv = tuple(compressor)
+    program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
+    if program is None:
+        raise MissingInputError(f"compressor {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
+    return (program, *argv[1:])
+
+
+def compressor_suffix(compressor: str | Sequence[str]) -> str:
+    """What a file name gets behind `.pcapng`: `.lz4`, `.zst`, ...; a program we do not know gives its own name."""
+    if compressor == "none":
+        return ""
+    if compressor == "lz4":
+        return ".lz4"
+    name = os.path.basename(compressor[0])
+    return SUFFIXES.get(name, f".{name}")
+
+
+class SinkError(InputOutputError):
+    """A segment cannot be written on. `accepted`: bytes of the last write that went in before."""
+
+    def __init__(self, message: str, accepted: int = 0) -> None:
+        super().__init__(message)
+        self.accepted = accepted
+
+
+class FileSink:
+    """Writes straight into the staging file. `written`: bytes so far."""
+
+    keeps_whole_writes = True  # after a failed write the file ends with the last whole one
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.written = 0
+        self._fd = fd
+        lock(fd)
+
+    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
+        """All of `data`. SinkError (disk full, I/O): the file is cut back to what it held before this call."""
+        done = 0
+        try:
+            while done < len(data):
+                done += os.write(self._fd, data[done:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.written)
+                os.lseek(self._fd, self.written, os.SEEK_SET)
+            raise SinkError(f"{self.path}: {error.strerror}") from error
+        self.written += done
+
+    def close_input(self) -> None:
+        """Nothing more will be written."""
+
+    def finish(self, timeout_s: float) -> None:
+        """Waits until all bytes are in the file. Here they are."""
+        os.close(self._fd)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class CompressorSink:
+    """Writes into the pipe of a compressor that writes the staging file."""
+
+    keeps_whole_writes = False
+
+    def __init__(self, path: str, fd: int, argv: Sequence[str], timeout_s: float) -> None:
+        """Takes over `fd`, the staging file, which then belongs to the child alone. SinkError: it cannot be started."""
+        self.path = path
+        self.written = 0
+        self._timeout_s = timeout_s
+        self._argv = tuple(argv)
+        self._complaints = os.memfd_create("complaints", os.MFD_CLOEXEC)
+        read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):  # an unprivileged user's pipes may be limited
+                fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            os.set_blocking(self._pipe, False)
+            lock(fd)
+            self._child = subprocess.Popen(
+                self._argv,
+                stdin=read_end,
+                stdout=fd,
+                stderr=self._complaints,
+                env=ENVIRONMENT,
+                close_fds=True,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            os.close(self._pipe)
+            os.close(self._complaints)
+            raise SinkError(f"compressor {self.name} cannot be started: {error.strerror or error}") from error
+        finally:
+            os.close(read_end)
+            os.close(fd)
+
+    @property
+    def _is_built_in(self) -> bool:
+        return self._argv[-1] == "workers.compress"
+
+    @property
+    def name(self) -> str:
+        return "lz4 (built in)" if self._is_built_in else self._argv[0]
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
+        """All of `data`, waiting for the compressor up to its time-out. SinkError: it died or does not take anything."""
+        done = 0
+        deadline = time.monotonic() + self._timeout_s
+        while done < len(data):
+            try:
+                done += os.write(self._pipe, data[done:])
+                deadline = time.monotonic() + self._timeout_s
+            except BlockingIOError:
+                self._wait_for_room(deadline, done, beat)
+            except BrokenPipeError:
+                raise SinkError(f"{self.path}: compressor {self.name} {self._ending()}", done) from None
+            except OSError as error:
+                raise SinkError(f"{self.path}: {error.strerror}", done) from error
+        self.written += done
+
+    def _wait_for_room(self, deadline: float, done: int, beat: Callable[[], None]) -> None:
+        beat()
+        if time.monotonic() >= deadline:
+            raise SinkError(
+                f"{self.path}: compressor {self.name} took no byte for {self._timeout_s:g} s", done
+            )
+        poller = select.poll()
+        poller.register(self._pipe, select.POLLOUT)
+        poller.poll(min(POLL_MS, max(0.0, deadline - time.monotonic()) * 1000))
+
+    def close_input(self) -> None:
+        """End of file for the compressor, which then writes its last bytes and ends."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def finish(self, timeout_s: float) -> None:
+        """Waits for the compressor's end. SinkError: it did not end with 0, or not within `timeout_s`."""
+        self.close_input()
+        try:
+            status = self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.abandon()
+            raise SinkError(f"{self.path}: compressor {self.name} did not end within {timeout_s:g} s") from None
+        if status != 0:
+            raise SinkError(f"{self.path}: compressor {self.name} {self._ending()}")
+        os.close(self._complaints)
+
+    def abandon(self) -> None:
+        """Ends the child, whatever it does."""
+        self.close_input()
+        if self._child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+
+    def _ending(self) -> str:
+        try:
+            status = self._child.wait(2)
+        except subprocess.TimeoutExpired:
+            return "closed its standard input"
+        complaint = os.pread(self._complaints, COMPLAINT_BYTES, 0).decode("utf-8", "replace").strip()
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"{how}: {complaint}" if complaint else how
+
+
+def lock(fd: int) -> None:
+    """Marks a staging file as being written, for as long as any process holds this open file."""
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

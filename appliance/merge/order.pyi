@@ -1,0 +1,91 @@
+"""Many rings into one stream in the order of time: packets in the merge worker, digests in the meter worker."""
+
+from collections.abc import Iterable, Sequence
+
+from appliance.ring.ring import Consumer
+
+IDLE: int
+"""Nothing may go now. Write what there is, then sleep."""
+FULL: int
+"""The output buffer is full: write it."""
+BOUNDARY: int
+"""Everything older than `boundary_ns` has gone, and nothing older can come (but late packets)."""
+LIMIT: int
+"""The segment's packets or bytes are used up; the next record does not fit."""
+CONTROL: int
+"""Source `control_source` has a record for Python: `control_record()`, then `control_done()`."""
+EPOCH: int
+"""All sources saw the clock step: `next_epoch()` goes on behind it."""
+ENDED: int
+"""All sources have ended, and everything has gone."""
+
+SINK_PCAPNG: int
+SINK_PCAP_NS: int
+SINK_PCAP_US: int
+SINK_DIGESTS: int
+
+class Merge:
+    """Merges the rings of `consumers`. `live` says which are live (bounded by watermarks) and which are files.
+
+    `sink`: what is written into the output buffer: Enhanced Packet Blocks with the output's interface numbers, pcap
+    packets, or digests with the number of their source. The buffer holds `out_bytes` and one record more.
+    """
+
+    def __init__(
+        self, consumers: Iterable[Consumer], live: Sequence[bool], *, sink: int, max_wait_ms: int, out_bytes: int
+    ) -> None: ...
+    source_count: int
+    out_bytes: int
+    """Bytes in the output buffer."""
+    out_packets: int
+    control_source: int
+    late: int
+    """Packets emitted after one with a later time, ever; `late_max_ns` is the worst lateness."""
+    late_max_ns: int
+    forced: int
+    """Records that went because of max_wait or a half full ring."""
+    segment_first_ns: int
+    segment_last_ns: int
+    segment_late: int
+    segment_late_max_ns: int
+    segment_packets: int
+    boundary_ns: int
+    packets_left: int
+    bytes_left: int
+    count_captured_bytes: bool
+    """`bytes_left` counts packet bytes alone, not the output's."""
+    next_ns: int
+    watermark: int
+    half_full: bool
+    has_news: bool
+    output_address: int
+    def fill(self) -> int:
+        """Moves records into the output buffer until there is something to do; returns what. GIL released."""
+    def output(self) -> memoryview:
+        """The output buffer's content; valid until `emptied`."""
+    def emptied(self) -> None: ...
+    def release(self) -> None:
+        """Gives everything consumed back to the producers: before the write, so that nothing is ever written twice."""
+    def take_pending(self, index: int) -> tuple[int, int]:
+        """(packets, captured bytes) of a source that are in the output buffer; asking takes them off."""
+    def control_record(self) -> bytes: ...
+    def control_done(self) -> None: ...
+    def map_interface(self, index: int, local: int, interface: int) -> None:
+        """Packets of source `index`, interface `local`, go out with the number `interface`. Unmapped ones are dropped
+        and counted."""
+    def next_epoch(self) -> None: ...
+    def begin_segment(self, boundary_ns: int, packets: int, length: int) -> None:
+        """Limits of the next segment; its times and counts start anew."""
+    def want_watermarks(self) -> int:
+        """Asks the empty live sources that hold others up, each at most once per max_wait / 2. Returns how many."""
+    def want_all_watermarks(self) -> None:
+        """Asks every empty live source."""
+    def sleeps(self, sleeping: bool) -> None:
+        """True before a sleep, then look at `has_news`; False after it."""
+    def force(self) -> None:
+        """The boundary counts as passed, whatever a silent source's watermark says."""
+    def set_consumed(self, index: int, packets: int) -> None: ...
+    def source_totals(self, index: int) -> tuple[int, int, int, int]:
+        """(consumed, dropped, late, packets in this segment) of a source."""
+    def source_counters(self, index: int) -> tuple[int, int, int, int, int]:
+        """(received, dropped_kernel, dropped_filter, dropped_ring, published): the source's own, with its last batch."""

@@ -1,0 +1,184 @@
+"""One segment: a capture file from its first byte in `work/` to its last, with what is known about its packets.
+
+The merge worker owns the open segment. What is closed goes to the publisher (publish.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from appliance.errors import CannotCreateError
+from appliance.formats.encode import (
+    SNAPLEN_MAX,
+    InterfaceDescription,
+    interface_description,
+    interface_statistics,
+    pcap_header,
+    section_header,
+)
+from appliance.merge.compressor import CompressorSink, FileSink, SinkError
+from appliance.merge.naming import Naming
+
+Sink = FileSink | CompressorSink
+
+
+@dataclass
+class OutputInterface:
+    """An interface of the output's files: its number is its place in the list of them."""
+
+    description: InterfaceDescription
+    source: int  # of the merge
+    local: int  # the source's own number
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """A source's own cumulative counters as they came with its packets (RECORD_COUNTERS in ring/layout.h)."""
+
+    received: int = 0
+    dropped_kernel: int = 0
+    dropped_filter: int = 0
+    dropped_ring: int = 0
+    published: int = 0
+
+    def since(self, earlier: SourceCounts) -> SourceCounts:
+        return SourceCounts(
+            self.received - earlier.received,
+            self.dropped_kernel - earlier.dropped_kernel,
+            self.dropped_filter - earlier.dropped_filter,
+            self.dropped_ring - earlier.dropped_ring,
+            self.published - earlier.published,
+        )
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """What the files are: pcapng, or pcap with nanoseconds or microseconds."""
+
+    is_pcapng: bool
+    nanoseconds: bool = True
+
+    def header(self, interfaces: Sequence[OutputInterface]) -> bytes:
+        if not self.is_pcapng:
+            linktype = interfaces[0].description.linktype if interfaces else 1
+            return pcap_header(linktype, nanoseconds=self.nanoseconds)
+        blocks = [section_header()]
+        blocks += [self.interface_block(interface) for interface in interfaces]
+        return b"".join(blocks)
+
+    @staticmethod
+    def interface_block(interface: OutputInterface) -> bytes:
+        # libpcap refuses a file whose interfaces have different snaplens, so all of them say the same.
+        return interface_description(dataclasses.replace(interface.description, snaplen=SNAPLEN_MAX))
+
+
+@dataclass
+class Segment:
+    """The open segment, and later everything that the publisher needs to know about it."""
+
+    sequence: int
+    path: str
+    sink: Sink
+    start_ns: int  # CLOCK_REALTIME, or the first packet's time for files
+    opened_ns: int  # CLOCK_REALTIME
+    packets: int = 0
+    bytes: int = 0  # before compression
+    source_packets: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    first_ns: int | None = None
+    last_ns: int | None = None
+    late: int = 0
+    late_max_ns: int = 0
+    closed_because: str = ""
+    failure: str = ""  # why it goes to quarantine; empty: it is published
+    counts_at_start: list[SourceCounts] = field(default_factory=list)
+
+
+class SegmentOpener:
+    """Opens staging files and starts their compressors, one ahead, so that a rotation waits for neither."""
+
+    def __init__(
+        self, naming: Naming, argv: Sequence[str] | None, timeout_s: float, mode: int, ahead: bool
+    ) -> None:
+        self._naming = naming
+        self._argv = argv
+        self._timeout_s = timeout_s
+        self._mode = mode
+        self._ahead = ahead and argv is not None
+        self._spare: tuple[int, str, Sink] | None = None
+
+    def open(self, start_ns: int) -> Segment:
+        """The next segment, empty. CannotCreateError, SinkError: it cannot be had now."""
+        sequence, path, sink = self._spare or self._start()
+        self._spare = None
+        return Segment(sequence, path, sink, start_ns, time.time_ns())
+
+    def prepare(self) -> None:
+        """Starts the next compressor, if that is not done yet. Failures wait for `open` to report them."""
+        if self._ahead and self._spare is None:
+            try:
+                self._spare = self._start()
+            except (CannotCreateError, SinkError):
+                self._spare = None
+
+    def discard_spare(self) -> None:
+        if self._spare is not None:
+            _sequence, path, sink = self._spare
+            self._spare = None
+            sink.abandon()
+            os.unlink(path)
+
+    def _start(self) -> tuple[int, str, Sink]:
+        sequence = self._naming.next_sequence()
+        path = self._naming.staging_path(sequence)
+        try:
+            # The mode is exact from the first moment, whatever the umask: nobody may read what is about to be written.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0)
+            os.fchmod(fd, self._mode)
+        except OSError as error:
+            raise CannotCreateError(f"{path}: cannot be created: {error.strerror}") from error
+        try:
+            if self._argv is None:
+                return sequence, path, FileSink(path, fd)
+            return sequence, path, CompressorSink(path, fd, self._argv, self._timeout_s)
+        except SinkError:
+            os.unlink(path)
+            raise
+
+
+def statistics_blocks(
+    interfaces: Sequence[OutputInterface],
+    counts: Sequence[SourceCounts],
+    delivered: Sequence[int],
+    start_ns: int,
+    end_ns: int,
+) -> bytes:
+    """The Interface Statistics Blocks at a segment's end: this segment's own deltas, one block an interface.
+
+    `counts`, `delivered`: per source of the merge. A source of several interfaces (a file) tells nothing apart, so only
+    its first interface gets a block.
+    """
+    blocks = []
+    for number, interface in enumerate(interfaces):
+        if interface.local != 0:
+            continue
+        count = counts[interface.source]
+        blocks.append(
+            interface_statistics(
+                number,
+                end_ns,
+                start_ns=start_ns,
+                end_ns=end_ns,
+                received=count.received,
+                dropped=0,
+                filter_accepted=count.received - count.dropped_filter,
+                os_dropped=count.dropped_kernel + count.dropped_ring,
+                delivered=delivered[interface.source],
+            )
+        )
+    return b"".join(blocks)
+

@@ -1,0 +1,82 @@
+"""The flow table's records, for compiled modules. All times are nanoseconds, all integers in host byte order."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef struct Direction:  # one cache line
+    uint64_t packets
+    uint64_t octets  # IP total lengths
+    uint64_t first_ns
+    uint64_t last_ns
+    uint64_t payload_octets  # behind the transport header
+    uint32_t tcp_sequence  # of the first packet
+    uint16_t min_length  # IP total length, at most 65535
+    uint16_t max_length
+    uint8_t min_ttl
+    uint8_t max_ttl
+    uint8_t tos  # of the first packet
+    uint8_t fragment_flags  # union, as in fragmentFlags: 0x40 DF, 0x20 MF
+    uint8_t tcp_flags  # union over all packets
+    uint8_t tcp_initial_flags  # of the first packet
+    uint8_t tcp_later_flags  # union over all but the first
+    uint8_t unused
+    uint64_t reserved
+
+# Both ends in an order of their own, so that the two directions of a conversation have one key.
+cdef struct FlowKey:
+    uint64_t[4] ends  # the low and the high end's address, 16 octets each in wire order
+    uint64_t ports_vlans  # low port, high port, outer and inner VLAN identifier from the lowest bits up
+    uint32_t interface  # 0 when interfaces are not in the key
+    uint8_t protocol
+    uint8_t ip_version
+    uint8_t state  # STATE_*; neither hashed nor compared
+    uint8_t forward_is_low  # the forward direction goes from low to high; neither hashed nor compared
+
+# A lookup touches the first line, a packet the first and one direction's; the second is for birth and end.
+cdef struct Flow:
+    FlowKey key
+    uint64_t last_ns  # stream time of the newest packet
+    uint64_t start_ns  # stream time at which the current record began
+    uint64_t flow_id
+    uint32_t hash
+    uint32_t bucket  # of the wheel; kept right in the first flow of a list only
+    uint32_t previous  # flow number + 1; 0: none
+    uint32_t next
+    uint32_t interface  # of the first packet, as all of these
+    uint32_t mpls
+    uint16_t vlan_outer
+    uint16_t vlan_inner
+    uint16_t icmp_type_code
+    uint8_t vlan_tags
+    uint8_t biflow_direction  # RFC 5103, 6.3: 0 arbitrary, 1 initiator, 2 reverse initiator
+    uint8_t[6] source_mac
+    uint8_t[6] destination_mac
+    uint8_t[12] unused
+    Direction forward
+    Direction reverse
+
+# What leaves the table.
+cdef struct FlowRow:
+    uint8_t[16] source_address
+    uint8_t[16] destination_address
+    uint16_t source_port
+    uint16_t destination_port
+    uint16_t vlan_outer  # whole tags
+    uint16_t vlan_inner
+    uint32_t interface
+    uint32_t mpls
+    uint8_t protocol
+    uint8_t ip_version
+    uint8_t end_reason  # flowEndReason
+    uint8_t biflow_direction
+    uint16_t icmp_type_code
+    uint8_t vlan_tags
+    uint8_t unused
+    uint64_t flow_id
+    uint64_t start_ns  # over both directions
+    uint64_t end_ns
+    uint8_t[6] source_mac
+    uint8_t[6] destination_mac
+    uint32_t unused2
+    Direction forward
+    Direction reverse

@@ -1,0 +1,743 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""A bounded table of bidirectional flows, driven by digests and by stream time alone.
+
+A pool of flows of 256 octets, an index of (hash, flow) slots with linear probing at a load of at most a half, and a
+timer wheel. A packet moves no timer: when a flow's bucket comes up, the flow either has expired or goes to the bucket
+of its new deadline, so a flow is looked at about once per idle time-out, however many packets it has.
+
+Whether a packet belongs to a flow or begins the next one is decided by exact times when the packet comes; the wheel's
+tick only decides how soon an expired flow leaves. So the flows do not depend on how the packets were batched.
+"""
+
+import os
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+
+cimport cython
+
+from appliance.ring.digest cimport *
+from appliance.ring.layout cimport *
+
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
+    static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
+    """
+    void prefetch_for_write(const void* p) noexcept nogil
+    void prefer_huge_pages(void* p, size_t n) noexcept nogil
+
+cdef enum:
+    GROUP = 16  # digests whose memory is fetched ahead
+    SECRETS = 14  # of 64 bits, for hash_key
+    EVICTION_SAMPLE = 16
+    WHEEL_BUCKETS = 8192
+    WHEEL_DUE = WHEEL_BUCKETS  # the list that is being worked off
+    MIN_TICK_SHIFT = 20  # about 1 ms
+
+    STATE_OPEN = 0
+    STATE_CLOSED = 1  # FIN both ways, or RST
+
+    TCP_FIN = 0x01
+    TCP_SYN = 0x02
+    TCP_RST = 0x04
+    TCP_ACK = 0x10
+    PROTOCOL_TCP = 6
+
+    END_IDLE = 1
+    END_ACTIVE = 2
+    END_OF_FLOW = 3
+    END_FORCED = 4
+    END_LACK_OF_RESOURCES = 5
+
+cdef uint64_t MAX_TIME_NS = <uint64_t>1 << 62  # the year 2116: later stamps are taken for it, so that sums cannot wrap
+
+cdef struct Slot:
+    uint32_t hash
+    uint32_t flow  # number + 1; 0: free
+
+cdef struct Arrival:  # a digest on its way into the table
+    FlowKey key
+    uint32_t hash
+    bint from_low
+    const digest* packet  # NULL: of a version that is not known here
+    uint64_t end  # offset behind its record
+
+cdef struct Group:
+    Arrival[GROUP] arrivals
+    int count
+
+cdef struct Input:
+    const uint8_t* records
+    uint64_t length  # cut back to what is whole
+    uint64_t offset
+    bint damaged
+
+cdef struct Counters:
+    uint64_t observed_packets
+    uint64_t metered_packets
+    uint64_t metered_octets
+    uint64_t ignored_packets
+    uint64_t late_packets
+    uint64_t active_flow_packets
+    uint64_t flows_created
+    uint64_t exported_flows
+    uint64_t exported_packets
+    uint64_t exported_octets
+    uint64_t peak_flows
+    uint64_t[6] ended  # by flowEndReason
+
+
+cdef void* map_memory(size_t length) except NULL:
+    """Zeroed memory that costs nothing until it is touched."""
+    cdef void* memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if memory == MAP_FAILED:
+        raise MemoryError(f"the flow table's {length} bytes cannot be mapped")
+    prefer_huge_pages(memory, length)
+    return memory
+
+
+@cython.final
+cdef class FlowTable:
+    cdef Flow* flows
+    cdef Slot* slots
+    cdef FlowRow* row_buffer
+    cdef uint32_t* wheel  # heads of the buckets' lists, and of WHEEL_DUE
+    cdef uint64_t[SECRETS] secrets
+    cdef uint32_t max_flows, used, high_water, free_list, hand, slot_mask
+    cdef uint32_t row_capacity, rows_ready
+    cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
+    cdef int64_t stepped_ns
+    cdef uint32_t tick_shift
+    cdef bint vlan_in_key, interface_in_key
+    cdef Counters counts
+
+    def __cinit__(
+        self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
+        bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
+    ):
+        cdef uint64_t slots = 16
+        cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
+        if not 1 <= max_flows <= 1 << 27:
+            raise ValueError(f"max_flows {max_flows} is not within 1 .. {1 << 27}")
+        if not 1 <= row_capacity <= 1 << 20:
+            raise ValueError(f"row_capacity {row_capacity} is not within 1 .. {1 << 20}")
+        if min(idle_timeout_ns, active_timeout_ns) == 0 or longest_ns > MAX_TIME_NS:
+            raise ValueError("time-outs must be above 0 and below 146 years")
+        while slots < 2 * <uint64_t>max_flows:
+            slots *= 2
+        self.max_flows = max_flows
+        self.row_capacity = row_capacity
+        self.slot_mask = <uint32_t>(slots - 1)
+        self.idle_ns = idle_timeout_ns
+        self.active_ns = active_timeout_ns
+        self.linger_ns = tcp_linger_ns
+        self.vlan_in_key = vlan_in_key
+        self.interface_in_key = interface_in_key
+        self.tick_shift = MIN_TICK_SHIFT
+        while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
+            self.tick_shift += 1
+        self.next_flow_id = 1
+        secrets = os.urandom(sizeof(self.secrets))
+        memcpy(self.secrets, <const char*>secrets, sizeof(self.secrets))
+        self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
+        self.slots = <Slot*>map_memory(slots * sizeof(Slot))
+        self.row_buffer = <FlowRow*>map_memory(<size_t>row_capacity * sizeof(FlowRow))
+        self.wheel = <uint32_t*>map_memory((WHEEL_BUCKETS + 1) * sizeof(uint32_t))
+
+    def __dealloc__(self):
+        if self.flows != NULL:
+            munmap(self.flows, <size_t>self.max_flows * sizeof(Flow))
+        if self.slots != NULL:
+            munmap(self.slots, (<size_t>self.slot_mask + 1) * sizeof(Slot))
+        if self.row_buffer != NULL:
+            munmap(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
+        if self.wheel != NULL:
+            munmap(self.wheel, (WHEEL_BUCKETS + 1) * sizeof(uint32_t))
+
+    # ---- the key ----
+
+    cdef inline uint32_t hash_key(self, const FlowKey* key) noexcept nogil:
+        """Multilinear hashing with secret keys: two different keys meet with a probability of 2^-32, whoever chose
+        them (Lemire and Kaser 2014, Strongly universal string hashing is fast). The last step is a bijection of 64
+        bits that breaks the linearity, so that ranges of addresses and ports spread over the slots."""
+        cdef const uint64_t* k = self.secrets
+        cdef uint64_t total = k[12]
+        total += k[0] * <uint32_t>key.ends[0] + k[1] * (key.ends[0] >> 32)
+        total += k[2] * <uint32_t>key.ends[1] + k[3] * (key.ends[1] >> 32)
+        total += k[4] * <uint32_t>key.ends[2] + k[5] * (key.ends[2] >> 32)
+        total += k[6] * <uint32_t>key.ends[3] + k[7] * (key.ends[3] >> 32)
+        total += k[8] * <uint32_t>key.ports_vlans + k[9] * (key.ports_vlans >> 32)
+        total += k[10] * key.interface + k[11] * ((<uint64_t>key.ip_version << 8) | key.protocol)
+        total ^= total >> 32
+        total *= k[13] | 1
+        return <uint32_t>(total >> 32)
+
+    cdef inline void take_in(self, Arrival* a, const digest* d) noexcept nogil:
+        cdef uint64_t[4] ends
+        cdef uint64_t ports_vlans = 0
+        cdef int low
+        memcpy(ends, d.source_address, 32)  # the destination stands behind it
+        # Any order will do that both directions agree on.
+        if ends[0] != ends[2]:
+            a.from_low = ends[0] < ends[2]
+        elif ends[1] != ends[3]:
+            a.from_low = ends[1] < ends[3]
+        else:
+            a.from_low = d.source_port <= d.destination_port
+        low = 0 if a.from_low else 2
+        a.packet = d
+        a.key.ends[0] = ends[low]
+        a.key.ends[1] = ends[low + 1]
+        a.key.ends[2] = ends[2 - low]
+        a.key.ends[3] = ends[3 - low]
+        if self.vlan_in_key:
+            ports_vlans = (<uint64_t>(d.vlan_inner & 0x0FFF) << 48) | (<uint64_t>(d.vlan_outer & 0x0FFF) << 32)
+        if a.from_low:
+            ports_vlans |= (<uint64_t>d.destination_port << 16) | d.source_port
+        else:
+            ports_vlans |= (<uint64_t>d.source_port << 16) | d.destination_port
+        a.key.ports_vlans = ports_vlans
+        a.key.interface = d.interface if self.interface_in_key else 0
+        a.key.protocol = d.protocol
+        a.key.ip_version = d.ip_version
+        a.key.state = STATE_OPEN
+        a.key.forward_is_low = a.from_low
+        a.hash = self.hash_key(&a.key)
+
+    @staticmethod
+    cdef inline bint same_key(const FlowKey* a, const FlowKey* b) noexcept nogil:
+        return (
+            a.ends[0] == b.ends[0] and a.ends[1] == b.ends[1] and a.ends[2] == b.ends[2] and a.ends[3] == b.ends[3]
+            and a.ports_vlans == b.ports_vlans and a.interface == b.interface
+            and a.protocol == b.protocol and a.ip_version == b.ip_version
+        )
+
+    # ---- the index ----
+
+    cdef inline Flow* find(self, const FlowKey* key, uint32_t hash) noexcept nogil:
+        cdef uint32_t i = hash & self.slot_mask
+        cdef Flow* flow
+        while self.slots[i].flow != 0:
+            if self.slots[i].hash == hash:
+                flow = &self.flows[self.slots[i].flow - 1]
+                if FlowTable.same_key(&flow.key, key):
+                    return flow
+            i = (i + 1) & self.slot_mask
+        return NULL
+
+    cdef inline void index_flow(self, uint32_t number, uint32_t hash) noexcept nogil:
+        cdef uint32_t i = hash & self.slot_mask
+        while self.slots[i].flow != 0:
+            i = (i + 1) & self.slot_mask
+        self.slots[i].hash = hash
+        self.slots[i].flow = number + 1
+
+    cdef void unindex_flow(self, uint32_t number, uint32_t hash) noexcept nogil:
+        """Closes the gap by moving later slots of the same run back, so that no markers of deletion pile up."""
+        cdef uint32_t gap = hash & self.slot_mask
+        cdef uint32_t i
+        while self.slots[gap].flow != number + 1:
+            gap = (gap + 1) & self.slot_mask
+        i = gap
+        while True:
+            i = (i + 1) & self.slot_mask
+            if self.slots[i].flow == 0:
+                break
+            # A slot may move to the gap unless its home lies behind the gap.
+            if ((i - self.slots[i].hash) & self.slot_mask) >= ((i - gap) & self.slot_mask):
+                self.slots[gap] = self.slots[i]
+                gap = i
+        self.slots[gap].flow = 0
+
+    # ---- the wheel ----
+
+    cdef inline uint64_t deadline_ns(self, const Flow* flow, int* reason) noexcept nogil:
+        cdef uint64_t deadline
+        if flow.key.state == STATE_CLOSED:
+            deadline = flow.last_ns + self.linger_ns
+            reason[0] = END_OF_FLOW
+        else:
+            deadline = flow.last_ns + self.idle_ns
+            reason[0] = END_IDLE
+        if flow.start_ns + self.active_ns < deadline and flow.forward.packets + flow.reverse.packets != 0:
+            deadline = flow.start_ns + self.active_ns
+            reason[0] = END_ACTIVE
+        return deadline
+
+    cdef inline void arm(self, Flow* flow, uint64_t deadline_ns) noexcept nogil:
+        cdef uint32_t number = <uint32_t>(flow - self.flows)
+        cdef uint64_t tick = ((deadline_ns - 1) >> self.tick_shift) + 1  # the first tick at or behind the deadline
+        cdef uint32_t bucket
+        if tick <= self.tick:
+            tick = self.tick + 1
+        bucket = tick & (WHEEL_BUCKETS - 1)
+        flow.bucket = bucket
+        flow.previous = 0
+        flow.next = self.wheel[bucket]
+        if flow.next != 0:
+            self.flows[flow.next - 1].previous = number + 1
+        self.wheel[bucket] = number + 1
+
+    cdef inline void disarm(self, Flow* flow) noexcept nogil:
+        if flow.previous != 0:
+            self.flows[flow.previous - 1].next = flow.next
+        else:
+            self.wheel[flow.bucket] = flow.next
+        if flow.next != 0:
+            self.flows[flow.next - 1].previous = flow.previous
+            if flow.previous == 0:
+                self.flows[flow.next - 1].bucket = flow.bucket
+
+    cdef bint turn_wheel(self) noexcept nogil:
+        """Expires what is due at now_ns. False: the row buffer is full, call again after it was emptied."""
+        cdef uint64_t target = self.now_ns >> self.tick_shift
+        cdef uint64_t deadline
+        cdef uint32_t bucket
+        cdef Flow* flow
+        cdef int reason
+        while True:
+            while self.wheel[WHEEL_DUE] != 0:
+                flow = &self.flows[self.wheel[WHEEL_DUE] - 1]
+                if flow.next != 0:
+                    prefetch_for_write(&self.flows[flow.next - 1])
+                    prefetch_for_write(&self.flows[flow.next - 1].flow_id)
+                deadline = self.deadline_ns(flow, &reason)
+                if deadline > self.now_ns:
+                    self.disarm(flow)
+                    self.arm(flow, deadline)
+                elif self.rows_ready == self.row_capacity:
+                    return False
+                elif reason == END_ACTIVE:
+                    self.split(flow)
+                    self.disarm(flow)
+                    self.arm(flow, self.deadline_ns(flow, &reason))
+                else:
+                    self.end(flow, reason)
+            if self.tick >= target:
+                return True
+            if target - self.tick > WHEEL_BUCKETS:
+                self.tick = target - WHEEL_BUCKETS  # one turn meets every flow
+            self.tick += 1
+            bucket = self.tick & (WHEEL_BUCKETS - 1)
+            self.wheel[WHEEL_DUE] = self.wheel[bucket]
+            if self.wheel[bucket] != 0:
+                self.flows[self.wheel[bucket] - 1].bucket = WHEEL_DUE
+                self.wheel[bucket] = 0
+
+    cdef inline bint move_time(self, uint64_t now_ns) noexcept nogil:
+        """Stream time only grows. False: the row buffer is full."""
+        if now_ns > self.now_ns:
+            self.now_ns = now_ns
+            if self.used == 0:
+                self.tick = now_ns >> self.tick_shift
+        if self.now_ns >> self.tick_shift > self.tick or self.wheel[WHEEL_DUE] != 0:
+            return self.turn_wheel()
+        return True
+
+    cdef inline uint64_t stream_time(self, uint64_t timestamp_ns) noexcept nogil:
+        """The time stamp on the time line of the first epoch: steps of the clock taken out."""
+        cdef int64_t t = <int64_t>min(timestamp_ns, MAX_TIME_NS) - self.stepped_ns
+        return <uint64_t>t if t > 0 else 0
+
+    # ---- birth and end of a flow ----
+
+    cdef Flow* begin(self, const Arrival* a) noexcept nogil:
+        """A new flow for this packet. The caller has seen to it that a row is free, should one have to go."""
+        cdef const digest* d = a.packet
+        cdef Flow* flow
+        cdef uint32_t number
+        if self.used == self.max_flows:
+            self.evict()
+        if self.free_list != 0:
+            number = self.free_list - 1
+            self.free_list = self.flows[number].next
+        else:
+            number = self.high_water
+            self.high_water += 1
+        flow = &self.flows[number]
+        memset(flow, 0, sizeof(Flow))
+        flow.key = a.key
+        flow.hash = a.hash
+        flow.flow_id = self.next_flow_id
+        flow.last_ns = self.now_ns
+        flow.start_ns = self.now_ns
+        flow.interface = d.interface
+        flow.mpls = d.mpls
+        flow.vlan_tags = d.vlan_tags
+        flow.vlan_outer = d.vlan_outer
+        flow.vlan_inner = d.vlan_inner
+        if d.status & DIGEST_ICMP:
+            flow.icmp_type_code = <uint16_t>((d.icmp_type << 8) | d.icmp_code)
+        memcpy(flow.source_mac, d.source_mac, 6)
+        memcpy(flow.destination_mac, d.destination_mac, 6)
+        if d.protocol != PROTOCOL_TCP or d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
+            flow.biflow_direction = 1
+        elif d.tcp_flags & TCP_SYN:
+            flow.biflow_direction = 2
+        self.next_flow_id += 1
+        self.index_flow(number, a.hash)
+        self.arm(flow, self.now_ns + min(self.idle_ns, self.active_ns))
+        self.used += 1
+        self.counts.flows_created += 1
+        if self.used > self.counts.peak_flows:
+            self.counts.peak_flows = self.used
+        return flow
+
+    cdef void end(self, Flow* flow, int reason) noexcept nogil:
+        cdef uint32_t number = <uint32_t>(flow - self.flows)
+        self.write_row(flow, reason)
+        self.disarm(flow)
+        self.unindex_flow(number, flow.hash)
+        flow.next = self.free_list
+        self.free_list = number + 1
+        self.used -= 1
+
+    cdef void split(self, Flow* flow) noexcept nogil:
+        """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
+        self.write_row(flow, END_ACTIVE)
+        memset(&flow.forward, 0, 2 * sizeof(Direction))
+
+    cdef void evict(self) noexcept nogil:
+        """Out of the next few flows of the pool, the one that is missed least: ended ones, then single packets, then
+        TCP that never was answered, then the others; among equals the longest silent."""
+        cdef uint32_t sample = min(<uint32_t>EVICTION_SAMPLE, self.max_flows)
+        cdef uint32_t number = 0
+        cdef uint32_t i
+        cdef int value, least = 100
+        cdef Flow* flow
+        cdef Flow* victim = NULL
+        for i in range(sample):
+            number = self.hand + i
+            if number >= self.max_flows:
+                number -= self.max_flows
+            flow = &self.flows[number]
+            value = FlowTable.worth(flow)
+            if victim == NULL or value < least or (value == least and flow.last_ns < victim.last_ns):
+                victim = flow
+                least = value
+        self.hand = number + 1 if number + 1 < self.max_flows else 0
+        self.end(victim, END_OF_FLOW if victim.key.state == STATE_CLOSED else END_LACK_OF_RESOURCES)
+
+    @staticmethod
+    cdef inline int worth(const Flow* flow) noexcept nogil:
+        cdef uint64_t packets = flow.forward.packets + flow.reverse.packets
+        if packets == 0 or flow.key.state == STATE_CLOSED:
+            return 0
+        if packets == 1:
+            return 1
+        if flow.key.protocol == PROTOCOL_TCP and (flow.forward.packets == 0 or flow.reverse.packets == 0):
+            return 2
+        return 3
+
+    cdef void write_row(self, const Flow* flow, int reason) noexcept nogil:
+        cdef FlowRow* row = &self.row_buffer[self.rows_ready]
+        cdef const Direction* f = &flow.forward
+        cdef const Direction* r = &flow.reverse
+        cdef int source = 0 if flow.key.forward_is_low else 2
+        cdef uint16_t low_port = <uint16_t>flow.key.ports_vlans
+        cdef uint16_t high_port = <uint16_t>(flow.key.ports_vlans >> 16)
+        if f.packets + r.packets == 0:  # nothing came since the last split
+            return
+        memcpy(row.source_address, &flow.key.ends[source], 16)
+        memcpy(row.destination_address, &flow.key.ends[2 - source], 16)
+        row.source_port = low_port if source == 0 else high_port
+        row.destination_port = high_port if source == 0 else low_port
+        row.vlan_outer = flow.vlan_outer
+        row.vlan_inner = flow.vlan_inner
+        row.vlan_tags = flow.vlan_tags
+        row.interface = flow.interface
+        row.mpls = flow.mpls
+        row.protocol = flow.key.protocol
+        row.ip_version = flow.key.ip_version
+        row.end_reason = <uint8_t>reason
+        row.biflow_direction = flow.biflow_direction
+        row.icmp_type_code = flow.icmp_type_code
+        row.flow_id = flow.flow_id
+        row.start_ns = f.first_ns if r.packets == 0 or (f.packets != 0 and f.first_ns < r.first_ns) else r.first_ns
+        row.end_ns = f.last_ns if f.last_ns > r.last_ns else r.last_ns
+        memcpy(row.source_mac, flow.source_mac, 12)  # both
+        row.forward = f[0]
+        row.reverse = r[0]
+        self.rows_ready += 1
+        self.counts.ended[reason] += 1
+        self.counts.exported_flows += 1
+        self.counts.exported_packets += f.packets + r.packets
+        self.counts.exported_octets += f.octets + r.octets
+        self.counts.active_flow_packets -= f.packets + r.packets
+
+    # ---- a packet ----
+
+    cdef inline void count(self, Flow* flow, const Arrival* a) noexcept nogil:
+        cdef const digest* d = a.packet
+        cdef bint forward = a.from_low == flow.key.forward_is_low
+        cdef Direction* x = &flow.forward if forward else &flow.reverse
+        cdef uint64_t time_ns = min((<uint64_t>d.timestamp_high << 32) | d.timestamp_low, MAX_TIME_NS)
+        cdef uint16_t length = <uint16_t>min(d.ip_octets, <uint32_t>0xFFFF)
+        cdef uint8_t flags = <uint8_t>d.tcp_flags
+        if flow.forward.packets + flow.reverse.packets == 0:
+            flow.start_ns = self.now_ns
+        if x.packets == 0:
+            x.first_ns = time_ns
+            x.last_ns = time_ns
+            x.min_length = length
+            x.min_ttl = d.ttl
+            x.tos = d.tos
+            x.tcp_sequence = d.tcp_sequence
+            x.tcp_initial_flags = flags
+        else:
+            x.tcp_later_flags |= flags
+        x.packets += 1
+        x.octets += d.ip_octets
+        x.payload_octets += d.payload_octets
+        x.tcp_flags |= flags
+        x.first_ns = min(x.first_ns, time_ns)
+        x.last_ns = max(x.last_ns, time_ns)
+        x.min_length = min(x.min_length, length)
+        x.max_length = max(x.max_length, length)
+        x.min_ttl = min(x.min_ttl, d.ttl)
+        x.max_ttl = max(x.max_ttl, d.ttl)
+        if d.status & DIGEST_DONT_FRAGMENT:
+            x.fragment_flags |= 0x40
+        if d.status & DIGEST_MORE_FRAGMENTS:
+            x.fragment_flags |= 0x20
+        flow.last_ns = self.now_ns
+        self.counts.metered_packets += 1
+        self.counts.metered_octets += d.ip_octets
+        self.counts.active_flow_packets += 1
+        if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and flow.key.state == STATE_OPEN:
+            self.close_tcp(flow, flags)
+
+    cdef void close_tcp(self, Flow* flow, uint8_t flags) noexcept nogil:
+        """FIN both ways or RST ends the flow after a short wait, for the last acknowledgement and for repeats."""
+        cdef int reason
+        if flags & TCP_RST or flow.forward.tcp_flags & flow.reverse.tcp_flags & TCP_FIN:
+            flow.key.state = STATE_CLOSED
+            self.disarm(flow)
+            self.arm(flow, self.deadline_ns(flow, &reason))
+
+    cdef inline bint meter(self, const Arrival* a) noexcept nogil:
+        """One packet into its flow. False, and nothing done, when the row buffer is full."""
+        cdef const digest* d = a.packet
+        cdef uint64_t time_ns
+        cdef Flow* flow
+        cdef int reason
+        if d == NULL:
+            self.counts.observed_packets += 1
+            self.counts.ignored_packets += 1
+            return True
+        time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
+        if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
+            return False
+        flow = self.find(&a.key, a.hash)
+        if flow != NULL:
+            if self.deadline_ns(flow, &reason) <= self.now_ns:
+                if reason == END_ACTIVE:
+                    self.split(flow)
+                else:
+                    self.end(flow, reason)
+                    flow = NULL
+            elif flow.key.state == STATE_CLOSED and d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
+                self.end(flow, END_OF_FLOW)  # the ports are used again
+                flow = NULL
+        if flow == NULL:
+            flow = self.begin(a)
+        if time_ns < self.now_ns:
+            self.counts.late_packets += 1
+        self.counts.observed_packets += 1
+        self.count(flow, a)
+        return True
+
+    cdef inline void gather(self, Group* group, Input* source) noexcept nogil:
+        """The next digests, their index slots on the way into the cache."""
+        cdef const uint8_t* r
+        cdef const digest* d
+        cdef uint32_t[2] head
+        cdef Arrival* a
+        group.count = 0
+        while group.count < GROUP and source.offset < source.length:
+            r = source.records + source.offset
+            if source.length - source.offset >= RECORD_PREFIX_BYTES + 4:
+                memcpy(head, r, 8)
+            else:
+                head[1] = 0
+            if head[1] < RECORD_PREFIX_BYTES + 4 or head[1] & 3 or head[1] > source.length - source.offset:
+                source.damaged = True
+                source.length = source.offset
+                return
+            source.offset += head[1]
+            if head[0] == RECORD_DIGEST:
+                a = &group.arrivals[group.count]
+                group.count += 1
+                a.end = source.offset
+                a.packet = NULL
+                a.hash = 0
+                d = <const digest*>r
+                if head[1] >= DIGEST_MIN_BYTES and d.version == DIGEST_VERSION:
+                    self.take_in(a, d)
+                prefetch_for_write(&self.slots[a.hash & self.slot_mask])
+
+    cdef inline void fetch(self, const Group* group) noexcept nogil:
+        cdef uint32_t flow
+        cdef int i
+        for i in range(group.count):
+            flow = self.slots[group.arrivals[i].hash & self.slot_mask].flow
+            if flow != 0:
+                prefetch_for_write(&self.flows[flow - 1])
+                prefetch_for_write(&self.flows[flow - 1].forward)
+                prefetch_for_write(&self.flows[flow - 1].reverse)
+
+    cdef uint64_t run(self, Input* source) noexcept nogil:
+        """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
+
+        Three groups are under way: the slots of one and the flows of another travel into the cache while the packets
+        of the third are counted."""
+        cdef Group[3] groups
+        cdef Group* current
+        cdef uint64_t done = 0
+        cdef int turn = 0
+        cdef int i
+        self.gather(&groups[0], source)
+        self.gather(&groups[1], source)
+        self.fetch(&groups[0])
+        while True:
+            self.gather(&groups[(turn + 2) % 3], source)
+            self.fetch(&groups[(turn + 1) % 3])
+            current = &groups[turn]
+            if current.count == 0:
+                return source.length
+            for i in range(current.count):
+                if not self.meter(&current.arrivals[i]):
+                    source.damaged = False  # not reached yet
+                    return done
+                done = current.arrivals[i].end
+            turn = (turn + 1) % 3
+
+    # ---- for Python ----
+
+    def update(self, uintptr_t address, uint64_t length):
+        cdef Input source
+        cdef uint64_t consumed
+        if address & 3:
+            raise ValueError("records are aligned to 4 octets")
+        source.records = <const uint8_t*>address
+        source.length = length
+        source.offset = 0
+        source.damaged = False
+        with nogil:
+            consumed = self.run(&source)
+        if source.damaged:
+            raise ValueError(f"damaged record at offset {consumed}")
+        return consumed
+
+    def advance(self, uint64_t stream_time_ns):
+        cdef bint done
+        with nogil:
+            done = self.move_time(self.stream_time(stream_time_ns))
+        return done
+
+    def step(self, int64_t delta_ns):
+        self.stepped_ns += delta_ns
+
+    def flush(self):
+        cdef uint32_t bucket
+        cdef Flow* flow
+        with nogil:
+            for bucket in range(WHEEL_BUCKETS + 1):
+                while self.wheel[bucket] != 0 and self.rows_ready < self.row_capacity:
+                    flow = &self.flows[self.wheel[bucket] - 1]
+                    self.end(flow, END_OF_FLOW if flow.key.state == STATE_CLOSED else END_FORCED)
+        return self.used == 0
+
+    @property
+    def rows_address(self):
+        return <uintptr_t>self.row_buffer
+
+    @property
+    def row_count(self):
+        return self.rows_ready
+
+    def clear_rows(self):
+        self.rows_ready = 0
+
+    def rows(self):
+        return [row_fields(&self.row_buffer[i]) for i in range(self.rows_ready)]
+
+    @property
+    def active_flows(self):
+        return self.used
+
+    @property
+    def stream_time_ns(self):
+        return max(<int64_t>self.now_ns + self.stepped_ns, 0)
+
+    @property
+    def memory_bytes(self):
+        return (
+            <size_t>self.max_flows * sizeof(Flow) + (<size_t>self.slot_mask + 1) * sizeof(Slot)
+            + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
+        )
+
+    @property
+    def tick_ns(self):
+        return 1 << self.tick_shift
+
+    def counters(self):
+        return {
+            "observed_packets": self.counts.observed_packets,
+            "metered_packets": self.counts.metered_packets,
+            "metered_octets": self.counts.metered_octets,
+            "ignored_packets": self.counts.ignored_packets,
+            "late_packets": self.counts.late_packets,
+            "flows_created": self.counts.flows_created,
+            "flows_idle_timeout": self.counts.ended[END_IDLE],
+            "flows_active_timeout": self.counts.ended[END_ACTIVE],
+            "flows_end_of_flow": self.counts.ended[END_OF_FLOW],
+            "flows_forced_end": self.counts.ended[END_FORCED],
+            "flows_lack_of_resources": self.counts.ended[END_LACK_OF_RESOURCES],
+            "exported_flows": self.counts.exported_flows,
+            "exported_packets": self.counts.exported_packets,
+            "exported_octets": self.counts.exported_octets,
+        }
+
+    def gauges(self):
+        return {
+            "active_flows": self.used,
+            "active_flow_packets": self.counts.active_flow_packets,
+            "peak_flows": self.counts.peak_flows,
+            "table_bytes": self.memory_bytes,
+            "stream_time_ns": self.stream_time_ns,
+        }
+
+
+cdef dict direction_fields(const Direction* x):
+    return {
+        "packets": x.packets, "octets": x.octets, "first_ns": x.first_ns, "last_ns": x.last_ns,
+        "payload_octets": x.payload_octets, "tcp_sequence": x.tcp_sequence,
+        "min_length": x.min_length, "max_length": x.max_length, "min_ttl": x.min_ttl, "max_ttl": x.max_ttl,
+        "tos": x.tos, "fragment_flags": x.fragment_flags,
+        "tcp_flags": x.tcp_flags, "tcp_initial_flags": x.tcp_initial_flags, "tcp_later_flags": x.tcp_later_flags,
+    }
+
+
+cdef dict row_fields(const FlowRow* row):
+    cdef Py_ssize_t address_bytes = 4 if row.ip_version == 4 else 16
+    return {
+        "source_address": (<const char*>row.source_address)[:address_bytes],
+        "destination_address": (<const char*>row.destination_address)[:address_bytes],
+        "source_port": row.source_port, "destination_port": row.destination_port,
+        "protocol": row.protocol, "ip_version": row.ip_version,
+        "vlan_tags": row.vlan_tags, "vlan_outer": row.vlan_outer, "vlan_inner": row.vlan_inner,
+        "interface": row.interface, "mpls": row.mpls, "icmp_type_code": row.icmp_type_code,
+        "end_reason": row.end_reason, "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
+        "start_ns": row.start_ns, "end_ns": row.end_ns,
+        "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
+        "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
+    }
+
+
+FLOW_BYTES = sizeof(Flow)
+ROW_BYTES = sizeof(FlowRow)

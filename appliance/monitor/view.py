@@ -1,0 +1,544 @@
+"""Counter pages in, one picture of the whole appliance out.
+
+Everything that shows figures (metrics, status page, control socket, `appliance status` and `top`, the service's live
+line, systemd's STATUS) shows this picture, so no two of them can disagree. Nothing here asks a worker: a snapshot costs
+some reads of shared memory, and is there when the worker is not.
+
+The identity per interface, every term of which some worker counted, none derived from the others:
+
+    received = written + dropped (by stage) + in flight (by place)
+
+It is exact while traffic rests. While it runs, two pages are read a moment apart and a batch is counted in one slot
+before the other: `unaccounted_packets` is that difference, and a lasting one is a bug that the snapshot does not hide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from appliance.counters import IGNORED_REASONS, PUBLISH_BUCKETS_MS, STATES, CounterPages, page_name, restarts_field
+
+# Where a packet can end without being written, in the order of its journey. The first two are as asked for
+# (the user's filter, other interfaces' packets); the others are losses.
+STAGES = ("foreign", "filter", "kernel", "ring", "merge", "writer", "unclean")
+LOSS_STAGES = STAGES[2:]
+# Where a packet can be on its way, in the same order.
+PLACES = ("kernel", "reorder", "ring", "merge")
+FLOW_END_REASONS = ("idle_timeout", "active_timeout", "end_of_flow", "forced_end", "lack_of_resources")  # RFC 5102
+
+_STUCK_INTERVALS = 2  # a file that is open for so many rotation intervals will not be closed by itself
+_STUCK_GRACE_S = 10.0
+_NS = 1_000_000_000
+
+
+# What does not change while the service runs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """One capture worker's source, and the ring between it and its output's merge."""
+
+    label: str
+    uri: str
+    interface: str  # the host's name for it; "" for files
+    output: str
+    ring_capacity_bytes: int
+
+    @property
+    def is_live(self) -> bool:
+        return bool(self.interface)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputInfo:
+    name: str
+    directory: str
+    format: str
+    max_wait_ms: int
+    rotate_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A process with a counter page: its role ("capture") and the name of its page ("capture/uplink")."""
+
+    role: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What runs, as planned. Pages are found by these names (see counters.page_name)."""
+
+    version: str
+    sources: tuple[SourceInfo, ...]
+    outputs: tuple[OutputInfo, ...]
+    exports: tuple[ExportInfo, ...]
+    workers: tuple[WorkerInfo, ...]
+    heartbeat_timeout_s: float = 5.0
+
+
+# What is not on a page ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFigures:
+    cpu_seconds: float
+    resident_bytes: int
+    open_descriptors: int | None  # None: hidden by the kernel
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFigures:
+    free_bytes: int
+    size_bytes: int
+    oldest_file_s: float | None  # since 1970; None when there is no file
+
+
+@dataclass(frozen=True, slots=True)
+class HostFigures:
+    """What psutil and the file systems say, by process id, host interface and output. Empty where nobody asked."""
+
+    processes: Mapping[int, ProcessFigures] = field(default_factory=dict)
+    nic_dropped_packets: Mapping[str, int] = field(default_factory=dict)
+    storage: Mapping[str, StorageFigures] = field(default_factory=dict)
+
+
+# The picture ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceView:
+    """One source. `dropped` has all STAGES, `in_flight` all PLACES; sums stand beside them."""
+
+    label: str
+    uri: str
+    interface: str
+    output: str
+    is_live: bool
+    is_up: bool
+    received_packets: int
+    written_packets: int
+    dropped: dict[str, int]
+    dropped_packets: int
+    lost_packets: int
+    in_flight: dict[str, int]
+    in_flight_packets: int
+    unaccounted_packets: int
+    read_bytes: int
+    written_bytes: int
+    ring_used_bytes: int
+    ring_capacity_bytes: int
+    reordered_packets: int
+    late_packets: int
+    late_written_packets: int
+    truncated_packets: int
+    kernel_freezes: int
+    clock_steps: int
+    reopened: int
+    input_errors: int
+    digests_published: int
+    digests_dropped: int
+    ignored: dict[str, int]
+    last_packet_ns: int
+    nic_dropped_packets: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputView:
+    name: str
+    directory: str
+    format: str
+    is_live: bool
+    max_wait_ms: int
+    rotate_seconds: int
+    merged_packets: int
+    written_packets: int
+    written_bytes: int
+    open_packets: int
+    published_packets: int
+    quarantined_packets: int
+    recovered_packets: int
+    published_bytes: int
+    late_packets: int
+    late_max_ns: int
+    forced_packets: int
+    clock_steps: int
+    watermark_ns: int
+    last_packet_ns: int
+    files_opened: int
+    files_published: int
+    files_quarantined: int
+    files_recovered: int
+    files_skipped: int
+    files_expired: int
+    expired_bytes: int
+    queued_files: int
+    write_errors: int
+    compressor_failures: int
+    file_opened_ns: int
+    last_published_ns: int
+    publish_ns: int
+    publish_counts: dict[str, int]  # by upper bound in seconds, "+Inf" last; not cumulative
+    storage: StorageFigures | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeterView:
+    observed_packets: int
+    metered_packets: int
+    metered_octets: int
+    ignored_packets: int
+    late_packets: int
+    active_flows: int
+    active_flow_packets: int
+    peak_flows: int
+    table_bytes: int
+    flows_created: int
+    flows_ended: dict[str, int]
+    exported_flows: int
+    exported_packets: int
+    exported_octets: int
+    stream_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportView:
+    uri: str
+    is_up: bool
+    records: int
+    flow_records: int
+    messages: int
+    bytes: int
+    send_errors: int
+    connects: int
+    not_sent_flows: int
+    not_sent_packets: int
+    not_sent_octets: int
+    queued_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    role: str
+    name: str
+    pid: int
+    state: str
+    is_fresh: bool
+    heartbeat_age_s: float | None  # None: it has not begun yet
+    uptime_s: float | None
+    restarts: int
+    process: ProcessFigures | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceView:
+    version: str
+    uptime_s: float
+    restarts: int
+    reloads: int
+    reload_failures: int
+    last_reload_ok: bool
+    scrapes: int
+    control_requests: int
+    rejected_connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All figures of one moment. `problems` is empty when all is well; each is a sentence that names its object."""
+
+    taken_ns: int  # CLOCK_REALTIME
+    service: ServiceView
+    interfaces: list[InterfaceView]
+    outputs: list[OutputView]
+    meter: MeterView | None
+    exports: list[ExportView]
+    workers: list[WorkerView]
+    problems: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """For json.dumps; `from_json` is its inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: object) -> Snapshot:
+        """A snapshot that another process made with `as_json`. ValueError: it is not one."""
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(Snapshot).validate_python(value)
+
+
+class View:
+    """Takes snapshots of one service's pages. `ring_usage` gives the bytes used of each source's ring, by label."""
+
+    def __init__(
+        self,
+        pages: CounterPages,
+        topology: Topology,
+        *,
+        ring_usage: Callable[[], Mapping[str, int]] = dict,
+        host: Callable[[], HostFigures] = HostFigures,
+    ) -> None:
+        self._pages = pages
+        self._topology = topology
+        self._ring_usage = ring_usage
+        self._host = host
+
+    def snapshot(self) -> Snapshot:
+        return take_snapshot(
+            self._pages,
+            self._topology,
+            ring_used_bytes=self._ring_usage(),
+            host=self._host(),
+            monotonic_ns=time.monotonic_ns(),
+            realtime_ns=time.time_ns(),
+        )
+
+
+def take_snapshot(
+    pages: CounterPages,
+    topology: Topology,
+    *,
+    ring_used_bytes: Mapping[str, int],
+    host: HostFigures,
+    monotonic_ns: int,
+    realtime_ns: int,
+) -> Snapshot:
+    """The picture of this moment; a function of its arguments alone."""
+    interfaces = [_interface(pages, source, ring_used_bytes, host) for source in topology.sources]
+    outputs = [_output(pages, output, topology.sources, host) for output in topology.outputs]
+    workers = [_worker(pages, worker, topology, host, monotonic_ns) for worker in topology.workers]
+    return Snapshot(
+        taken_ns=realtime_ns,
+        service=_service(pages, topology, monotonic_ns),
+        interfaces=interfaces,
+        outputs=outputs,
+        meter=_meter(pages),
+        exports=[_export(pages, i, export) for i, export in enumerate(topology.exports)],
+        workers=workers,
+        problems=_problems(workers, outputs, topology, realtime_ns),
+    )
+
+
+def _read(pages: CounterPages, name: str) -> dict[str, int]:
+    """A page's fields; a page that does not exist (a role that is switched off) has none."""
+    return pages[name].snapshot() if name in pages else {}
+
+
+def _interface(
+    pages: CounterPages, source: SourceInfo, ring_used_bytes: Mapping[str, int], host: HostFigures
+) -> InterfaceView:
+    # Against the stream: whatever arrives between the two reads makes `unaccounted` positive, never the ring negative.
+    merge = pages[page_name("merge", source.output, source.label)].snapshot()
+    capture = pages[page_name("capture", source.label)].snapshot()
+    dropped = {
+        "foreign": capture["foreign_packets"],
+        "filter": capture["dropped_filter_packets"],
+        "kernel": capture["dropped_kernel_packets"],
+        "ring": capture["dropped_ring_packets"],
+        "merge": merge["dropped_merge_packets"],
+        "writer": merge["dropped_writer_packets"],
+        "unclean": merge["lost_unclean_packets"],
+    }
+    in_flight = {
+        "kernel": capture["kernel_queued_packets"],
+        "reorder": capture["unpublished_packets"],
+        "ring": max(0, capture["published_packets"] - merge["consumed_packets"]),
+        "merge": merge["held_packets"],
+    }
+    received, written = capture["received_packets"], merge["written_packets"]
+    return InterfaceView(
+        label=source.label,
+        uri=source.uri,
+        interface=source.interface,
+        output=source.output,
+        is_live=source.is_live,
+        is_up=bool(capture["interface_up"]),
+        received_packets=received,
+        written_packets=written,
+        dropped=dropped,
+        dropped_packets=sum(dropped.values()),
+        lost_packets=sum(dropped[stage] for stage in LOSS_STAGES),
+        in_flight=in_flight,
+        in_flight_packets=sum(in_flight.values()),
+        unaccounted_packets=received - written - sum(dropped.values()) - sum(in_flight.values()),
+        read_bytes=capture["read_bytes"],
+        written_bytes=merge["written_bytes"],
+        ring_used_bytes=ring_used_bytes.get(source.label, 0),
+        ring_capacity_bytes=source.ring_capacity_bytes,
+        reordered_packets=capture["reordered_packets"],
+        late_packets=capture["late_packets"],
+        late_written_packets=merge["late_packets"],
+        truncated_packets=capture["truncated_packets"],
+        kernel_freezes=capture["kernel_freezes"],
+        clock_steps=capture["clock_steps"],
+        reopened=capture["reopened"],
+        input_errors=capture["input_errors"],
+        digests_published=capture["digests_published"],
+        digests_dropped=capture["digests_dropped"],
+        ignored={reason: capture[f"ignored_{reason}_packets"] for reason in IGNORED_REASONS},
+        last_packet_ns=capture["last_packet_ns"],
+        nic_dropped_packets=host.nic_dropped_packets.get(source.interface) if source.is_live else None,
+    )
+
+
+def _output(pages: CounterPages, output: OutputInfo, sources: tuple[SourceInfo, ...], host: HostFigures) -> OutputView:
+    page = pages[page_name("merge", output.name)].snapshot()
+    publish_counts = {str(bound_ms / 1000): page[f"publish_{bound_ms}_ms"] for bound_ms in PUBLISH_BUCKETS_MS}
+    return OutputView(
+        name=output.name,
+        directory=output.directory,
+        format=output.format,
+        is_live=any(source.is_live for source in sources if source.output == output.name),
+        max_wait_ms=output.max_wait_ms,
+        rotate_seconds=output.rotate_seconds,
+        merged_packets=page["merged_packets"],
+        written_packets=page["written_packets"],
+        written_bytes=page["written_bytes"],
+        open_packets=page["open_packets"],
+        published_packets=page["published_packets"],
+        quarantined_packets=page["quarantined_packets"],
+        recovered_packets=page["recovered_packets"],
+        published_bytes=page["published_bytes"],
+        late_packets=page["late_packets"],
+        late_max_ns=page["late_max_ns"],
+        forced_packets=page["forced_packets"],
+        clock_steps=page["clock_steps"],
+        watermark_ns=page["watermark_ns"],
+        last_packet_ns=page["last_packet_ns"],
+        files_opened=page["segments_opened"],
+        files_published=page["segments_published"],
+        files_quarantined=page["segments_quarantined"],
+        files_recovered=page["segments_recovered"],
+        files_skipped=page["segments_skipped"],
+        files_expired=page["expired_files"],
+        expired_bytes=page["expired_bytes"],
+        queued_files=page["queued_segments"],
+        write_errors=page["write_errors"],
+        compressor_failures=page["compressor_failures"],
+        file_opened_ns=page["segment_opened_ns"],
+        last_published_ns=page["last_published_ns"],
+        publish_ns=page["publish_ns"],
+        publish_counts=publish_counts | {"+Inf": page["publish_slower"]},
+        storage=host.storage.get(output.name),
+    )
+
+
+def _meter(pages: CounterPages) -> MeterView | None:
+    page = _read(pages, page_name("meter"))
+    if not page:
+        return None
+    return MeterView(
+        observed_packets=page["observed_packets"],
+        metered_packets=page["metered_packets"],
+        metered_octets=page["metered_octets"],
+        ignored_packets=page["ignored_packets"],
+        late_packets=page["late_packets"],
+        active_flows=page["active_flows"],
+        active_flow_packets=page["active_flow_packets"],
+        peak_flows=page["peak_flows"],
+        table_bytes=page["table_bytes"],
+        flows_created=page["flows_created"],
+        flows_ended={reason: page[f"flows_{reason}"] for reason in FLOW_END_REASONS},
+        exported_flows=page["exported_flows"],
+        exported_packets=page["exported_packets"],
+        exported_octets=page["exported_octets"],
+        stream_time_ns=page["stream_time_ns"],
+    )
+
+
+def _export(pages: CounterPages, index: int, export: ExportInfo) -> ExportView:
+    page = pages[page_name("export", str(index))].snapshot()
+    return ExportView(
+        uri=export.uri,
+        is_up=bool(page["up"]),
+        records=page["records"],
+        flow_records=page["flow_records"],
+        messages=page["messages"],
+        bytes=page["bytes"],
+        send_errors=page["send_errors"],
+        connects=page["connects"],
+        not_sent_flows=page["not_sent_flows"],
+        not_sent_packets=page["not_sent_packets"],
+        not_sent_octets=page["not_sent_octets"],
+        queued_bytes=page["queued_bytes"],
+    )
+
+
+def _worker(
+    pages: CounterPages, worker: WorkerInfo, topology: Topology, host: HostFigures, monotonic_ns: int
+) -> WorkerView:
+    page = pages[worker.name].snapshot()
+    supervisor = _read(pages, page_name("supervisor"))
+    age_s = _age_s(page["heartbeat_ns"], monotonic_ns)
+    return WorkerView(
+        role=worker.role,
+        name=worker.name,
+        pid=page["pid"],
+        state=STATES[page["state"]] if page["state"] < len(STATES) else "unknown",
+        is_fresh=age_s is not None and age_s <= topology.heartbeat_timeout_s,
+        heartbeat_age_s=age_s,
+        uptime_s=_age_s(page["started_ns"], monotonic_ns),
+        restarts=supervisor.get(restarts_field(worker.name), 0),
+        process=host.processes.get(page["pid"]),
+    )
+
+
+def _service(pages: CounterPages, topology: Topology, monotonic_ns: int) -> ServiceView:
+    supervisor = _read(pages, page_name("supervisor"))
+    monitor = _read(pages, page_name("monitor"))
+    return ServiceView(
+        version=topology.version,
+        uptime_s=_age_s(supervisor.get("started_ns", 0), monotonic_ns) or 0.0,
+        restarts=supervisor.get("restarts", 0),
+        reloads=supervisor.get("reloads", 0),
+        reload_failures=supervisor.get("reload_failures", 0),
+        # Before the first reload it is the start that counts, and that succeeded.
+        last_reload_ok=bool(supervisor.get("last_reload_ok", 0))
+        or not (supervisor.get("reloads", 0) or supervisor.get("reload_failures", 0)),
+        scrapes=monitor.get("scrapes", 0),
+        control_requests=monitor.get("control_requests", 0),
+        rejected_connections=monitor.get("rejected_connections", 0),
+    )
+
+
+def _age_s(then_ns: int, now_ns: int) -> float | None:
+    """None when it never was. The writer may be a moment ahead of the reader."""
+    return max(0, now_ns - then_ns) / _NS if then_ns else None
+
+
+def _problems(workers: list[WorkerView], outputs: list[OutputView], topology: Topology, realtime_ns: int) -> list[str]:
+    problems = []
+    for worker in workers:
+        # A worker that has read its file to the end is done, not dead.
+        if worker.state != "ended" and not worker.is_fresh:
+            problems.append(
+                f"worker {worker.name} has not started yet"
+                if worker.heartbeat_age_s is None
+                else f"worker {worker.name} gave its last sign of life {worker.heartbeat_age_s:.0f} s ago, "
+                f"{topology.heartbeat_timeout_s:g} s are allowed"
+            )
+    for output in outputs:
+        limit_s = _STUCK_INTERVALS * output.rotate_seconds + output.max_wait_ms / 1000 + _STUCK_GRACE_S
+        open_s = _age_s(output.file_opened_ns, realtime_ns) or 0.0
+        if output.rotate_seconds and open_s > limit_s:
+            problems.append(
+                f"output {output.name}: its file is open for {open_s:.0f} s, and should be closed every "
+                f"{output.rotate_seconds} s"
+            )
+        waited_s = _age_s(output.last_published_ns, realtime_ns) or 0.0
+        if output.rotate_seconds and output.queued_files and waited_s > limit_s:
+            problems.append(
+                f"output {output.name}: {output.queued_files} closed files wait, and the last one was published "
+                f"{waited_s:.0f} s ago"
+            )
+    return problems

@@ -1,0 +1,174 @@
+"""From a configuration to a plan: which processes, rings and counter pages there will be. A pure function, printable.
+
+Nothing here opens or looks at anything but the machine's memory, and even that is an argument.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance import counters
+from appliance.capture import uri as capture_uri
+from appliance.config import Config, Interface, Meter, MeterExport, Output
+from appliance.counters import page_name
+from appliance.errors import ConfigError
+from appliance.ring.memory import ring_capacity
+
+MEMORY_SHARE = 8  # of the machine's memory, one part for all rings together
+MEMORY_MAX_BYTES = 2 << 30
+FILE_RING_BYTES = 16 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
+DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
+RECORD_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One capture worker: an interface (or one fanout member of it) or a file, with its rings."""
+
+    label: str
+    index: int  # over all sources
+    interface: Interface
+    uri: capture_uri.Uri
+    output: str
+    ring_bytes: int
+    digest_ring_bytes: int  # 0: not metered
+    fanout_group: int  # 0: none
+
+    @property
+    def worker(self) -> str:
+        return page_name("capture", self.label)
+
+
+@dataclass(frozen=True)
+class PlannedOutput:
+    """One merge worker and the sources that it merges."""
+
+    output: Output
+    sources: tuple[Source, ...]
+
+    @property
+    def worker(self) -> str:
+        return page_name("merge", self.output.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be started. `pages`: (name, fields) of every counter page."""
+
+    sources: tuple[Source, ...]
+    outputs: tuple[PlannedOutput, ...]
+    meter: Meter | None
+    exports: tuple[MeterExport, ...]
+    monitor: bool
+    memory_bytes: int
+    pages: tuple[tuple[str, Sequence[str]], ...]
+
+    @property
+    def live_sources(self) -> tuple[Source, ...]:
+        return tuple(source for source in self.sources if source.uri.is_live)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the worker processes, in the order of the data."""
+        names = [source.worker for source in self.sources] + [output.worker for output in self.outputs]
+        return tuple(names + (["meter"] if self.meter else []) + (["monitor"] if self.monitor else []))
+
+
+def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
+    """The plan for a configuration whose `ring:*` is expanded already.
+
+    `machine_bytes`: memory of the machine or its cgroup; None looks it up. ConfigError: the rings do not fit.
+    """
+    memory_bytes = config.memory_bytes or default_memory_bytes(machine_bytes or available_memory_bytes())
+    members = [(interface, member) for interface in config.interfaces for member in range(interface.fanout)]
+    share = memory_bytes // max(1, len(members))
+    metered = config.meter.enabled
+    sources = []
+    for index, (interface, member) in enumerate(members):
+        label = interface.label if member == 0 else f"{interface.label}.{member}"
+        sources.append(plan_source(interface, index, label, share, metered))
+    used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources)
+    if config.memory_bytes and used > config.memory_bytes:
+        raise ConfigError(
+            f"memory_bytes: the rings need {used} bytes together, memory_bytes allows {config.memory_bytes}; "
+            "raise it, or lower interface.ring_bytes"
+        )
+    outputs = tuple(
+        PlannedOutput(output, tuple(source for source in sources if source.output == output.name))
+        for output in config.outputs
+    )
+    meter = config.meter if metered else None
+    exports = config.meter.exports if metered else ()
+    monitor = config.monitor.address is not None or config.monitor.control_socket is not None
+    pages = tuple(counter_pages(sources, outputs, meter, exports, monitor))
+    return Plan(tuple(sources), outputs, meter, exports, monitor, used, pages)
+
+
+def plan_source(interface: Interface, index: int, label: str, share: int, metered: bool) -> Source:
+    uri = interface.source
+    if interface.ring_bytes:
+        ring = ring_capacity(interface.ring_bytes)
+    else:
+        wanted = share - share // DIGEST_PARTS if metered else share
+        ring = ring_capacity(wanted if uri.is_live else min(wanted, FILE_RING_BYTES))
+        ring = max(ring, 2 * RECORD_MAX_BYTES)
+    digest_wanted = share // DIGEST_PARTS if uri.is_live else min(share // DIGEST_PARTS, FILE_RING_BYTES)
+    digest_ring = max(ring_capacity(digest_wanted), RECORD_MAX_BYTES) if metered else 0
+    # Members of one interface share a group; its number must differ between the interfaces and runs of a machine.
+    fanout_group = zlib.crc32(f"{os.getpid()}/{interface.label}".encode()) % 65535 + 1 if interface.fanout > 1 else 0
+    return Source(label, index, interface, uri, interface.output, ring, digest_ring, fanout_group)
+
+
+def counter_pages(
+    sources: Sequence[Source],
+    outputs: Sequence[PlannedOutput],
+    meter: Meter | None,
+    exports: Sequence[MeterExport],
+    monitor: bool,
+) -> list[tuple[str, Sequence[str]]]:
+    pages: list[tuple[str, Sequence[str]]] = [
+        ("supervisor", counters.SUPERVISOR_FIELDS),
+        ("opener", counters.OPENER_FIELDS),
+    ]
+    pages += [(source.worker, counters.CAPTURE_FIELDS) for source in sources]
+    for output in outputs:
+        pages.append((output.worker, counters.MERGE_FIELDS))
+        pages += [
+            (page_name("merge", output.output.name, source.label), counters.MERGE_SOURCE_FIELDS)
+            for source in output.sources
+        ]
+    if meter:
+        pages.append(("meter", counters.METER_FIELDS))
+        pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports))]
+    if monitor:
+        pages.append(("monitor", counters.MONITOR_FIELDS))
+    return pages
+
+
+def default_memory_bytes(machine_bytes: int) -> int:
+    return min(machine_bytes // MEMORY_SHARE, MEMORY_MAX_BYTES)
+
+
+def available_memory_bytes(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """The machine's memory, or the limit of the cgroup (version 2) that this process is in, if that is lower."""
+    import psutil
+
+    limit: int = psutil.virtual_memory().total
+    try:
+        membership = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return limit
+    for line in membership.splitlines():
+        if not line.startswith("0::"):
+            continue
+        group = cgroup_root / line[3:].lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                limit = min(limit, int((directory / "memory.max").read_text()))
+            except (OSError, ValueError):
+                continue
+    return limit

@@ -1,0 +1,1 @@
+"""What the tests stand on: a network laboratory, numbered frames, and judges that we did not write."""

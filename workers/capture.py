@@ -1,0 +1,265 @@
+"""The capture worker: one source into its packet ring and its digest ring. One of three kinds, decided at the start.
+
+    ring:       kernel ring -> rings, in compiled code (appliance.capture.afpacket)
+    pcap: int:  libpcap, through pypcap or our own binding (appliance.capture.pcap_live)
+    files       decoded straight into the ring (appliance.capture.replay)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from dataclasses import dataclass
+
+from appliance.capture import opener
+from appliance.capture.afpacket import LiveCapture
+from appliance.capture.filesource import FileCapture
+from appliance.capture.opener import OpenedInterface
+from appliance.config import Interface
+from appliance.errors import FormatError, InputOutputError
+from appliance.process import DRAIN, WorkerContext
+from appliance.ring.ring import Producer
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_MS = 1000
+REOPEN = b"reopen"  # worker to supervisor: the interface is another one now, or gone
+REOPEN_EVERY_S = 1.0
+DRAIN_BLOCK_TIMEOUTS = 2
+
+
+@dataclass(frozen=True)
+class CaptureParts:
+    """What a capture worker needs besides its context. `opened` and `socket_serial`: for `ring:` sources."""
+
+    interface: Interface
+    label: str
+    generation: int
+    ring_fd: int
+    digest_fd: int  # -1: not metered
+    wake_fd: int  # our own eventfd
+    merge_wake_fd: int
+    meter_wake_fd: int
+    opened: OpenedInterface | None
+    socket_serial: int
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        fds = (self.ring_fd, self.digest_fd, self.wake_fd, self.merge_wake_fd, self.meter_wake_fd)
+        return tuple(fd for fd in fds if fd >= 0) + ((self.opened.fd,) if self.opened else ())
+
+
+def main(context: WorkerContext) -> int:
+    parts: CaptureParts = context.parts
+    records = Producer(parts.ring_fd, parts.generation, parts.merge_wake_fd)
+    digests = Producer(parts.digest_fd, parts.generation, parts.meter_wake_fd) if parts.digest_fd >= 0 else None
+    source = parts.interface.source
+    if source.scheme == "ring":
+        LiveWorker(context, parts, records, digests).run()
+        return 0
+    return FileWorker(context, parts, records, digests).run()
+
+
+class LiveWorker:
+    """A `ring:` source: sleeps until the kernel hands over a block or a consumer wants a watermark."""
+
+    def __init__(
+        self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
+    ) -> None:
+        self.context = context
+        self.parts = parts
+        self.records = records
+        self.digests = digests
+        self.serial = parts.socket_serial
+        self.asked_at = 0.0
+        self.drain_until: float | None = None
+        assert parts.opened is not None
+        self.use(parts.opened)
+
+    def use(self, opened: OpenedInterface) -> None:
+        """Takes up a bound packet socket."""
+        self.opened = opened
+        self.capture = LiveCapture(
+            opened.fd,
+            opened.block_bytes,
+            opened.block_count,
+            self.records,
+            self.digests,
+            self.context.page,
+            socket_serial=self.serial,
+            linktype=opened.linktype,
+            cooked=opened.cooked,
+            snaplen=self.parts.interface.snaplen,
+            ifindex=opened.ifindex,
+            reorder_us=self.parts.interface.reorder_us,
+        )
+        self.poller = select.poll()
+        self.poller.register(opened.fd, select.POLLIN)
+        self.poller.register(self.parts.wake_fd, select.POLLIN)
+        self.poller.register(self.context.channel, select.POLLIN)
+        self.context.page["interface_up"] = int(is_up(opened.ifindex))
+
+    def run(self) -> None:
+        next_check = 0.0
+        while not self.is_done():
+            self.context.beat()
+            if self.capture.pump() == 0:
+                self.sleep()
+            now = time.monotonic()
+            if now >= next_check:
+                next_check = now + REOPEN_EVERY_S
+                self.check_interface()
+        self.capture.finish()
+        self.records.end()
+        if self.digests is not None:
+            self.digests.end()
+
+    def sleep(self) -> None:
+        self.records.sleeps(True)
+        if self.digests is not None:
+            self.digests.sleeps(True)
+        if not self.capture.is_ready:
+            for fd, event in self.poller.poll(min(HEARTBEAT_MS, self.capture.sleep_ms)):
+                self.handle(fd, event)
+        self.records.sleeps(False)
+        if self.digests is not None:
+            self.digests.sleeps(False)
+
+    def handle(self, fd: int, event: int) -> None:
+        if fd == self.parts.wake_fd:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(fd)
+        elif fd == self.opened.fd and event & select.POLLERR:
+            # ENETDOWN, told once: down or gone. Reading it away; check_interface finds out which.
+            self.take_socket_error()
+            self.check_interface()
+        elif fd == self.context.channel.fileno():
+            self.listen()
+
+    def take_socket_error(self) -> None:
+        duplicate = socket.socket(fileno=os.dup(self.opened.fd))
+        with duplicate:
+            number = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        log.warning("%s: %s", self.opened.interface, os.strerror(number) if number else "the socket reports an error")
+
+    def listen(self) -> None:
+        """Words of the supervisor: drain, or a new socket."""
+        try:
+            message, fds, _, _ = socket.recv_fds(self.context.channel, 4096, 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if not message or message == DRAIN:
+            self.begin_drain()
+        elif fds:
+            self.take_over(opener.parse_opened(message, fds[0]))
+
+    # ---- the interface goes and comes ----
+
+    def check_interface(self) -> None:
+        """The interface may be down (the same socket goes on when it is up again), or another one of the same name (a
+        new socket is needed; the old one is silent for ever)."""
+        exists = index_exists(self.opened.ifindex)
+        self.context.page["interface_up"] = int(exists and is_up(self.opened.ifindex))
+        if exists or self.drain_until is not None or time.monotonic() - self.asked_at < REOPEN_EVERY_S:
+            return
+        if self.asked_at == 0.0:
+            log.warning("%s is gone; waiting for it to come back", self.opened.interface)
+        self.asked_at = time.monotonic()
+        self.context.channel.send(REOPEN)
+
+    def take_over(self, opened: OpenedInterface) -> None:
+        """The interface is back. What its old socket held was walked; that socket goes."""
+        self.capture.pump()
+        self.capture.finish()
+        old = self.opened.fd
+        self.serial += 1
+        self.use(opened)
+        os.close(old)
+        self.asked_at = 0.0
+        self.context.page.add("reopened")
+        log.warning("%s is back (interface index %d)", opened.interface, opened.ifindex)
+
+    # ---- the end ----
+
+    def begin_drain(self) -> None:
+        """Nothing new is accepted; what the kernel holds is handed over within two block time-outs."""
+        if self.drain_until is None:
+            self.context.set_state("draining")
+            opener.stop_accepting(self.opened.fd)
+            timeout_s = DRAIN_BLOCK_TIMEOUTS * self.parts.interface.block_timeout_ms / 1000
+            self.drain_until = time.monotonic() + timeout_s + 0.005
+            if self.context.channel.fileno() >= 0:
+                self.poller.unregister(self.context.channel)
+
+    def is_done(self) -> bool:
+        if self.drain_until is None or time.monotonic() < self.drain_until:
+            return False
+        return self.capture.is_drained or time.monotonic() > self.drain_until + 1.0
+
+
+def index_exists(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
+
+
+def is_up(ifindex: int) -> bool:
+    try:
+        with open(f"/sys/class/net/{socket.if_indextoname(ifindex)}/flags") as flags:
+            return bool(int(flags.read(), 16) & 1)  # IFF_UP
+    except (OSError, ValueError):
+        return True  # sysfs of another namespace: what the socket says is what counts
+
+
+class FileWorker:
+    """A file source: waits for room, never drops. Ends with the file."""
+
+    def __init__(
+        self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
+    ) -> None:
+        self.context = context
+        self.parts = parts
+        self.records = records
+        self.digests = digests
+        self.poller = select.poll()
+        self.poller.register(parts.wake_fd, select.POLLIN)
+        self.poller.register(context.channel, select.POLLIN)
+
+    def run(self) -> int:
+        status = 0
+        try:
+            capture = FileCapture(self.parts.interface, self.records, self.digests, self.context.page)
+            while not capture.ended:
+                self.context.beat()
+                wait_ms = capture.step()
+                if wait_ms:
+                    self.sleep(capture, wait_ms)
+                if DRAIN in self.context.messages():
+                    break
+        except (FormatError, InputOutputError) as error:
+            # What was whole before the damage is in the ring already; the run goes on without this file.
+            log.error("%s: %s", self.parts.interface.uri, error)
+            self.context.page.add("input_errors")
+            status = error.exit_code
+        self.records.end()
+        if self.digests is not None:
+            self.digests.end()
+        return status
+
+    def sleep(self, capture: FileCapture, wait_ms: int) -> None:
+        self.records.sleeps(True)
+        if self.digests is not None:
+            self.digests.sleeps(True)
+        if capture.must_wait:
+            self.poller.poll(min(wait_ms, HEARTBEAT_MS))
+        self.records.sleeps(False)
+        if self.digests is not None:
+            self.digests.sleeps(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.parts.wake_fd)

@@ -1,0 +1,258 @@
+"""The merge worker: the rings of one output's sources into one ordered stream of published files.
+
+    look at the rings -> move what may go into the buffer -> give the rings back -> write -> rotate -> sleep
+
+It is woken by the producers, and wakes an idle one only while it holds packets of others (a fresh watermark lets them
+go) or when a file's time is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import time
+from dataclasses import dataclass
+
+from appliance.config import Output
+from appliance.errors import ApplianceError
+from appliance.formats.encode import InterfaceDescription
+from appliance.merge import order
+from appliance.merge.naming import Naming
+from appliance.merge.publish import Publisher
+from appliance.merge.recovery import recover
+from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, RotationPolicy
+from appliance.merge.segment import FileFormat, SegmentOpener
+from appliance.merge.stream import OutputStream, SettledCounts, StreamSettings
+from appliance.process import DRAIN, ROTATE, WorkerContext
+from appliance.ring.ring import Consumer
+
+log = logging.getLogger(__name__)
+
+OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
+HEARTBEAT_MS = 500
+FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """One ring to read. `interface`: known for live sources; files announce theirs in the ring."""
+
+    label: str
+    page: str
+    live: bool
+    ring_fd: int
+    wake_fd: int  # the producer's eventfd
+    interface: InterfaceDescription | None
+
+
+@dataclass(frozen=True)
+class MergeParts:
+    """What the merge worker needs besides its context."""
+
+    output: Output
+    sources: tuple[MergeSource, ...]
+    generation: int
+    wake_fd: int  # our own eventfd
+    naming: Naming
+    compressor: tuple[str, ...] | None
+    is_successor: bool
+    count_captured_bytes: bool = False
+    watch_file: str = ""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.wake_fd, *(fd for source in self.sources for fd in (source.ring_fd, source.wake_fd)))
+
+
+def main(context: WorkerContext) -> int:
+    worker = MergeWorker(context, context.parts)
+    worker.run()
+    return 0
+
+
+class MergeWorker:
+    """See the module's text."""
+
+    def __init__(self, context: WorkerContext, parts: MergeParts) -> None:
+        self.context = context
+        self.parts = parts
+        self.live = all(source.live for source in parts.sources)
+        self.labels = [source.label for source in parts.sources]
+        self.source_pages = [context.pages[source.page] for source in parts.sources]
+        output = parts.output
+        mode = 0o640 if output.group_readable else 0o600
+        self.merge = order.Merge(
+            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            [source.live for source in parts.sources],
+            sink=sink_of(output.format),
+            max_wait_ms=output.max_wait_ms,
+            out_bytes=OUT_BYTES,
+        )
+        recover(context, parts.naming, output, self.labels, self.source_pages, self.occupancies(), parts.is_successor)
+        for i, page in enumerate(self.source_pages):
+            self.merge.set_consumed(i, page["consumed_packets"])
+        self.publisher = Publisher(
+            parts.naming,
+            output.name,
+            context.page,
+            mode,
+            output.compressor_timeout_s,
+            SettledCounts(self.labels, self.source_pages),
+        )
+        self.stream = OutputStream(
+            self.merge,
+            StreamSettings(
+                FileFormat(output.format == "pcapng", output.format != "pcap-us"),
+                RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets),
+                live=self.live,
+                skip_empty=output.empty_segments == "skip",
+                count_captured_bytes=parts.count_captured_bytes,
+                watch_file=parts.watch_file,
+            ),
+            SegmentOpener(parts.naming, parts.compressor, output.compressor_timeout_s, mode, ahead=self.rotates),
+            self.publisher,
+            context.page,
+            self.labels,
+            self.source_pages,
+            context.beat,
+        )
+        self.poller = select.poll()
+        self.poller.register(parts.wake_fd, select.POLLIN)
+        self.poller.register(context.channel, select.POLLIN)
+        self.draining_since: float | None = None
+
+    @property
+    def rotates(self) -> bool:
+        output = self.parts.output
+        return bool(output.rotate_seconds or output.rotate_bytes or output.rotate_packets)
+
+    def occupancies(self) -> list[tuple[int, int]]:
+        from appliance.ring.ring import Mapping
+
+        return [Mapping(source.ring_fd, self.parts.generation).occupancy() for source in self.parts.sources]
+
+    # ---- the loop ----
+
+    def run(self) -> None:
+        for i, source in enumerate(self.parts.sources):
+            if source.interface is not None:
+                self.stream.add_interface(i, source.interface)
+        if self.live and self.stream.may_open():
+            self.stream.open(time.time_ns())
+        else:
+            self.merge.begin_segment(NEVER if not self.live else 0, NEVER, NEVER)
+        while self.turn():
+            self.context.beat()
+        self.stream.finish(END)
+
+    def turn(self) -> bool:
+        """One step; False at the end of the stream."""
+        status = self.merge.fill()
+        if self.merge.out_bytes:
+            self.merge.release()
+            self.stream.write()
+        if status == order.IDLE:
+            self.merge.release()
+            return self.idle()
+        if status in (order.BOUNDARY, order.LIMIT):
+            self.end_segment(status)
+        elif status == order.CONTROL:
+            self.announce()
+        elif status == order.EPOCH:
+            self.step_clock()
+        return status != order.ENDED
+
+    def announce(self) -> None:
+        """A file source names an interface, before its first packet."""
+        description = InterfaceDescription.parse(self.merge.control_record())
+        if self.parts.output.format == "pcap" and not self.live and self.stream.segment is None:
+            self.choose_resolution(description)
+        self.stream.add_interface(self.merge.control_source, description)
+        self.merge.control_done()
+
+    def choose_resolution(self, description: InterfaceDescription) -> None:
+        """Recorded files: nanoseconds as soon as one input has them, microseconds as long as none has."""
+
+    def end_segment(self, status: int) -> None:
+        if self.stream.segment is None:
+            self.open_late()
+            return
+        policy = RotationPolicy()
+        reason = TIME if status == order.BOUNDARY else policy.limit_reason(self.merge.packets_left)
+        self.stream.rotate(reason)
+
+    def open_late(self) -> None:
+        """No segment is open, and the stream waits for one: held back by a watch file, or after a failure."""
+        if not (self.stream.may_open() and self.stream.open(self.merge.next_ns or time.time_ns())):
+            self.sleep(100)
+
+    def step_clock(self) -> None:
+        """The clock was set: the files of the old time end here."""
+        self.context.page.add("clock_steps")
+        log.warning("the clock was set; a new file begins")
+        self.merge.next_epoch()
+        if self.stream.segment is not None:
+            self.stream.rotate(CLOCK_STEP)
+
+    # ---- waiting ----
+
+    def idle(self) -> bool:
+        self.note_watermark()
+        if not self.handle_messages():
+            return False
+        holding = self.merge.want_watermarks()
+        timeout_ms = HEARTBEAT_MS
+        if holding:
+            timeout_ms = max(1, self.parts.output.max_wait_ms // 4)
+        if self.live and self.merge.boundary_ns != NEVER:
+            timeout_ms = min(timeout_ms, self.wait_for_boundary())
+        self.sleep(timeout_ms)
+        return True
+
+    def wait_for_boundary(self) -> int:
+        """Milliseconds until the segment's time is over by the wall clock; when it is, the watermarks must move."""
+        overdue_ns = time.time_ns() - self.merge.boundary_ns
+        if overdue_ns < 0:
+            return min(HEARTBEAT_MS, -overdue_ns // 1_000_000 + 3)
+        self.merge.want_all_watermarks()
+        if overdue_ns > self.parts.output.max_wait_ms * 1_000_000 + FORCE_GRACE_NS:
+            self.merge.force()
+            return 0
+        return max(1, self.parts.output.max_wait_ms // 4)
+
+    def sleep(self, timeout_ms: int) -> None:
+        self.merge.sleeps(True)
+        if not self.merge.has_news:
+            self.poller.poll(timeout_ms)
+        self.merge.sleeps(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.parts.wake_fd)
+
+    def note_watermark(self) -> None:
+        self.context.page["watermark_ns"] = self.merge.watermark
+        for i, page in enumerate(self.source_pages):
+            consumed, dropped, late, _ = self.merge.source_totals(i)
+            page["consumed_packets"] = consumed
+            page["dropped_merge_packets"] = dropped
+
+    def handle_messages(self) -> bool:
+        """False: drained for too long without an end; the producers are gone."""
+        for message in self.context.messages():
+            if message == DRAIN and self.draining_since is None:
+                self.draining_since = time.monotonic()
+                self.context.set_state("draining")
+            elif message == ROTATE and self.stream.segment is not None:
+                self.stream.rotate(REQUEST)
+        if self.draining_since is None:
+            return True
+        # The end of the rings ends the loop; this is for producers that died and cannot end theirs.
+        return time.monotonic() - self.draining_since < self.context.config.service.drain_timeout_s
+
+
+def sink_of(file_format: str) -> int:
+    return {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US}[file_format]
+
+
+__all__ = ["ApplianceError", "MergeParts", "MergeSource", "main"]
