@@ -31,7 +31,18 @@ def wheel(project: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.Zi
     pyproject = tree / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace('"-O3"', '"-O0"'))
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, tree]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(tree),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.iterdir()
