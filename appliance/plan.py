@@ -73,9 +73,7 @@ class Plan:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Names of the worker processes, in the order of the data."""
-        names = [source.worker for source in self.sources] + [output.worker for output in self.outputs]
-        return tuple(names + (["meter"] if self.meter else []) + (["monitor"] if self.monitor else []))
+        return worker_names(self.sources, self.outputs, self.meter, self.monitor)
 
 
 def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
@@ -108,6 +106,14 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     return Plan(tuple(sources), outputs, meter, exports, monitor, used, pages)
 
 
+def worker_names(
+    sources: Sequence[Source], outputs: Sequence[PlannedOutput], meter: Meter | None, monitor: bool
+) -> tuple[str, ...]:
+    """Names of the worker processes, which are those of their pages, in the order of the data."""
+    names = [source.worker for source in sources] + [output.worker for output in outputs]
+    return tuple(names + (["meter"] if meter else []) + (["monitor"] if monitor else []))
+
+
 def plan_source(interface: Interface, index: int, label: str, share: int, metered: bool) -> Source:
     uri = interface.source
     if interface.ring_bytes:
@@ -130,8 +136,9 @@ def counter_pages(
     exports: Sequence[MeterExport],
     monitor: bool,
 ) -> list[tuple[str, Sequence[str]]]:
+    workers = worker_names(sources, outputs, meter, monitor)
     pages: list[tuple[str, Sequence[str]]] = [
-        ("supervisor", counters.SUPERVISOR_FIELDS),
+        ("supervisor", counters.supervisor_fields(workers)),
         ("opener", counters.OPENER_FIELDS),
     ]
     pages += [(source.worker, counters.CAPTURE_FIELDS) for source in sources]

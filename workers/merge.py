@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from appliance.config import Output
-from appliance.errors import ApplianceError
+from appliance.errors import EXIT_IO
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge import order
 from appliance.merge.naming import Naming
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
 HEARTBEAT_MS = 500
+HELD_BACK_MS = 100
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
+
+
+SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US}
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class MergeParts:
     is_successor: bool
     count_captured_bytes: bool = False
     watch_file: str = ""
+    strict: bool = False  # an output that failed is an exit status
+    resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -67,9 +73,7 @@ class MergeParts:
 
 
 def main(context: WorkerContext) -> int:
-    worker = MergeWorker(context, context.parts)
-    worker.run()
-    return 0
+    return MergeWorker(context, context.parts).run()
 
 
 class MergeWorker:
@@ -78,19 +82,31 @@ class MergeWorker:
     def __init__(self, context: WorkerContext, parts: MergeParts) -> None:
         self.context = context
         self.parts = parts
+        self.draining_since: float | None = None
         self.live = all(source.live for source in parts.sources)
         self.labels = [source.label for source in parts.sources]
         self.source_pages = [context.pages[source.page] for source in parts.sources]
         output = parts.output
         mode = 0o640 if output.group_readable else 0o600
+        self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
+        self.consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
         self.merge = order.Merge(
-            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            self.consumers,
             [source.live for source in parts.sources],
-            sink=sink_of(output.format),
+            sink=SINKS["pcap-us" if parts.resolution_of_inputs else output.format],
             max_wait_ms=output.max_wait_ms,
             out_bytes=OUT_BYTES,
         )
-        recover(context, parts.naming, output, self.labels, self.source_pages, self.occupancies(), parts.is_successor)
+        recover(
+            context.page,
+            parts.naming,
+            output,
+            self.labels,
+            self.source_pages,
+            [consumer.mapping.occupancy() for consumer in self.consumers],
+            parts.is_successor,
+            context.beat,
+        )
         for i, page in enumerate(self.source_pages):
             self.merge.set_consumed(i, page["consumed_packets"])
         self.publisher = Publisher(
@@ -104,12 +120,11 @@ class MergeWorker:
         self.stream = OutputStream(
             self.merge,
             StreamSettings(
-                FileFormat(output.format == "pcapng", output.format != "pcap-us"),
-                RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets),
+                FileFormat(output.format == "pcapng", output.format == "pcap" and not parts.resolution_of_inputs),
+                self.policy,
                 live=self.live,
                 skip_empty=output.empty_segments == "skip",
                 count_captured_bytes=parts.count_captured_bytes,
-                watch_file=parts.watch_file,
             ),
             SegmentOpener(parts.naming, parts.compressor, output.compressor_timeout_s, mode, ahead=self.rotates),
             self.publisher,
@@ -117,35 +132,32 @@ class MergeWorker:
             self.labels,
             self.source_pages,
             context.beat,
+            self.may_open,
         )
         self.poller = select.poll()
         self.poller.register(parts.wake_fd, select.POLLIN)
         self.poller.register(context.channel, select.POLLIN)
-        self.draining_since: float | None = None
 
     @property
     def rotates(self) -> bool:
         output = self.parts.output
         return bool(output.rotate_seconds or output.rotate_bytes or output.rotate_packets)
 
-    def occupancies(self) -> list[tuple[int, int]]:
-        from appliance.ring.ring import Mapping
-
-        return [Mapping(source.ring_fd, self.parts.generation).occupancy() for source in self.parts.sources]
-
     # ---- the loop ----
 
-    def run(self) -> None:
+    def run(self) -> int:
         for i, source in enumerate(self.parts.sources):
             if source.interface is not None:
                 self.stream.add_interface(i, source.interface)
-        if self.live and self.stream.may_open():
+        self.merge.hold()
+        if self.live and self.may_open():
             self.stream.open(time.time_ns())
-        else:
-            self.merge.begin_segment(NEVER if not self.live else 0, NEVER, NEVER)
         while self.turn():
             self.context.beat()
+        if self.stream.segment is None and not self.stream.has_opened:
+            self.open(time.time_ns())  # a run without a single packet still leaves a valid file
         self.stream.finish(END)
+        return EXIT_IO if self.parts.strict and self.stream.failed else 0
 
     def turn(self) -> bool:
         """One step; False at the end of the stream."""
@@ -167,34 +179,38 @@ class MergeWorker:
     def announce(self) -> None:
         """A file source names an interface, before its first packet."""
         description = InterfaceDescription.parse(self.merge.control_record())
-        if self.parts.output.format == "pcap" and not self.live and self.stream.segment is None:
-            self.choose_resolution(description)
         self.stream.add_interface(self.merge.control_source, description)
         self.merge.control_done()
 
-    def choose_resolution(self, description: InterfaceDescription) -> None:
-        """Recorded files: nanoseconds as soon as one input has them, microseconds as long as none has."""
-
     def end_segment(self, status: int) -> None:
-        if self.stream.segment is None:
-            self.open_late()
-            return
-        policy = RotationPolicy()
-        reason = TIME if status == order.BOUNDARY else policy.limit_reason(self.merge.packets_left)
-        self.stream.rotate(reason)
+        if self.stream.segment is not None:
+            self.stream.rotate(TIME if status == order.BOUNDARY else self.policy.limit_reason(self.merge.packets_left))
+        if self.stream.segment is None and not (self.may_open() and self.open(self.merge.next_ns or time.time_ns())):
+            self.merge.hold()
+            self.handle_messages()
+            self.sleep(HELD_BACK_MS)
 
-    def open_late(self) -> None:
-        """No segment is open, and the stream waits for one: held back by a watch file, or after a failure."""
-        if not (self.stream.may_open() and self.stream.open(self.merge.next_ns or time.time_ns())):
-            self.sleep(100)
+    def open(self, start_ns: int) -> bool:
+        """The first segment, or one that was held back, or that could not be had."""
+        if self.parts.resolution_of_inputs and not self.stream.has_opened and self.stream.needs_nanoseconds:
+            # Recorded files: nanoseconds as soon as one input has them, microseconds as long as none has.
+            self.merge.sink = order.SINK_PCAP_NS
+            self.stream.use_format(FileFormat(is_pcapng=False, nanoseconds=True))
+        return self.stream.open(start_ns)
+
+    def may_open(self) -> bool:
+        """A watch file that is missing holds the next segment back: the rings fill, and count what they drop."""
+        watch_file = self.parts.watch_file
+        return not watch_file or self.draining_since is not None or os.path.exists(watch_file)
 
     def step_clock(self) -> None:
         """The clock was set: the files of the old time end here."""
         self.context.page.add("clock_steps")
         log.warning("the clock was set; a new file begins")
-        self.merge.next_epoch()
         if self.stream.segment is not None:
-            self.stream.rotate(CLOCK_STEP)
+            self.stream.close(CLOCK_STEP)
+        self.merge.next_epoch()
+        self.merge.hold()
 
     # ---- waiting ----
 
@@ -249,10 +265,3 @@ class MergeWorker:
             return True
         # The end of the rings ends the loop; this is for producers that died and cannot end theirs.
         return time.monotonic() - self.draining_since < self.context.config.service.drain_timeout_s
-
-
-def sink_of(file_format: str) -> int:
-    return {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US}[file_format]
-
-
-__all__ = ["ApplianceError", "MergeParts", "MergeSource", "main"]

@@ -35,6 +35,7 @@ class Merge:
         self, consumers: Iterable[Consumer], live: Sequence[bool], *, sink: int, max_wait_ms: int, out_bytes: int
     ) -> None: ...
     source_count: int
+    sink: int
     out_bytes: int
     """Bytes in the output buffer."""
     out_packets: int
@@ -84,6 +85,8 @@ class Merge:
         """True before a sleep, then look at `has_news`; False after it."""
     def force(self) -> None:
         """The boundary counts as passed, whatever a silent source's watermark says."""
+    def hold(self) -> None:
+        """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
     def set_consumed(self, index: int, packets: int) -> None: ...
     def source_totals(self, index: int) -> tuple[int, int, int, int]:
         """(consumed, dropped, late, packets in this segment) of a source."""

@@ -88,7 +88,7 @@ cdef class Merge:
     cdef uint64_t out_capacity
     cdef readonly uint64_t out_bytes
     cdef readonly uint64_t out_packets
-    cdef int sink
+    cdef public int sink
     cdef uint64_t max_wait_ns
     cdef uint64_t last_ns
     cdef int64_t epoch_offset
@@ -108,6 +108,8 @@ cdef class Merge:
     cdef public uint64_t packets_left
     cdef public uint64_t bytes_left
     cdef public bint count_captured_bytes
+    cdef bint held       # no segment is open: stop at the first record that may go
+    cdef bint forced_end
 
     def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes):
         cdef uint32_t i
@@ -175,9 +177,9 @@ cdef class Merge:
             if not self.pick(&best):
                 return self.nothing_to_pick()
             if not self.bound(best, &limit_ns, &limit_position):
-                if self.merged_watermark() >= self.boundary_ns:
-                    return S_BOUNDARY
-                return S_IDLE
+                return S_BOUNDARY if self.is_over() else S_IDLE
+            if self.held:
+                return S_BOUNDARY
             status = self.copy_run(best, limit_ns, limit_position)
             if status != S_IDLE:
                 return status
@@ -261,9 +263,11 @@ cdef class Merge:
             return S_EPOCH
         if not parked and not empty:
             return S_ENDED
-        if not parked and self.merged_watermark() >= self.boundary_ns:
-            return S_BOUNDARY
-        return S_IDLE
+        return S_BOUNDARY if not parked and self.is_over() else S_IDLE
+
+    cdef bint is_over(self) noexcept nogil:
+        """Whether the segment's time is over although no record says so."""
+        return not self.held and (self.forced_end or self.merged_watermark() >= self.boundary_ns)
 
     cdef bint bound(self, uint32_t best, uint64_t *limit_ns, uint64_t *limit_position) noexcept nogil:
         """How far the run of `best` may go: up to a time, and up to a position in its ring. False: not even one."""
@@ -518,6 +522,7 @@ cdef class Merge:
     def begin_segment(self, uint64_t boundary_ns, uint64_t packets, uint64_t length):
         """Limits of the next segment; its times and counts start anew."""
         cdef uint32_t i
+        self.held = self.forced_end = False
         self.boundary_ns = boundary_ns
         self.packets_left = packets
         self.bytes_left = length
@@ -588,7 +593,11 @@ cdef class Merge:
 
     def force(self):
         """Rotation must not wait for a source that does not answer: its watermark is taken as moved."""
-        self.boundary_ns = 0
+        self.forced_end = True
+
+    def hold(self):
+        """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
+        self.held = True
 
     def set_consumed(self, uint32_t index, uint64_t packets):
         """A successor takes up its predecessor's count."""

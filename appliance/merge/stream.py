@@ -6,7 +6,6 @@ The merge worker's loop (workers/merge.py) calls this between the compiled calls
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,6 @@ class StreamSettings:
     live: bool
     skip_empty: bool = False
     count_captured_bytes: bool = False  # rotate_bytes counts packet bytes alone
-    watch_file: str = ""  # no further segment is opened before this file exists
 
 
 class OutputStream:
@@ -58,7 +56,9 @@ class OutputStream:
         labels: Sequence[str],
         source_pages: Sequence[CounterPage],
         beat: Callable[[], None],
+        may_open: Callable[[], bool],
     ) -> None:
+        self.has_opened = False
         self.segment: Segment | None = None
         self.failed = False
         self._merge = merge
@@ -69,6 +69,7 @@ class OutputStream:
         self._labels = labels
         self._source_pages = source_pages
         self._beat = beat
+        self._may_open = may_open
         self._interfaces: list[OutputInterface] = []
         self._dropped_at_start = [0] * len(labels)
         self._writer_dropped: dict[int, int] = {}
@@ -127,6 +128,7 @@ class OutputStream:
             self.failed = True
             return False
         self.segment = segment
+        self.has_opened = True
         self._page.add("segments_opened")
         self._page["segment_opened_ns"] = segment.opened_ns
         segment.counts_at_start = [self._counts(i) for i in range(len(self._labels))]
@@ -153,13 +155,8 @@ class OutputStream:
             self._begin(position)
             return
         self.close(reason)
-        if self.may_open():
+        if self._may_open():
             self.open(position)
-        else:
-            self._merge.begin_segment(0, NEVER, NEVER)
-
-    def may_open(self) -> bool:
-        return not self._settings.watch_file or os.path.exists(self._settings.watch_file)
 
     def close(self, reason: str) -> None:
         """Closes the open segment, if there is one, and hands it to the publisher."""

@@ -1,0 +1,149 @@
+"""The meter worker: the digest rings of all sources, in the order of time, into the flow table and out as IPFIX.
+
+It can fall behind, die or be restarted without costing a written packet. Flows expire by the merged stream's time
+alone: the time of the packets, and where none come, the watermarks that idle live sources give when they are asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import time
+from dataclasses import dataclass
+
+from appliance.counters import IGNORED_REASONS
+from appliance.merge import order
+from appliance.meter.metering import Metering
+from appliance.meter.settings import MeterSettings
+from appliance.process import DRAIN, WorkerContext
+from appliance.ring.ring import Consumer
+
+OUT_BYTES = 256 << 10
+HEARTBEAT_MS = 500
+STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
+
+
+@dataclass(frozen=True)
+class MeterSource:
+    """One digest ring. `page`: of the capture worker that fills it."""
+
+    label: str
+    page: str
+    live: bool
+    ring_fd: int
+    wake_fd: int
+
+
+@dataclass(frozen=True)
+class MeterParts:
+    """What the meter worker needs besides its context."""
+
+    sources: tuple[MeterSource, ...]
+    generation: int
+    wake_fd: int
+    settings: MeterSettings
+    max_wait_ms: int
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.wake_fd, *(fd for source in self.sources for fd in (source.ring_fd, source.wake_fd)))
+
+
+def main(context: WorkerContext) -> int:
+    MeterWorker(context, context.parts).run()
+    return 0
+
+
+class MeterWorker:
+    """See the module's text."""
+
+    def __init__(self, context: WorkerContext, parts: MeterParts) -> None:
+        self.context = context
+        self.parts = parts
+        self.live = all(source.live for source in parts.sources)
+        self.merge = order.Merge(
+            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            [source.live for source in parts.sources],
+            sink=order.SINK_DIGESTS,
+            max_wait_ms=parts.max_wait_ms,
+            out_bytes=OUT_BYTES,
+        )
+        capture_pages = [context.pages[source.page] for source in parts.sources]
+        ignored = [f"ignored_{reason}_packets" for reason in IGNORED_REASONS]
+        self.metering = Metering(
+            parts.settings,
+            context.page,
+            [context.pages[f"export/{i}"] for i in range(len(parts.settings.export))],
+            ignored_packets=lambda: sum(page[name] for page in capture_pages for name in ignored),
+        )
+        self.next_ask = 0.0
+        self.draining_since: float | None = None
+        self.clock_offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def run(self) -> None:
+        while self.turn():
+            self.context.beat()
+        self.metering.finish()
+
+    def turn(self) -> bool:
+        status = self.merge.fill()
+        if self.merge.out_bytes:
+            self.metering.feed(self.merge.output_address, self.merge.out_bytes)
+            self.merge.emptied()
+            self.context.page["late_packets"] = self.merge.late
+        self.merge.release()
+        if status == order.EPOCH:
+            self.step_clock()
+        elif status == order.CONTROL:
+            self.merge.control_done()  # interfaces are the packet ring's matter
+        elif status == order.IDLE:
+            return self.idle()
+        self.metering.service(time.monotonic())
+        return status != order.ENDED
+
+    def step_clock(self) -> None:
+        offset_ns = time.time_ns() - time.monotonic_ns()
+        self.metering.step(offset_ns - self.clock_offset_ns)
+        self.clock_offset_ns = offset_ns
+        self.merge.next_epoch()
+
+    def idle(self) -> bool:
+        now = time.monotonic()
+        if watermark := self.merge.watermark:
+            self.metering.advance(watermark)
+        self.metering.service(now)
+        if not self.handle_messages(now):
+            return False
+        if self.live and now >= self.next_ask:
+            self.next_ask = now + STREAM_TIME_EVERY_S
+            self.merge.want_all_watermarks()
+        holding = self.merge.want_watermarks()
+        self.sleep(max(1, self.parts.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
+        return True
+
+    def sleep(self, timeout_ms: int, now: float) -> None:
+        deadline = self.metering.next_deadline_s()
+        if deadline < math.inf:
+            timeout_ms = min(timeout_ms, max(1, int((deadline - now) * 1000) + 1))
+        poller = select.poll()
+        poller.register(self.parts.wake_fd, select.POLLIN)
+        poller.register(self.context.channel, select.POLLIN)
+        for fd, events in self.metering.poll_events():
+            poller.register(fd, events)
+        self.merge.sleeps(True)
+        if not self.merge.has_news:
+            poller.poll(timeout_ms)
+        self.merge.sleeps(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.parts.wake_fd)
+
+    def handle_messages(self, now: float) -> bool:
+        """False: drained for too long without an end; the producers are gone."""
+        if DRAIN in self.context.messages() and self.draining_since is None:
+            self.draining_since = now
+            self.context.set_state("draining")
+        if self.draining_since is None:
+            return True
+        return now - self.draining_since < self.context.config.service.drain_timeout_s
