@@ -43,8 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers.compress": set(),
     # What plans, starts and asks knows counters, never packets.
     "appliance.plan": {"appliance.capture.uri"},
+    # Asks every stage, before there is a process, whether it could start.
+    "appliance.prepare": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.supervisor": {"appliance.capture.opener", "appliance.capture.interfaces"}
-    | {"appliance.monitor", "appliance.plan", "workers"},
+    | {"appliance.monitor", "appliance.plan", "appliance.prepare", "workers"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
     "appliance.mtracecap": {"appliance", "workers"},
