@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import stat
 from collections.abc import Sequence
 
 from appliance.capture import bpf
@@ -18,12 +17,10 @@ from appliance.errors import CannotCreateError, ConfigError, FormatError, GaveUp
 from appliance.formats.encode import InterfaceDescription
 from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv
-from appliance.merge.naming import Naming
+from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
 
 log = logging.getLogger(__name__)
-
-DIRECTORY_MODE = 0o2750  # the group of the directory is inherited, so that consumers can be in it
 
 
 class Preparation:
@@ -33,34 +30,25 @@ class Preparation:
         self._directories: list[str] = []
         self._lock_fds: list[int] = []
 
-    def make_directories(self, paths: Sequence[str]) -> None:
-        """Directories that exist are only checked; all must be writable and on one file system, because files get
-        from one into the other by rename."""
-        devices: dict[int, str] = {}
-        for path in paths:
-            self._make(path)
-            status = os.stat(path)
-            if not stat.S_ISDIR(status.st_mode):
-                raise CannotCreateError(f"{path} is not a directory")
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise CannotCreateError(f"{path}: this user may not write there")
-            devices.setdefault(status.st_dev, path)
+    def make_directories(self, naming: Naming) -> None:
+        """The policy's directories, all on one file system, because files get from one into the other by rename."""
+        missing = [path for directory in naming.directories for path in missing_parts(directory)]
+        try:
+            prepare_directories(naming)
+        finally:
+            self._directories += [path for path in missing if os.path.isdir(path) and path not in self._directories]
+        devices = {os.stat(path).st_dev: path for path in reversed(naming.directories)}
         if len(devices) > 1:
             first, second, *_ = devices.values()
             raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
 
-    def _make(self, path: str) -> None:
-        missing = []
-        at = os.path.abspath(path)
-        while not os.path.lexists(at):
-            missing.append(at)
-            at = os.path.dirname(at)
-        for directory in reversed(missing):
+    def make_parents(self, path: str) -> None:
+        """The directories above `path`."""
+        for directory in missing_parts(os.path.dirname(path)):
             try:
-                os.mkdir(directory, DIRECTORY_MODE & 0o777)
-                os.chmod(directory, DIRECTORY_MODE)
+                os.mkdir(directory, 0o755)
             except OSError as error:
-                raise CannotCreateError(f"{directory}: cannot be created: {error.strerror}") from error
+                raise CannotCreateError(f"{directory}: cannot be made: {error.strerror}") from error
             self._directories.append(directory)
 
     def lock(self, path: str) -> None:
@@ -83,11 +71,17 @@ class Preparation:
         for fd in self._lock_fds:
             os.fchown(fd, uid, gid)
 
+    def release(self) -> None:
+        """The run is over; what it made stays."""
+        for fd in self._lock_fds:
+            os.close(fd)
+        self._lock_fds.clear()
+
     def undo(self) -> None:
         for fd in self._lock_fds:
             with contextlib.suppress(OSError):
                 os.unlink(os.readlink(f"/proc/self/fd/{fd}"))
-            os.close(fd)
+        self.release()
         for path in reversed(self._directories):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
@@ -134,6 +128,15 @@ def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> Non
 
 def check_output(output: Output, naming: Naming, preparation: Preparation) -> None:
     compressor_argv(output.compressor)
-    preparation.make_directories(naming.directories)
-    if naming.lock_path is not None:
-        preparation.lock(naming.lock_path)
+    preparation.make_directories(naming)
+    if naming.makes_directories:
+        preparation.lock(os.path.join(naming.directories[0], ".lock"))
+
+
+def missing_parts(path: str) -> list[str]:
+    """The directory and its parents, as far as they do not exist, outermost first."""
+    missing: list[str] = []
+    while not os.path.lexists(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    return missing

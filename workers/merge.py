@@ -9,6 +9,7 @@ go) or when a file's time is over.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import select
@@ -36,19 +37,21 @@ HELD_BACK_MS = 100
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
 
 
+RELOAD = b"reload "
+
 SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US}
 
 
 @dataclass(frozen=True)
 class MergeSource:
-    """One ring to read. `interface`: known for live sources; files announce theirs in the ring."""
+    """One ring to read. `interfaces`: known for live sources; files announce theirs in the ring."""
 
     label: str
     page: str
     live: bool
     ring_fd: int
     wake_fd: int  # the producer's eventfd
-    interface: InterfaceDescription | None
+    interfaces: tuple[InterfaceDescription, ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class MergeWorker:
         self.live = all(source.live for source in parts.sources)
         self.labels = [source.label for source in parts.sources]
         self.source_pages = [context.pages[source.page] for source in parts.sources]
-        output = parts.output
+        self.output = output = parts.output
         mode = 0o640 if output.group_readable else 0o600
         self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
         self.consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
@@ -140,15 +143,15 @@ class MergeWorker:
 
     @property
     def rotates(self) -> bool:
-        output = self.parts.output
+        output = self.output
         return bool(output.rotate_seconds or output.rotate_bytes or output.rotate_packets)
 
     # ---- the loop ----
 
     def run(self) -> int:
         for i, source in enumerate(self.parts.sources):
-            if source.interface is not None:
-                self.stream.add_interface(i, source.interface)
+            for interface in source.interfaces:
+                self.stream.add_interface(i, interface)
         self.merge.hold()
         if self.live and self.may_open():
             self.stream.open(time.time_ns())
@@ -212,6 +215,14 @@ class MergeWorker:
         self.merge.next_epoch()
         self.merge.hold()
 
+    def reload(self, changes: dict[str, object]) -> None:
+        """New settings from the configuration; they count from the next file on."""
+        output = self.output = self.output.model_copy(update=changes)
+        self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
+        self.stream.use_rotation(self.policy, skip_empty=output.empty_segments == "skip")
+        self.merge.set_max_wait(output.max_wait_ms)
+        log.info("output %s: new settings are in force", output.name)
+
     # ---- waiting ----
 
     def idle(self) -> bool:
@@ -221,7 +232,7 @@ class MergeWorker:
         holding = self.merge.want_watermarks()
         timeout_ms = HEARTBEAT_MS
         if holding:
-            timeout_ms = max(1, self.parts.output.max_wait_ms // 4)
+            timeout_ms = max(1, self.output.max_wait_ms // 4)
         if self.live and self.merge.boundary_ns != NEVER:
             timeout_ms = min(timeout_ms, self.wait_for_boundary())
         self.sleep(timeout_ms)
@@ -233,10 +244,10 @@ class MergeWorker:
         if overdue_ns < 0:
             return min(HEARTBEAT_MS, -overdue_ns // 1_000_000 + 3)
         self.merge.want_all_watermarks()
-        if overdue_ns > self.parts.output.max_wait_ms * 1_000_000 + FORCE_GRACE_NS:
+        if overdue_ns > self.output.max_wait_ms * 1_000_000 + FORCE_GRACE_NS:
             self.merge.force()
             return 0
-        return max(1, self.parts.output.max_wait_ms // 4)
+        return max(1, self.output.max_wait_ms // 4)
 
     def sleep(self, timeout_ms: int) -> None:
         self.merge.sleeps(True)
@@ -261,6 +272,8 @@ class MergeWorker:
                 self.context.set_state("draining")
             elif message == ROTATE and self.stream.segment is not None:
                 self.stream.rotate(REQUEST)
+            elif message.startswith(RELOAD):
+                self.reload(json.loads(message.removeprefix(RELOAD)))
         if self.draining_since is None:
             return True
         # The end of the rings ends the loop; this is for producers that died and cannot end theirs.

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from appliance.errors import FormatError, UsageError
+from appliance.capture.uri import FILE_SCHEMES
+from appliance.errors import UsageError
 from appliance.formats.decoder import NEVER_NS
 from appliance.formats.encode import SNAPLEN_MAX, InterfaceDescription
 from appliance.formats.reader import CaptureReader
 from appliance.formats.record import clamp_snaplen, count_packets
-
-SCHEMES = ("pcapfile", "pcapng")
-UNREAD_SCHEMES = ("erf", "rawerf", "legacyatm", "legacyeth", "legacypos", "tsh", "duck", "snoop", "etsifile")
 
 # Keeps of a batch what it wants, in place: (address, bytes of the batch) -> bytes of the batch afterwards. Records
 # that are no packets stay.
@@ -133,10 +131,6 @@ class _Pace:
 
 
 def source_path(uri: str) -> str:
-    """The path in `pcapfile:PATH`, `pcapng:PATH` or a path alone. FormatError: a file format that is not read here."""
+    """The path in `pcapfile:PATH`, `pcapng:PATH` or a path alone, which may have a colon too."""
     scheme, colon, path = uri.partition(":")
-    if colon and scheme in SCHEMES:
-        return path
-    if colon and scheme in UNREAD_SCHEMES:
-        raise FormatError(f"{uri}: {scheme} files are not read here; convert it to pcapng with another program first")
-    return uri
+    return path if colon and scheme in FILE_SCHEMES else uri

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 
 from appliance.errors import ApplianceError, FormatError, InputOutputError, MissingInputError, MissingPermissionError
-from appliance.formats.unpack import PIECE_BYTES, StreamDamage, Unpacker
+from appliance.formats.unpack import PIECE_BYTES, DamagedStreamError, Unpacker
 
 STANDARD_INPUT = "-"
 HEAD_BYTES = 64  # enough to tell all formats apart
@@ -61,7 +61,7 @@ class InputStream:
             if self._unpacker:
                 self._head = self._first_plain_bytes()
             self.format = self._recognise(self._head)
-        except StreamDamage as damage:
+        except DamagedStreamError as damage:
             self.close()
             raise FormatError(f"{self.name}: {damage}") from damage
         except BaseException:
@@ -139,7 +139,7 @@ class InputStream:
             return 0
         try:
             return self._unpacker.read_into(buffer)
-        except StreamDamage as damage:
+        except DamagedStreamError as damage:
             self.damage = str(damage)
             return 0
 

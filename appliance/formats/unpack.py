@@ -1,7 +1,7 @@
 """Compressed input, a bounded piece at a time: gz, lz4 and zst frames, xz, bz2, each with any number of members.
 
 Whatever a hostile file unpacks to, only one piece of it is ever held. A stream that is cut or damaged gives
-everything before the damage, and then raises StreamDamage.
+everything before the damage, and then raises DamagedStreamError.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ZERO_PADDED = ("gz", "xz")
 _WITH_SKIPPABLE_FRAMES = ("lz4", "zst")
 
 
-class StreamDamage(Exception):
+class DamagedStreamError(Exception):
     """A compressed stream cannot be followed any further; the message says why."""
 
 
@@ -89,12 +89,12 @@ class Unpacker:
         if member.needs_input:
             self._fill(1)
             if not self._pending:
-                raise StreamDamage(f"the {self.compression} stream ends too early")
+                raise DamagedStreamError(f"the {self.compression} stream ends too early")
         piece, self._pending = self._pending, b""
         try:
             data = member.decompress(piece, room)
         except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, RuntimeError, EOFError) as error:
-            raise StreamDamage(f"the {self.compression} stream is damaged ({error})") from error
+            raise DamagedStreamError(f"the {self.compression} stream is damaged ({error})") from error
         if member.eof:
             self._pending = bytes(member.unused_data or b"")
             self._member = None
@@ -112,7 +112,9 @@ class Unpacker:
                 self._member = _MEMBERS[self.compression]()
                 return True
             else:
-                raise StreamDamage(f"bytes that are not {self.compression} follow a whole {self.compression} stream")
+                raise DamagedStreamError(
+                    f"bytes that are not {self.compression} follow a whole {self.compression} stream"
+                )
             self._fill(8)
         return False
 
@@ -125,7 +127,7 @@ class Unpacker:
             count -= len(self._pending)
             self._pending = self._read_raw(PIECE_BYTES)
             if not self._pending:
-                raise StreamDamage(f"the {self.compression} stream ends inside a frame of user data")
+                raise DamagedStreamError(f"the {self.compression} stream ends inside a frame of user data")
         self._pending = self._pending[count:]
 
 

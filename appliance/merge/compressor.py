@@ -77,11 +77,12 @@ class FileSink:
 
     keeps_whole_writes = True  # after a failed write the file ends with the last whole one
 
-    def __init__(self, path: str, fd: int) -> None:
+    def __init__(self, path: str, fd: int, locked: bool = True) -> None:
         self.path = path
         self.written = 0
         self._fd = fd
-        lock(fd)
+        if locked:
+            lock(fd)
 
     def write(self, data: memoryview, beat: Callable[[], None]) -> None:
         """All of `data`. SinkError (disk full, I/O): the file is cut back to what it held before this call."""
@@ -113,7 +114,7 @@ class CompressorSink:
 
     keeps_whole_writes = False
 
-    def __init__(self, path: str, fd: int, argv: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, path: str, fd: int, argv: Sequence[str], timeout_s: float, locked: bool = True) -> None:
         """Takes over `fd`, the staging file, which then belongs to the child alone. SinkError: it cannot be started."""
         self.path = path
         self.written = 0
@@ -125,7 +126,8 @@ class CompressorSink:
             with contextlib.suppress(OSError):  # an unprivileged user's pipes may be limited
                 fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             os.set_blocking(self._pipe, False)
-            lock(fd)
+            if locked:
+                lock(fd)
             self._child = subprocess.Popen(
                 self._argv,
                 stdin=read_end,

@@ -87,6 +87,7 @@ class Merge:
         """The boundary counts as passed, whatever a silent source's watermark says."""
     def hold(self) -> None:
         """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
+    def set_max_wait(self, max_wait_ms: int) -> None: ...
     def set_consumed(self, index: int, packets: int) -> None: ...
     def source_totals(self, index: int) -> tuple[int, int, int, int]:
         """(consumed, dropped, late, packets in this segment) of a source."""

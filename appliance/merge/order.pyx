@@ -387,6 +387,7 @@ cdef class Merge:
             if type != RECORD_PACKET and type != RECORD_DIGEST:
                 return S_IDLE
             stamp = record_timestamp_ns(record)
+            source.next_ns = stamp
             if stamp > limit_ns:
                 return S_IDLE
             if stamp >= self.boundary_ns:
@@ -598,6 +599,9 @@ cdef class Merge:
     def hold(self):
         """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
         self.held = True
+
+    def set_max_wait(self, uint64_t max_wait_ms):
+        self.max_wait_ns = max_wait_ms * 1000000
 
     def set_consumed(self, uint32_t index, uint64_t packets):
         """A successor takes up its predecessor's count."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from appliance.counters import CounterPage
+from appliance.counters import CounterPage, publish_bucket
 from appliance.errors import InputOutputError
 from appliance.merge.compressor import SinkError
 from appliance.merge.naming import Naming
@@ -176,10 +176,16 @@ class Publisher:
 
     def publish(self, segment: Segment) -> str:
         """Returns the published path."""
+        if self._naming.stream is not None:
+            self._count_published(segment, segment.bytes)
+            return self._naming.stream
+        start_ns = segment.start_ns
+        if self._naming.by_first_packet and segment.first_ns is not None:
+            start_ns = segment.first_ns
         sha256, length = sync_and_hash(segment.path)
         for _ in range(NAME_TRIES):
-            final = self._naming.final_path(segment.sequence, segment.start_ns)
-            sidecar = self._naming.sidecar_path(segment.sequence, segment.start_ns)
+            final = self._naming.final_path(segment.sequence, start_ns)
+            sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
             if sidecar is not None:
                 write_durably(sidecar, self._sidecar(segment, final, sha256, length).to_json(), self._mode)
             now = time.time()
@@ -221,6 +227,9 @@ class Publisher:
         self._page.add("published_packets", segment.packets)
         self._page.add("published_bytes", length)
         self._page["last_published_ns"] = time.time_ns()
+        duration_ns = time.monotonic_ns() - segment.closed_ns
+        self._page.add("publish_ns", duration_ns)
+        self._page.add(publish_bucket(duration_ns))
 
     def quarantine(self, segment: Segment) -> None:
         """Out of the way of every consumer, with the reason beside it; nothing is deleted."""

@@ -21,6 +21,7 @@ from appliance.merge.compressor import CompressorSink, SinkError, compressor_arg
 from appliance.merge.naming import Naming
 from appliance.merge.publish import Sidecar, rename_without_replacing, sync_and_hash, sync_directory, write_durably
 from appliance.merge.salvage import Salvage, salvage
+from appliance.merge.segment import create_exclusively
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,7 @@ def recompress(plain: str, naming: Naming, output: Output) -> str:
         return plain
     result = naming.staging_path(naming.next_sequence())
     mode = 0o640 if output.group_readable else 0o600
-    fd = os.open(result, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    os.fchmod(fd, mode)
+    fd = create_exclusively(result, mode)
     try:
         sink = CompressorSink(result, fd, argv, output.compressor_timeout_s)
         with open(plain, "rb") as file:

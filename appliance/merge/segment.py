@@ -94,6 +94,7 @@ class Segment:
     late: int = 0
     late_max_ns: int = 0
     closed_because: str = ""
+    closed_ns: int = 0  # CLOCK_MONOTONIC
     failure: str = ""  # why it goes to quarantine; empty: it is published
     counts_at_start: list[SourceCounts] = field(default_factory=list)
 
@@ -127,27 +128,44 @@ class SegmentOpener:
 
     def discard_spare(self) -> None:
         if self._spare is not None:
-            _sequence, path, sink = self._spare
+            sequence, path, sink = self._spare
             self._spare = None
             sink.abandon()
-            os.unlink(path)
+            if self._naming.stream is None:
+                os.unlink(path)
+            self._naming.give_back(sequence)
 
     def _start(self) -> tuple[int, str, Sink]:
         sequence = self._naming.next_sequence()
         path = self._naming.staging_path(sequence)
         try:
-            # The mode is exact from the first moment, whatever the umask: nobody may read what is about to be written.
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0)
-            os.fchmod(fd, self._mode)
+            fd = open_stream(path) if self._naming.stream else create_exclusively(path, self._mode)
         except OSError as error:
+            self._naming.give_back(sequence)
             raise CannotCreateError(f"{path}: cannot be created: {error.strerror}") from error
+        locked = self._naming.stream is None
         try:
             if self._argv is None:
-                return sequence, path, FileSink(path, fd)
-            return sequence, path, CompressorSink(path, fd, self._argv, self._timeout_s)
+                return sequence, path, FileSink(path, fd, locked)
+            return sequence, path, CompressorSink(path, fd, self._argv, self._timeout_s, locked)
         except SinkError:
-            os.unlink(path)
+            if locked:
+                os.unlink(path)
+            self._naming.give_back(sequence)
             raise
+
+
+def create_exclusively(path: str, mode: int) -> int:
+    """A new file, never another one's and never through a link. Its mode is exact from the first moment, whatever the
+    umask: nobody may read what is about to be written."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0)
+    os.fchmod(fd, mode)
+    return fd
+
+
+def open_stream(path: str) -> int:
+    """Standard output ("-"), a device or a FIFO."""
+    return os.dup(1) if path == "-" else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def statistics_blocks(

@@ -111,6 +111,10 @@ class OutputStream:
     def use_format(self, file_format: FileFormat) -> None:
         self._settings = replace(self._settings, format=file_format)
 
+    def use_rotation(self, rotation: RotationPolicy, *, skip_empty: bool) -> None:
+        """From the next segment on."""
+        self._settings = replace(self._settings, rotation=rotation, skip_empty=skip_empty)
+
     # ---- segments ----
 
     def open(self, start_ns: int) -> bool:
@@ -171,6 +175,7 @@ class OutputStream:
             delivered = [self._merge.source_totals(i)[3] for i in range(len(self._labels))]
             self._put(memoryview(statistics_blocks(self._interfaces, deltas, delivered, start, now)))
         segment.sink.close_input()
+        segment.closed_ns = time.monotonic_ns()
         self.segment = None
         self._page["open_packets"] = 0
         self._page["segment_opened_ns"] = 0

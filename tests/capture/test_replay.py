@@ -68,11 +68,13 @@ def test_every_packet_of_a_file_is_produced_in_order_and_then_the_end(tmp_path: 
     source.close()
 
 
-def test_schemes_that_are_not_read_are_refused_before_anything_is_opened() -> None:
-    with pytest.raises(FormatError, match="erf files are not read here"):
-        source_path("erf:/nowhere/a.erf")
+def test_the_path_is_what_follows_a_file_scheme_colons_included() -> None:
     assert source_path("pcapfile:-") == "-"
     assert source_path("pcapng:dir:with:colons/a.pcapng") == "dir:with:colons/a.pcapng"
+    assert source_path("12:30.pcap") == "12:30.pcap"
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(MissingInputError, match="nowhere"):
         FileSource("pcapfile:/nowhere/a.pcap")
 

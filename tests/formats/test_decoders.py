@@ -9,7 +9,7 @@ import struct
 from fractions import Fraction
 
 import pytest
-from craft import (
+from formats.craft import (
     END_OF_OPTIONS,
     Packet,
     Walled,
@@ -22,8 +22,7 @@ from craft import (
     pcap_file,
     section,
 )
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from appliance.formats.decoder import STATUS_NOT_YET, STATUS_OUTPUT_FULL
 from appliance.formats.encode import InterfaceDescription

@@ -1,4 +1,4 @@
-"""Files as users have them: every compression, cut and damaged streams, foreign formats, pipes, other programs' files."""
+"""Files as users have them: any compression, cut and damaged streams, foreign formats, pipes, other programs' work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import lz4.frame  # type: ignore[import-untyped]
 import pytest
 import zstandard
-from craft import Packet, as_packet, block, enhanced, interface, pcap_file, section, split_records
+from formats.craft import Packet, as_packet, block, enhanced, interface, pcap_file, section, split_records
 
 from appliance.errors import FormatError, MissingInputError, MissingPermissionError
 from appliance.formats.encode import interface_description, section_header

@@ -27,7 +27,8 @@ OTHER_TIMES = {
     "malformed/fuzz-2021-10-13.pcap": "the fraction of a second is above 1 s, which the tool prints as such",
     "malformed/timestamp_invalid_nano.pcap": "the same, printed as a negative number",
 }
-NO_TIMES = {  # the tool gives up on the times of a file with Simple Packet Blocks; by the specification the others count
+# The tool gives up on the times of a file with Simple Packet Blocks; by the specification the others count.
+NO_TIMES = {
     "pcapng-be-test201.pcapng": (1340954905298858000, 1340954905301858000),
     "pcapng-le-test016.pcapng": (1340954905298858000, 1340954905300858000),
     "pcapng-le-test102.pcapng": (1340954905298858000, 1340954905301858000),

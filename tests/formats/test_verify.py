@@ -9,7 +9,7 @@ from typing import Any
 
 import lz4.frame  # type: ignore[import-untyped]
 import pytest
-from craft import Packet, pcap_file
+from formats.craft import Packet, pcap_file
 
 from appliance.errors import MissingInputError
 from appliance.formats.verify import VerifiedFile, verify_directory

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from monitor_pages import Appliance, make_appliance
+from monitor.pages import Appliance, make_appliance
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 
 import psutil
 import pytest
-from monitor_pages import Appliance
+from monitor.pages import Appliance
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics

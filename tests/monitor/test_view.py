@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from monitor_pages import SECOND, Appliance
+from monitor.pages import SECOND, Appliance
 
 from appliance.counters import STATES
 from appliance.monitor.view import LOSS_STAGES, PLACES, STAGES, Snapshot

@@ -1,0 +1,138 @@
+"""Metering: digests in time order go in, flow records go out to every exporter. A meter worker drives it.
+
+    feed, advance -> FlowTable -> rows -> every Exporter
+
+It keeps no time of its own: flows expire by stream time (the digests' time stamps, and `advance` where none come),
+exporters work by the monotonic clock that `service` is told.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from appliance.counters import METER_FIELDS, PAGE_BYTES, CounterPage
+from appliance.errors import ConfigError
+from appliance.meter.exporter import Exporter, make_exporter
+from appliance.meter.settings import MeterSettings
+from appliance.meter.table import FlowTable
+
+NS_PER_S = 1_000_000_000
+CLOSE_S = 5.0  # for the last records, when nobody says otherwise
+
+
+class Metering:
+    """The flow table and its exporters, and their counters.
+
+    The identities that hold after every call, in packets and from the start of this object:
+    observed = metered + ignored, and metered = exported + active. `exported` have left the table; each exporter's own
+    page says which of them it could not send, and what still waits in its queue.
+    """
+
+    def __init__(
+        self,
+        settings: MeterSettings,
+        page: CounterPage | None = None,
+        export_pages: Sequence[CounterPage] | None = None,
+        *,
+        ignored_packets: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`page` of METER_FIELDS; `export_pages` of EXPORT_FIELDS, one for each of `settings.export`. Counters are
+        added to what the pages hold, so that they outlive a restart. `ignored_packets`: how many packets the capture
+        side could not turn into digests, for the options data. `clock`: seconds since 1970.
+
+        Raises ConfigError, MissingInputError or CannotCreateError for an exporter that cannot work.
+        """
+        if export_pages is not None and len(export_pages) != len(settings.export):
+            raise ConfigError(f"{len(settings.export)} exporters, but {len(export_pages)} counter pages for them")
+        self.settings = settings
+        self.page = page or CounterPage(memoryview(bytearray(PAGE_BYTES)), METER_FIELDS, 0)
+        self._ignored_by_capture = ignored_packets
+        self.table = FlowTable(
+            max_flows=settings.max_flows,
+            idle_timeout_ns=int(settings.idle_timeout_s * NS_PER_S),
+            active_timeout_ns=int(settings.active_timeout_s * NS_PER_S),
+            tcp_linger_ns=int(min(settings.tcp_linger_s, settings.idle_timeout_s) * NS_PER_S),
+            vlan_in_key=settings.vlan_in_key,
+            interface_in_key=settings.interface_in_key,
+        )
+        pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
+        self.exporters: list[Exporter] = [
+            make_exporter(settings, export, export_page, clock)
+            for export, export_page in zip(settings.export, pages, strict=True)
+        ]
+        self._counted = self.table.counters()
+
+    def feed(self, address: int, length: int) -> None:
+        """Meters `length` octets of records at `address` (aligned to 4), in time order; other records than digests
+        are passed over. ValueError names the offset of a damaged record; what stood before it is metered."""
+        done = 0
+        try:
+            while done < length:
+                done += self.table.update(address + done, length - done)
+                if done < length:
+                    self._hand_over()
+        finally:
+            self._publish_counters()
+
+    def advance(self, stream_time_ns: int) -> None:
+        """No later digest is older than this: expires what is due, also when no packet comes."""
+        while not self.table.advance(stream_time_ns):
+            self._hand_over()
+        self._hand_over()
+        self._publish_counters()
+
+    def step(self, delta_ns: int) -> None:
+        """The clock was set forward by `delta_ns` (negative: back). Later digests have the new time; flows go on."""
+        self.table.step(delta_ns)
+
+    def service(self, now_s: float) -> None:
+        """The exporters' timers, connections and queues; also hands over what has expired. `now_s`: CLOCK_MONOTONIC."""
+        self._hand_over()
+        counts = {"ignored_packets": self._ignored_packets()}
+        for exporter in self.exporters:
+            exporter.service(now_s, counts)
+        self._publish_counters()
+
+    def next_deadline_s(self) -> float:
+        """When `service` is wanted again at the latest (CLOCK_MONOTONIC); infinity: not before something happens."""
+        deadlines = [exporter.next_deadline_s() for exporter in self.exporters]
+        return min((deadline for deadline in deadlines if deadline > 0), default=math.inf)
+
+    def poll_events(self) -> list[tuple[int, int]]:
+        """(file descriptor, poll events) of the exporters: when one is ready, call `service`."""
+        return [event for exporter in self.exporters for event in exporter.poll_events()]
+
+    def finish(self, close_s: float = CLOSE_S) -> None:
+        """Ends all flows (flowEndReason 4), sends the last statistics, and closes the exporters: files are published,
+        collectors get `close_s` seconds together. What remains is counted as not sent."""
+        while not self.table.flush():
+            self._hand_over()
+        self._hand_over()
+        self._publish_counters()
+        counts = {"ignored_packets": self._ignored_packets()}
+        deadline_s = time.monotonic() + close_s
+        for exporter in self.exporters:
+            exporter.statistics(counts)
+            exporter.close(deadline_s)
+
+    def _ignored_packets(self) -> int:
+        return self._ignored_by_capture() + self.page["ignored_packets"]
+
+    def _hand_over(self) -> None:
+        count = self.table.row_count
+        if count:
+            for exporter in self.exporters:
+                exporter.export(self.table.rows_address, count)
+            self.table.clear_rows()
+
+    def _publish_counters(self) -> None:
+        counters = self.table.counters()
+        for name, value in counters.items():
+            if value != self._counted[name]:
+                self.page.add(name, value - self._counted[name])
+        self._counted = counters
+        for name, value in self.table.gauges().items():
+            self.page[name] = value

@@ -1,0 +1,325 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""From the flow table's rows to IPFIX messages (RFC 7011, section 3), by plans that are made out of the templates.
+
+A plan is a list of steps, one for each field: where it stands in a row, how it is encoded, and to how many octets.
+"""
+
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from appliance.meter.table cimport Direction, FlowRow
+
+cdef enum:
+    MESSAGE_HEADER_BYTES = 16
+    SET_HEADER_BYTES = 4
+    MAX_STEPS = 64
+    MAX_MESSAGE_BYTES = 65535
+    ROW_CLASSES = 6
+
+    STEP_COPY = 0
+    STEP_UNSIGNED = 1
+    STEP_MILLISECONDS = 2
+    STEP_NANOSECONDS = 3
+    STEP_VLAN = 4
+
+    SHAPE_FORWARD = 0
+    SHAPE_REVERSE = 1
+    SHAPE_BIFLOW = 2
+
+cdef uint64_t NTP_OFFSET_S = 2208988800  # from 1900 to 1970
+
+cdef struct Step:
+    uint16_t offset  # in the row
+    uint8_t kind
+    uint8_t source_bytes
+    uint8_t bytes  # on the wire
+
+cdef struct Plan:
+    uint16_t template_id
+    uint8_t row_class
+    uint8_t shape
+    uint32_t record_bytes
+    uint32_t step_count
+    Step[MAX_STEPS] steps
+
+
+cdef class Message:
+    """One IPFIX message, whole but for its export time and sequence number, which `stamp` fills in when it is sent."""
+
+    cdef readonly bytearray data
+    cdef readonly uint64_t records  # data records, options data included
+    cdef readonly uint64_t flows  # flow records
+    cdef readonly uint64_t packets  # in those
+    cdef readonly uint64_t octets
+
+    def __init__(self, bytearray data, uint64_t records, uint64_t flows=0, uint64_t packets=0, uint64_t octets=0):
+        if not MESSAGE_HEADER_BYTES <= len(data) <= MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message of {len(data)} octets")
+        self.data = data
+        self.records = records
+        self.flows = flows
+        self.packets = packets
+        self.octets = octets
+
+    def stamp(self, uint64_t export_time_s, uint64_t sequence):
+        cdef unsigned char[::1] header = self.data
+        put(&header[4], export_time_s, 4)
+        put(&header[8], sequence & 0xFFFFFFFF, 4)
+
+
+cdef inline void put(uint8_t* out, uint64_t value, int length) noexcept nogil:
+    cdef int i
+    for i in range(length - 1, -1, -1):
+        out[i] = <uint8_t>value
+        value >>= 8
+
+
+cdef inline uint64_t load(const uint8_t* source, int length) noexcept nogil:
+    cdef uint16_t v2
+    cdef uint32_t v4
+    cdef uint64_t v8
+    if length == 1:
+        return source[0]
+    if length == 2:
+        memcpy(&v2, source, 2)
+        return v2
+    if length == 4:
+        memcpy(&v4, source, 4)
+        return v4
+    memcpy(&v8, source, 8)
+    return v8
+
+
+cdef inline void put_unsigned(uint8_t* out, uint64_t value, int length) noexcept nogil:
+    """Big-endian; a value that does not fit becomes the largest one (reduced-size encoding, RFC 7011, 6.2)."""
+    if length < 8 and value >> (8 * length):
+        value = ((<uint64_t>1) << (8 * length)) - 1
+    if length == 8:
+        put(out, value, 8)
+    elif length == 4:
+        put(out, value, 4)
+    elif length == 2:
+        put(out, value, 2)
+    else:
+        put(out, value, length)
+
+
+cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* out) noexcept nogil:
+    cdef const uint8_t* source
+    cdef const Step* step
+    cdef uint64_t value
+    cdef uint32_t i
+    for i in range(plan.step_count):
+        step = &plan.steps[i]
+        source = <const uint8_t*>row + step.offset
+        if step.kind == STEP_COPY:
+            memcpy(out, source, step.bytes)
+        else:
+            value = load(source, step.source_bytes)
+            if step.kind == STEP_MILLISECONDS:
+                value //= 1000000
+            elif step.kind == STEP_NANOSECONDS:  # NTP: seconds since 1900, fraction in 2^-32 s
+                value = ((value // 1000000000 + NTP_OFFSET_S) << 32) | (((value % 1000000000) << 32) // 1000000000)
+            elif step.kind == STEP_VLAN:
+                value &= 0x0FFF
+            put_unsigned(out, value, step.bytes)
+        out += step.bytes
+
+
+cdef inline int row_class(const FlowRow* row) noexcept nogil:
+    cdef int family = 3 if row.ip_version == 6 else 0
+    if row.protocol == 6:
+        return family + 1
+    if row.protocol == (58 if row.ip_version == 6 else 1):
+        return family + 2
+    return family
+
+
+cdef inline bint has_shape(const FlowRow* row, int shape, bint biflow) noexcept nogil:
+    if shape == SHAPE_BIFLOW:
+        return row.reverse.packets != 0
+    if shape == SHAPE_REVERSE:
+        return row.reverse.packets != 0
+    return row.forward.packets != 0 and not (biflow and row.reverse.packets != 0)
+
+
+cdef class Packer:
+    cdef Plan* plans
+    cdef int plan_count
+    cdef uint32_t domain, message_bytes
+    cdef bint biflow
+    cdef uint8_t[MAX_MESSAGE_BYTES] room
+    cdef uint32_t used, set_start
+    cdef uint64_t records, packets, octets
+    cdef list messages
+
+    def __cinit__(self, plans, *, bint biflow, uint32_t observation_domain, uint32_t message_bytes):
+        cdef Plan* plan
+        if not 512 <= message_bytes <= MAX_MESSAGE_BYTES:
+            raise ValueError(f"message_bytes {message_bytes} is not within 512 .. {MAX_MESSAGE_BYTES}")
+        self.plans = <Plan*>calloc(len(plans) or 1, sizeof(Plan))
+        if self.plans == NULL:
+            raise MemoryError
+        self.biflow = biflow
+        self.domain = observation_domain
+        self.message_bytes = message_bytes
+        for template_id, class_number, shape, steps in plans:
+            plan = &self.plans[self.plan_count]
+            if len(steps) > MAX_STEPS or not 0 <= class_number < ROW_CLASSES or not 0 <= shape <= SHAPE_BIFLOW:
+                raise ValueError(f"template {template_id} cannot be packed")
+            plan.template_id = template_id
+            plan.row_class = class_number
+            plan.shape = shape
+            for kind, offset, source_bytes, wire_bytes in steps:
+                self.add_step(plan, kind, offset, source_bytes, wire_bytes)
+            if plan.record_bytes > 512 - MESSAGE_HEADER_BYTES - SET_HEADER_BYTES:
+                raise ValueError(f"template {template_id}: records of {plan.record_bytes} octets")
+            self.plan_count += 1
+
+    def __dealloc__(self):
+        free(self.plans)
+
+    cdef add_step(self, Plan* plan, int kind, int offset, int source_bytes, int wire_bytes):
+        if not 0 <= offset <= <int>sizeof(FlowRow) - max(source_bytes, wire_bytes if kind == STEP_COPY else 0):
+            raise ValueError("a step reads outside of its row")
+        if kind != STEP_COPY and (source_bytes not in (1, 2, 4, 8) or not 1 <= wire_bytes <= 8):
+            raise ValueError("a step of an unknown size")
+        plan.steps[plan.step_count].kind = <uint8_t>kind
+        plan.steps[plan.step_count].offset = <uint16_t>offset
+        plan.steps[plan.step_count].source_bytes = <uint8_t>source_bytes
+        plan.steps[plan.step_count].bytes = <uint8_t>wire_bytes
+        plan.step_count += 1
+        plan.record_bytes += wire_bytes
+
+    def pack(self, uintptr_t rows_address, uint32_t row_count):
+        """Rows of one kind stand together, so that sets are long and templates change seldom within a message."""
+        cdef const FlowRow* rows = <const FlowRow*>rows_address
+        cdef bytearray class_bytes = bytearray(row_count)
+        cdef unsigned char[::1] classes = class_bytes
+        cdef uint32_t[ROW_CLASSES] population
+        cdef uint32_t i
+        cdef int p
+        cdef const Plan* plan
+        for p in range(ROW_CLASSES):
+            population[p] = 0
+        for i in range(row_count):
+            classes[i] = row_class(&rows[i])
+            population[classes[i]] += 1
+        self.messages = []
+        self.begin_message()
+        for p in range(self.plan_count):
+            plan = &self.plans[p]
+            self.set_start = 0
+            if population[plan.row_class] == 0:
+                continue
+            for i in range(row_count):
+                if classes[i] == plan.row_class and has_shape(&rows[i], plan.shape, self.biflow):
+                    self.add_record(plan, &rows[i])
+            self.end_set()
+        self.end_message()
+        messages = self.messages
+        self.messages = None
+        return messages
+
+    cdef inline void begin_message(self) noexcept:
+        self.used = MESSAGE_HEADER_BYTES
+        self.set_start = 0
+        self.records = self.packets = self.octets = 0
+
+    cdef inline void end_set(self) noexcept:
+        if self.set_start:
+            put(&self.room[self.set_start + 2], self.used - self.set_start, 2)
+            self.set_start = 0
+
+    cdef int end_message(self) except -1:
+        self.end_set()
+        if self.records:
+            put(&self.room[0], 10, 2)
+            put(&self.room[2], self.used, 2)
+            put(&self.room[4], 0, 8)
+            put(&self.room[12], self.domain, 4)
+            data = PyByteArray_FromStringAndSize(<char*>self.room, self.used)
+            self.messages.append(Message(data, self.records, self.records, self.packets, self.octets))
+        return 0
+
+    cdef inline int add_record(self, const Plan* plan, const FlowRow* row) except -1:
+        cdef uint32_t needed = plan.record_bytes + (0 if self.set_start else SET_HEADER_BYTES)
+        if self.used + needed > self.message_bytes:
+            self.end_message()
+            self.begin_message()
+        if self.set_start == 0:
+            self.set_start = self.used
+            put(&self.room[self.used], plan.template_id, 2)
+            self.used += SET_HEADER_BYTES
+        encode_record(plan, row, &self.room[self.used])
+        self.used += plan.record_bytes
+        self.records += 1
+        if plan.shape != SHAPE_REVERSE:
+            self.packets += row.forward.packets
+            self.octets += row.forward.octets
+        if plan.shape != SHAPE_FORWARD:
+            self.packets += row.reverse.packets
+            self.octets += row.reverse.octets
+        return 0
+
+
+KINDS = {
+    "copy": STEP_COPY, "unsigned": STEP_UNSIGNED, "milliseconds": STEP_MILLISECONDS,
+    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN,
+}
+SHAPES = {"forward": SHAPE_FORWARD, "reverse": SHAPE_REVERSE, "biflow": SHAPE_BIFLOW}
+
+
+cdef dict offsets_of_rows():
+    """Name of a row's field: (offset, octets). A direction's fields are named forward.NAME and reverse.NAME."""
+    cdef FlowRow row
+    cdef char* base = <char*>&row
+    fields = {
+        "source_address": (<char*>&row.source_address - base, 16),
+        "destination_address": (<char*>&row.destination_address - base, 16),
+        "source_port": (<char*>&row.source_port - base, sizeof(row.source_port)),
+        "destination_port": (<char*>&row.destination_port - base, sizeof(row.destination_port)),
+        "vlan_outer": (<char*>&row.vlan_outer - base, sizeof(row.vlan_outer)),
+        "vlan_inner": (<char*>&row.vlan_inner - base, sizeof(row.vlan_inner)),
+        "interface": (<char*>&row.interface - base, sizeof(row.interface)),
+        "protocol": (<char*>&row.protocol - base, sizeof(row.protocol)),
+        "ip_version": (<char*>&row.ip_version - base, sizeof(row.ip_version)),
+        "end_reason": (<char*>&row.end_reason - base, sizeof(row.end_reason)),
+        "biflow_direction": (<char*>&row.biflow_direction - base, sizeof(row.biflow_direction)),
+        "icmp_type_code": (<char*>&row.icmp_type_code - base, sizeof(row.icmp_type_code)),
+        "flow_id": (<char*>&row.flow_id - base, sizeof(row.flow_id)),
+        "start_ns": (<char*>&row.start_ns - base, sizeof(row.start_ns)),
+        "end_ns": (<char*>&row.end_ns - base, sizeof(row.end_ns)),
+        "source_mac": (<char*>&row.source_mac - base, 6),
+        "destination_mac": (<char*>&row.destination_mac - base, 6),
+    }
+    for name, (offset, length) in offsets_of_directions().items():
+        fields["forward." + name] = (<char*>&row.forward - base + offset, length)
+        fields["reverse." + name] = (<char*>&row.reverse - base + offset, length)
+    return fields
+
+
+cdef dict offsets_of_directions():
+    cdef Direction x
+    cdef char* base = <char*>&x
+    return {
+        "packets": (<char*>&x.packets - base, sizeof(x.packets)),
+        "octets": (<char*>&x.octets - base, sizeof(x.octets)),
+        "first_ns": (<char*>&x.first_ns - base, sizeof(x.first_ns)),
+        "last_ns": (<char*>&x.last_ns - base, sizeof(x.last_ns)),
+        "tcp_sequence": (<char*>&x.tcp_sequence - base, sizeof(x.tcp_sequence)),
+        "min_length": (<char*>&x.min_length - base, sizeof(x.min_length)),
+        "max_length": (<char*>&x.max_length - base, sizeof(x.max_length)),
+        "min_ttl": (<char*>&x.min_ttl - base, sizeof(x.min_ttl)),
+        "max_ttl": (<char*>&x.max_ttl - base, sizeof(x.max_ttl)),
+        "tos": (<char*>&x.tos - base, sizeof(x.tos)),
+        "fragment_flags": (<char*>&x.fragment_flags - base, sizeof(x.fragment_flags)),
+        "tcp_flags": (<char*>&x.tcp_flags - base, sizeof(x.tcp_flags)),
+        "tcp_initial_flags": (<char*>&x.tcp_initial_flags - base, sizeof(x.tcp_initial_flags)),
+        "tcp_later_flags": (<char*>&x.tcp_later_flags - base, sizeof(x.tcp_later_flags)),
+    }
+
+
+ROW_FIELDS = offsets_of_rows()

@@ -1,0 +1,88 @@
+"""What the meter and its exporters can be told, with the defaults of the service; and the URIs of collectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from appliance.errors import ConfigError
+
+DEFAULT_PORT = 4739  # IANA: ipfix, over UDP and TCP
+MIN_MESSAGE_BYTES = 512  # RFC 7011, 10.3.3: what is safe when the path MTU is unknown
+MAX_MESSAGE_BYTES = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """One collector or file. `uri`: udp://HOST[:PORT], tcp://HOST[:PORT], file:DIRECTORY, or file: alone.
+
+    Files are rotated: staged in `work/`, published in `flows/` below the directory (`directory` when the URI names
+    none). With `single_file` the URI names one file, which appears when all is done.
+    """
+
+    uri: str
+    domain: int = 1  # observation domain ID
+    biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
+    nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
+    message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP and in files
+    template_refresh_s: float = 60.0  # over UDP
+    template_refresh_messages: int = 1000  # over UDP; 0: by time alone
+    template_copies: int = 3  # over UDP, before the first record
+    datagrams_per_s: int = 20_000  # over UDP: a burst would overrun the collector's socket; 0: no limit
+    statistics_interval_s: float = (
+        60.0  # options data: what was metered, ignored, sent and not sent; 0: only at the end
+    )
+    queue_bytes: int = 16 << 20  # waiting for the collector; what does not fit is counted as not sent
+    rotate_seconds: int = 60  # of files, aligned to the clock; 0: never
+    directory: Path | None = None
+    single_file: bool = False
+
+    def __post_init__(self) -> None:
+        parse_uri(self.uri)
+        if self.message_bytes and not MIN_MESSAGE_BYTES <= self.message_bytes <= MAX_MESSAGE_BYTES:
+            raise ConfigError(
+                f"{self.uri}: message_bytes {self.message_bytes} is not 0 or {MIN_MESSAGE_BYTES} to {MAX_MESSAGE_BYTES}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MeterSettings:
+    idle_timeout_s: float = 30.0
+    active_timeout_s: float = 300.0
+    tcp_linger_s: float = 1.0  # how long an ended TCP flow waits for its last acknowledgement
+    max_flows: int = 1_000_000
+    vlan_in_key: bool = True
+    interface_in_key: bool = False
+    export: tuple[ExportSettings, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    scheme: str  # "udp", "tcp" or "file"
+    host: str = ""
+    port: int = 0
+    path: str = ""  # of a file: URI, "" when it names none
+
+
+def parse_uri(uri: str) -> Endpoint:
+    """The parts of an exporter's URI; ConfigError says what is wrong with it."""
+    scheme, colon, rest = uri.partition(":")
+    if scheme == "file" and colon:
+        return Endpoint("file", path=rest.removeprefix("//"))
+    if scheme == "tls":
+        raise ConfigError(f"{uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
+    if scheme not in ("udp", "tcp") or not rest.startswith("//"):
+        raise ConfigError(f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT or file:DIRECTORY")
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{uri}: {error}") from None
+    if not host or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(
+            f"{uri}: only a host and a port belong here, as in {scheme}://collector.example:{DEFAULT_PORT}"
+        )
+    if port == 0:
+        raise ConfigError(f"{uri}: port 0 cannot be sent to")
+    return Endpoint(scheme, host=host, port=port or DEFAULT_PORT)

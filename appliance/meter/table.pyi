@@ -1,0 +1,64 @@
+"""A bounded table of bidirectional flows, in compiled code without the GIL, driven by stream time alone.
+
+Memory: 256 octets a flow, 16 to 32 for its index, and the row buffer; mapped at once, taken when first used.
+
+A flow ends when it was silent for the idle time-out (flowEndReason 1), when FIN came from both sides or RST from one
+and then nothing for the linger time (3), when the table is flushed (4), or when a new flow needs its place (5). At the
+active time-out (2) its record leaves and the flow stays, with its direction and its flowId. A SYN on an ended
+connection begins a new flow.
+
+Stream time is the newest time stamp seen, or what `advance` says. Late packets (older than stream time) count, and
+keep their flow alive. Time stamps are taken as they are; beyond the year 2116 they are taken for that.
+"""
+
+from typing import Any
+
+FLOW_BYTES: int
+ROW_BYTES: int
+
+class FlowTable:
+    """All time-outs in nanoseconds. ValueError for sizes and times out of range.
+
+    With a VLAN or the interface in the key, the same conversation in two of them is two flows.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_flows: int,
+        idle_timeout_ns: int,
+        active_timeout_ns: int,
+        tcp_linger_ns: int,
+        vlan_in_key: bool = True,
+        interface_in_key: bool = False,
+        row_capacity: int = 4096,
+    ) -> None: ...
+    def update(self, address: int, length: int) -> int:
+        """Meters the digests among `length` octets of records at `address` (aligned to 4), in time order.
+
+        Returns the octets consumed: fewer than `length` when the row buffer is full; empty it and go on from there.
+        ValueError names the offset of a damaged record; all before it is metered.
+        """
+    def advance(self, stream_time_ns: int) -> bool:
+        """Moves stream time and expires what is due. False: the row buffer is full, call again after emptying it."""
+    def step(self, delta_ns: int) -> None:
+        """The clock that stamps the packets was set forward by `delta_ns`, or back if negative."""
+    def flush(self) -> bool:
+        """Ends every flow. False: the row buffer is full, call again after emptying it."""
+
+    rows_address: int
+    """Where the expired flows stand, `row_count` rows of ROW_BYTES (FlowRow in table.pxd)."""
+    row_count: int
+    def clear_rows(self) -> None: ...
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries with the names of FlowRow, for tests and tools."""
+    active_flows: int
+    stream_time_ns: int
+    memory_bytes: int
+    """The bound: no more than this is ever used."""
+    tick_ns: int
+    """An expired flow leaves at most this much stream time late."""
+    def counters(self) -> dict[str, int]:
+        """The counters of METER_FIELDS, from the beginning of this table."""
+    def gauges(self) -> dict[str, int]:
+        """The gauges of METER_FIELDS."""

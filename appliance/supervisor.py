@@ -1,0 +1,463 @@
+"""The supervisor: starts what the plan says, watches it, restarts or gives up, and ends it in the order of the data.
+
+It never sees a packet. It owns what must outlive a worker: the packet sockets, the rings, the counter pages. It has one
+thread only, because it forks. `run` is the way in; wiring.py says what each worker is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+
+import sdnotify
+
+from appliance import logs, wiring
+from appliance.capture.opener import describe_opened
+from appliance.config import Config, load
+from appliance.counters import restarts_field
+from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, GaveUpError
+from appliance.monitor.view import Snapshot
+from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
+from appliance.wiring import RunOptions, Wiring
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+STATUS_EVERY_S = 5.0
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 5.0
+KILL_GRACE_S = 2.0
+STUCK_SEGMENT_INTERVALS = 3
+REOPEN = b"reopen"
+TERMINATING = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*TERMINATING, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run(config: Config, options: RunOptions | None = None) -> int:
+    """Runs the appliance until it is told to stop or its files are read; returns the exit status.
+
+    Raises ApplianceError when it cannot start: then nothing was left behind.
+    """
+    handler = logs.set_up(config.service.log_level)
+    wired = Wiring.make(config, options or RunOptions())
+    try:
+        wired.start_opener()
+        wired.open_sources()
+        wired.open_monitor()
+        wired.make_memory()
+        drop_privileges(config.service.user, wired.kept_capabilities)
+    except BaseException:
+        wired.undo()
+        raise
+    return Supervisor(wired, handler).run()
+
+
+@dataclass
+class Worker:
+    """One worker process, over all its lives."""
+
+    name: str
+    process: BaseProcess | None = None
+    pidfd: int = -1
+    channel: socket.socket | None = None
+    log: logs.WorkerLog | None = None
+    lives: int = 0
+    ended: bool = False  # orderly, or given up: it is not started again
+    start_at: float = 0.0  # when the next life begins, if it has none now
+    deaths: deque[float] = field(default_factory=deque)
+
+    @property
+    def role(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process is not None
+
+
+class Supervisor:
+    """The loop: wait, take signals and words, reap, watch, tell."""
+
+    def __init__(self, wired: Wiring, handler: logging.Handler) -> None:
+        self.wired = wired
+        self.config = wired.config
+        self.handler = handler
+        self.page = wired.pages["supervisor"]
+        # The consumers first: a producer must find somebody to wake.
+        order = {"merge": 0, "meter": 1, "monitor": 2, "capture": 3}
+        names = sorted(wired.plan.workers, key=lambda name: order[name.partition("/")[0]])
+        self.workers = {name: Worker(name) for name in names}
+        self.selector = selectors.DefaultSelector()
+        self.reopening: deque[str] = deque()  # workers whose request the opener has, in order
+        self.stopping_since: float | None = None
+        self.status = 0
+        self.hurried = False
+        self.ready = False
+        self.next_status = 0.0
+        self.notifier = sdnotify.SystemdNotifier()
+        self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
+        self.next_watchdog = 0.0
+
+    # ---- the loop ----
+
+    def run(self) -> int:
+        self.page["pid"] = os.getpid()
+        self.page["started_ns"] = time.monotonic_ns()
+        self.page["last_reload_ok"] = 1
+        self.take_signals()
+        if self.wired.opener is not None:
+            self.selector.register(self.wired.opener.channel, selectors.EVENT_READ, self.hear_opener)
+        try:
+            for worker in self.workers.values():
+                self.start(worker)
+            self.wired.announce()
+            while not self.is_over():
+                self.turn()
+        finally:
+            self.end()
+        return self.status
+
+    def turn(self) -> None:
+        for key, _ in self.selector.select(TICK_S):
+            key.data()
+        now = time.monotonic()
+        self.page["heartbeat_ns"] = time.monotonic_ns()
+        self.start_due(now)
+        self.watch(now)
+        self.tell(now)
+        if self.stopping_since is None:
+            if self.nothing_left_to_do():
+                self.stop("all inputs are read")
+        else:
+            self.drain(now)
+
+    def is_over(self) -> bool:
+        return self.stopping_since is not None and all(worker.ended for worker in self.workers.values())
+
+    def nothing_left_to_do(self) -> bool:
+        """Every source has ended, and so have those who live from them."""
+        return all(worker.ended for worker in self.workers.values() if worker.role != "monitor")
+
+    # ---- signals ----
+
+    def take_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # the byte on the wake-up socket is all that is wanted
+        self._wakeup = (reader, writer)
+        self.selector.register(reader, selectors.EVENT_READ, self.hear_signals)
+
+    def hear_signals(self) -> None:
+        for number in self._wakeup[0].recv(64):
+            if number in TERMINATING:
+                if self.stopping_since is not None:
+                    log.warning("told to stop twice: ending at once, what is not written is lost")
+                    self.hurried = True
+                self.stop(f"signal {signal.Signals(number).name}")
+            elif number == signal.SIGHUP:
+                self.reload()
+            elif number == signal.SIGUSR1:
+                self.rotate()
+            elif number == signal.SIGUSR2:
+                self.log_state()
+
+    def rotate(self) -> None:
+        """Every merge begins a new file now."""
+        for worker in self.workers.values():
+            if worker.role == "merge":
+                self.say(worker, ROTATE)
+
+    def reload(self) -> None:
+        """Takes up what can change while it runs; an error keeps the old configuration."""
+        path = self.wired.options.config_path
+        if not path:
+            log.warning("reload: this run has no configuration file")
+            return
+        self.page.add("reloads")
+        try:
+            new = load(path)
+            changed = wiring.reloadable_changes(self.config, new)
+        except ApplianceError as error:
+            self.page.add("reload_failures")
+            self.page["last_reload_ok"] = 0
+            log.error("reload: the old configuration stays in force: %s", error)
+            return
+        self.page["last_reload_ok"] = 1
+        for key in changed.ignored:
+            log.warning("reload: %s changes only with a restart", key)
+        logging.getLogger().setLevel(new.service.log_level.upper())
+        for output in changed.outputs:
+            worker = self.workers.get(f"merge/{output.name}")
+            if worker is not None:
+                self.say(worker, wiring.reload_message(output))
+        self.config = self.wired.config = changed.config
+        log.info("reload: %s", "done" if changed.outputs else "nothing that can change while it runs has changed")
+
+    def log_state(self) -> None:
+        snapshot = self.wired.view.snapshot()
+        for line in wiring.state_lines(snapshot):
+            log.info("%s", line)
+        for worker in self.workers.values():
+            state = "ended" if worker.ended else f"pid {worker.process.pid}" if worker.process else "waiting to restart"
+            log.info("worker %s: %s, life %d", worker.name, state, worker.lives)
+
+    # ---- lives and deaths ----
+
+    def start(self, worker: Worker) -> None:
+        parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        worker.lives += 1
+        main, parts = self.wired.parts(worker.name, worker.lives)
+        context = WorkerContext(
+            name=worker.name,
+            pages=self.wired.pages,
+            page=self.wired.pages[worker.name],
+            channel=child,
+            topology=self.wired.topology,
+            config=self.config,
+            parts=parts,
+            keep_descriptors=parts.descriptors if parts is not None else (),
+            capabilities=self.wired.kept_capabilities,
+        )
+        context.set_state("starting")
+        context.beat()
+        worker.log = logs.WorkerLog(self.handler)
+        process = multiprocessing.get_context("fork").Process(
+            target=run_worker, args=(main, context, worker.log), name=worker.name
+        )
+        process.start()
+        child.close()
+        worker.log.forget_writing_end()
+        worker.process = process
+        worker.channel = parent
+        assert process.pid is not None
+        worker.pidfd = os.pidfd_open(process.pid)
+        self.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
+        self.selector.register(worker.channel, selectors.EVENT_READ, lambda: self.hear(worker))
+        self.selector.register(worker.log, selectors.EVENT_READ, lambda: self.hear_log(worker))
+
+    def start_due(self, now: float) -> None:
+        for worker in self.workers.values():
+            if not worker.is_alive and not worker.ended and now >= worker.start_at:
+                log.warning("%s: starting again", worker.name)
+                self.page.add("restarts")
+                self.page.add(restarts_field(worker.name))
+                self.start(worker)
+
+    def reap(self, worker: Worker) -> None:
+        """A worker's process is over: orderly, with an error that a restart cannot mend, or by a crash."""
+        process = worker.process
+        assert process is not None
+        process.join()
+        status = process.exitcode
+        self.forget(worker)
+        if status == 0:
+            worker.ended = True
+        elif status is not None and status > 0 and status != EXIT_CRASHED:
+            worker.ended = True
+            self.status = self.status or status
+            if not (worker.role == "capture" and status == EXIT_IO) and self.stopping_since is None:
+                self.stop(f"{worker.name} cannot go on")
+        else:
+            self.crashed(worker, status)
+
+    def crashed(self, worker: Worker, status: int | None) -> None:
+        how = f"was ended by signal {-status}" if status is not None and status < 0 else "crashed"
+        now = time.monotonic()
+        if self.stopping_since is not None and worker.role in ("capture", "monitor"):
+            log.error("%s %s while it drained", worker.name, how)
+            self.abandon(worker)
+            return
+        worker.deaths.append(now)
+        service = self.config.service
+        while worker.deaths and now - worker.deaths[0] > service.restart_window_s:
+            worker.deaths.popleft()
+        if len(worker.deaths) > service.restart_limit:
+            log.critical(
+                "%s %s, %d times within %d s: giving up", worker.name, how, len(worker.deaths), service.restart_window_s
+            )
+            self.abandon(worker)
+            self.status = EXIT_GAVE_UP
+            self.stop(f"{worker.name} fails again and again")
+            return
+        delay = min(BACKOFF_FIRST_S * 2 ** (len(worker.deaths) - 1), BACKOFF_MAX_S)
+        worker.start_at = now + delay
+        log.error("%s %s; it starts again in %g s", worker.name, how, delay)
+
+    def abandon(self, worker: Worker) -> None:
+        """It is not started again. A producer's rings get their end from us, so that nobody waits for it."""
+        worker.ended = True
+        if worker.role == "capture":
+            self.wired.end_rings(worker.name)
+
+    def forget(self, worker: Worker) -> None:
+        """Closes what belonged to a life that is over; its last words are read first."""
+        assert worker.channel is not None and worker.log is not None
+        self.selector.unregister(worker.pidfd)
+        os.close(worker.pidfd)
+        self.hear(worker)
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(worker.channel)
+        worker.channel.close()
+        worker.log.receive()
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(worker.log)
+        worker.log.close()
+        worker.process, worker.channel, worker.log, worker.pidfd = None, None, None, -1
+
+    def watch(self, now: float) -> None:
+        """A worker without signs of life is ended; the rest is as after any death."""
+        timeout_ns = self.config.service.heartbeat_timeout_s * 1_000_000_000
+        for worker in self.workers.values():
+            if worker.process is None:
+                continue
+            age_ns = time.monotonic_ns() - self.wired.pages[worker.name]["heartbeat_ns"]
+            if age_ns > timeout_ns:
+                log.error("%s shows no sign of life for %.1f s; it is ended", worker.name, age_ns / 1e9)
+                worker.process.kill()
+            elif worker.role == "merge" and self.is_stuck(worker):
+                log.error("%s has not closed its file for much too long; it is ended", worker.name)
+                worker.process.kill()
+
+    def is_stuck(self, worker: Worker) -> bool:
+        """Alive by its heartbeat, dead by its output: the open file is older than any rotation allows."""
+        output = self.wired.output_of(worker.name)
+        opened_ns = self.wired.pages[worker.name]["segment_opened_ns"]
+        if not output.rotate_seconds or not opened_ns or self.wired.options.watch_file or not self.wired.is_live:
+            return False
+        limit_s = STUCK_SEGMENT_INTERVALS * output.rotate_seconds + output.compressor_timeout_s
+        return time.time_ns() - opened_ns > limit_s * 1_000_000_000
+
+    # ---- words ----
+
+    def say(self, worker: Worker, message: bytes) -> None:
+        if worker.channel is not None:
+            with contextlib.suppress(OSError):
+                worker.channel.send(message, socket.MSG_DONTWAIT)
+
+    def hear(self, worker: Worker) -> None:
+        assert worker.channel is not None
+        while True:
+            try:
+                message = worker.channel.recv(4096, socket.MSG_DONTWAIT)
+            except OSError:
+                return
+            if not message:
+                with contextlib.suppress(KeyError, ValueError):
+                    self.selector.unregister(worker.channel)
+                return
+            if message == REOPEN and self.wired.opener is not None:
+                self.reopening.append(worker.name)
+                self.wired.opener.ask(self.wired.open_request(worker.name))
+            elif message == ROTATE:
+                self.rotate()
+
+    def hear_log(self, worker: Worker) -> None:
+        if worker.log is not None and not worker.log.receive():
+            self.selector.unregister(worker.log)
+
+    def hear_opener(self) -> None:
+        """The answer to the oldest request: a new packet socket, or why there is none (yet)."""
+        assert self.wired.opener is not None
+        name = self.reopening.popleft() if self.reopening else ""
+        try:
+            opened = self.wired.opener.answer()
+        except GaveUpError:
+            raise
+        except ApplianceError as error:
+            if not name:
+                self.selector.unregister(self.wired.opener.channel)
+                log.error("the opener process is gone: interfaces that come back cannot be opened again")
+            log.debug("%s: %s", name, error)
+            return
+        self.wired.replace_socket(name, opened)
+        worker = self.workers[name]
+        if worker.channel is not None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(worker.channel, [describe_opened(opened)], [opened.fd])
+
+    # ---- telling ----
+
+    def tell(self, now: float) -> None:
+        if not self.ready and all(self.has_started(worker) for worker in self.workers.values()):
+            self.ready = True
+            self.notifier.notify("READY=1")
+        if self.watchdog_s and now >= self.next_watchdog and self.all_beat():
+            self.next_watchdog = now + self.watchdog_s
+            self.notifier.notify("WATCHDOG=1")
+        if now >= self.next_status:
+            self.next_status = now + STATUS_EVERY_S
+            line = wiring.status_line(self.wired.view.snapshot())
+            self.notifier.notify(f"STATUS={line}")
+            if self.wired.options.figures and self.ready:
+                print(line, flush=True)
+
+    def has_started(self, worker: Worker) -> bool:
+        return worker.ended or self.wired.pages[worker.name]["state"] > 0
+
+    def all_beat(self) -> bool:
+        """The supervisor's own sign of life to systemd stands for all stages."""
+        limit_ns = self.config.service.heartbeat_timeout_s * 1_000_000_000
+        now_ns = time.monotonic_ns()
+        return all(
+            now_ns - self.wired.pages[worker.name]["heartbeat_ns"] < limit_ns
+            for worker in self.workers.values()
+            if worker.is_alive
+        )
+
+    # ---- the end ----
+
+    def stop(self, reason: str) -> None:
+        if self.stopping_since is not None:
+            return
+        log.info("stopping: %s", reason)
+        self.stopping_since = time.monotonic()
+        self.notifier.notify("STOPPING=1")
+        for worker in self.workers.values():
+            if not worker.is_alive and not worker.ended and worker.role in ("capture", "monitor"):
+                self.abandon(worker)  # it was waiting for its next life
+            elif worker.role == "capture":
+                self.say(worker, DRAIN)
+
+    def drain(self, now: float) -> None:
+        """First the sources end, and with their rings the merges and the meter; the monitor watches until the last."""
+        assert self.stopping_since is not None
+        if self.nothing_left_to_do():
+            for worker in self.workers.values():
+                self.say(worker, DRAIN)
+        overdue = now - self.stopping_since - self.config.service.drain_timeout_s
+        if overdue > 0:
+            for worker in self.workers.values():
+                self.say(worker, DRAIN)
+        if self.hurried or overdue > KILL_GRACE_S:
+            for worker in self.workers.values():
+                if worker.process is not None:
+                    log.error("%s did not end in time and is killed", worker.name)
+                    worker.process.kill()
+                    self.status = self.status or EXIT_GAVE_UP
+                worker.ended = True
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            if worker.process is not None:
+                worker.process.kill()
+                worker.process.join()
+                self.forget(worker)
+        snapshot: Snapshot = self.wired.view.snapshot()
+        for line in wiring.final_lines(snapshot):
+            log.info("%s", line)
+        if self.wired.options.figures:
+            print(wiring.status_line(snapshot), flush=True)
+        signal.set_wakeup_fd(-1)
+        self.wired.close()

@@ -1,0 +1,521 @@
+"""From a plan to things: sockets, rings, counter pages, and what each worker is given of them.
+
+Everything here is owned by the supervisor and inherited by the workers it forks, each of which closes what is not its
+own (process.close_descriptors).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pwd
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import workers.capture
+import workers.merge
+import workers.meter
+import workers.monitor
+from appliance.capture.interfaces import host_interfaces
+from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, serve
+from appliance.config import Config, Output, expand_interfaces
+from appliance.counters import CounterPages
+from appliance.errors import MissingInputError
+from appliance.formats.encode import InterfaceDescription
+from appliance.merge.compressor import compressor_argv, compressor_suffix
+from appliance.merge.naming import ApplianceNaming, Naming
+from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.monitor.control import open_control_socket
+from appliance.monitor.topology import topology_of
+from appliance.monitor.view import Snapshot, Topology, View
+from appliance.monitor.web import open_listener
+from appliance.plan import Plan, PlannedOutput, Source, make_plan
+from appliance.prepare import Preparation, check_files, check_linktypes, check_output
+from appliance.process import CAP_NET_RAW, WorkerContext, drop_privileges, set_process_name
+from appliance.ring import memory
+from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
+
+
+RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run can be told besides its configuration."""
+
+    config_path: str = ""  # for reloading
+    figures: bool = False  # a line of live figures on standard output, every few seconds
+    announce: Callable[[Config], None] | None = None  # called once everything runs
+    naming: Callable[[Output], Naming] | None = None  # None: ApplianceNaming
+    count_captured_bytes: bool = False  # rotate_bytes counts packet bytes alone
+    watch_file: str = ""  # no further file is opened before this one exists
+    strict: bool = False  # a failed output is an exit status
+    resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
+
+
+@dataclass
+class Rings:
+    """One source's shared memory and the eventfd that wakes its worker."""
+
+    ring_fd: int
+    digest_fd: int
+    wake_fd: int
+    mapping: RingMapping
+
+
+@dataclass
+class Wiring:
+    """Everything that is opened for one run. The steps are called in their order by supervisor.run."""
+
+    config: Config
+    options: RunOptions
+    plan: Plan
+    topology: Topology
+    pages: CounterPages
+    namings: dict[str, Naming]
+    preparation: Preparation
+    file_interfaces: dict[str, list[InterfaceDescription]]
+    opener: OpenerClient | None = None
+    opened: dict[str, OpenedInterface] = field(default_factory=dict)
+    serials: dict[str, int] = field(default_factory=dict)
+    rings: dict[str, Rings] = field(default_factory=dict)
+    merge_wakes: dict[str, int] = field(default_factory=dict)
+    meter_wake: int = -1
+    listener: socket.socket | None = None
+    control: socket.socket | None = None
+    generation: int = field(default_factory=lambda: secrets.randbits(63))
+
+    # ---- the steps ----
+
+    @classmethod
+    def make(cls, config: Config, options: RunOptions) -> Wiring:
+        """Checks everything that can be checked without rights, and makes the directories."""
+        config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
+        plan = make_plan(config)
+        file_interfaces = check_files(plan)
+        preparation = Preparation()
+        namings: dict[str, Naming] = {}
+        try:
+            for planned in plan.outputs:
+                output = planned.output
+                naming = options.naming(output) if options.naming else appliance_naming(output)
+                check_output(output, naming, preparation)
+                namings[output.name] = naming
+            if config.service.user:
+                hand_over(preparation, config.service.user)
+        except BaseException:
+            preparation.undo()
+            raise
+        topology = topology_of(plan, config, program_version())
+        return cls(config, options, plan, topology, CounterPages(plan.pages), namings, preparation, file_interfaces)
+
+    def start_opener(self) -> None:
+        """The process that alone keeps CAP_NET_RAW. Only live `ring:` sources need it."""
+        if not any(source.uri.scheme == "ring" for source in self.plan.sources):
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = multiprocessing.get_context("fork").Process(
+            target=run_opener, args=(theirs, ours, self.config.service.user), name="opener", daemon=True
+        )
+        process.start()
+        theirs.close()
+        self.pages["opener"]["pid"] = process.pid or 0
+        self.opener = OpenerClient(ours)
+
+    def open_sources(self) -> None:
+        """Opens every `ring:` source; then all link types are known, and must fit the output."""
+        for source in self.plan.sources:
+            if source.uri.scheme == "ring":
+                assert self.opener is not None
+                self.opened[source.label] = self.opener.open(self.open_request(source.worker))
+                self.serials[source.label] = 1
+                self.pages["opener"].add("opened")
+        for planned in self.plan.outputs:
+            check_linktypes(planned.output, self.known_linktypes(planned))
+
+    def open_monitor(self) -> None:
+        """The sockets of the monitor: an address that is taken is an error now, and its clients wait for a restart."""
+        monitor = self.config.monitor
+        if monitor.address is not None:
+            self.listener = open_listener(*monitor.address)
+        if monitor.control_socket is not None:
+            path = os.path.abspath(monitor.control_socket)
+            self.preparation.make_parents(path)
+            self.control = open_control_socket(Path(path))
+
+    def make_memory(self) -> None:
+        """Rings, eventfds."""
+        for planned in self.plan.outputs:
+            self.merge_wakes[planned.output.name] = eventfd()
+        if self.plan.meter is not None:
+            self.meter_wake = eventfd()
+        for source in self.plan.sources:
+            ring_fd = self.new_ring(source.ring_bytes, source.label)
+            digest_fd = self.new_ring(source.digest_ring_bytes, source.label) if source.digest_ring_bytes else -1
+            self.rings[source.label] = Rings(ring_fd, digest_fd, eventfd(), RingMapping(ring_fd, self.generation))
+
+    def new_ring(self, capacity: int, name: str) -> int:
+        fd = memory.allocate(capacity, name)
+        initialise(fd, capacity, self.generation)
+        return fd
+
+    def announce(self) -> None:
+        if self.options.announce is not None:
+            self.options.announce(self.config)
+
+    def undo(self) -> None:
+        """The start failed: nothing stays behind."""
+        self.close_opener()
+        self.close_monitor()
+        self.preparation.undo()
+
+    def close(self) -> None:
+        self.close_opener()
+        self.close_monitor()
+        for opened in self.opened.values():
+            os.close(opened.fd)
+        self.preparation.release()
+
+    def close_opener(self) -> None:
+        if self.opener is not None:
+            self.opener.channel.close()
+            self.opener = None
+
+    def close_monitor(self) -> None:
+        if self.listener is not None:
+            self.listener.close()
+        if self.control is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.control.getsockname())
+            self.control.close()
+
+    # ---- who gets what ----
+
+    @property
+    def kept_capabilities(self) -> tuple[int, ...]:
+        """None, but for libpcap's own sources: it opens its sockets itself, in the worker, which then drops this."""
+        return (CAP_NET_RAW,) if any(source.uri.scheme in ("pcap", "int") for source in self.plan.sources) else ()
+
+    @property
+    def is_live(self) -> bool:
+        return bool(self.plan.live_sources)
+
+    @property
+    def view(self) -> View:
+        return View(self.pages, self.topology, ring_usage=self.ring_usage)
+
+    def ring_usage(self) -> dict[str, int]:
+        return {label: rings.mapping.used_bytes for label, rings in self.rings.items()}
+
+    def source_of(self, worker: str) -> Source:
+        return next(source for source in self.plan.sources if source.worker == worker)
+
+    def output_of(self, worker: str) -> Output:
+        return next(planned.output for planned in self.plan.outputs if planned.worker == worker)
+
+    def parts(self, name: str, life: int) -> tuple[Callable[[WorkerContext], int], Any]:
+        """The worker's main function and what it is given, in its `life`th life (from 1)."""
+        role = name.partition("/")[0]
+        if role == "capture":
+            return workers.capture.main, self.capture_parts(self.source_of(name))
+        if role == "merge":
+            planned = next(planned for planned in self.plan.outputs if planned.worker == name)
+            return workers.merge.main, self.merge_parts(planned, life > 1)
+        if role == "meter":
+            return workers.meter.main, self.meter_parts()
+        return workers.monitor.main, self.monitor_parts()
+
+    def capture_parts(self, source: Source) -> workers.capture.CaptureParts:
+        rings = self.rings[source.label]
+        return workers.capture.CaptureParts(
+            interface=source.interface,
+            label=source.label,
+            generation=self.generation,
+            ring_fd=rings.ring_fd,
+            digest_fd=rings.digest_fd,
+            wake_fd=rings.wake_fd,
+            merge_wake_fd=self.merge_wakes[source.output],
+            meter_wake_fd=self.meter_wake,
+            opened=self.opened.get(source.label),
+            socket_serial=self.serials.get(source.label, 0),
+        )
+
+    def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
+        output = next(output for output in self.config.outputs if output.name == planned.output.name)
+        sources = tuple(
+            workers.merge.MergeSource(
+                label=source.label,
+                page=f"{planned.worker}/{source.label}",
+                live=source.uri.is_live,
+                ring_fd=self.rings[source.label].ring_fd,
+                wake_fd=self.rings[source.label].wake_fd,
+                interfaces=self.described(source, is_successor),
+            )
+            for source in planned.sources
+        )
+        return workers.merge.MergeParts(
+            output=output,
+            sources=sources,
+            generation=self.generation,
+            wake_fd=self.merge_wakes[output.name],
+            naming=self.namings[output.name],
+            compressor=compressor_argv(output.compressor),
+            is_successor=is_successor,
+            count_captured_bytes=self.options.count_captured_bytes,
+            watch_file=self.options.watch_file,
+            strict=self.options.strict,
+            resolution_of_inputs=self.options.resolution_of_inputs,
+        )
+
+    def described(self, source: Source, is_successor: bool) -> tuple[InterfaceDescription, ...]:
+        """What is known of a source's interfaces without its ring: a file's own records were consumed by the
+        predecessor, so its successor gets what the file says at its beginning."""
+        opened = self.opened.get(source.label)
+        if opened is not None:
+            return (live_description(source, opened.linktype),)
+        if source.uri.is_live:
+            return (live_description(source, LINKTYPE_ETHERNET),)
+        return tuple(self.file_interfaces.get(source.label, ())) if is_successor else ()
+
+    def meter_parts(self) -> workers.meter.MeterParts:
+        sources = tuple(
+            workers.meter.MeterSource(
+                label=source.label,
+                page=source.worker,
+                live=source.uri.is_live,
+                ring_fd=self.rings[source.label].digest_fd,
+                wake_fd=self.rings[source.label].wake_fd,
+            )
+            for source in self.plan.sources
+        )
+        return workers.meter.MeterParts(
+            sources=sources,
+            generation=self.generation,
+            wake_fd=self.meter_wake,
+            settings=meter_settings(self.config),
+            max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
+        )
+
+    def monitor_parts(self) -> workers.monitor.MonitorParts:
+        return workers.monitor.MonitorParts(
+            listener_fd=self.listener.fileno() if self.listener is not None else -1,
+            control_fd=self.control.fileno() if self.control is not None else -1,
+            rings=tuple((label, rings.ring_fd) for label, rings in self.rings.items()),
+            generation=self.generation,
+        )
+
+    # ---- sockets ----
+
+    def open_request(self, worker: str) -> OpenRequest:
+        source = self.source_of(worker)
+        interface = source.interface
+        output = next(output for output in self.config.outputs if output.name == source.output)
+        return OpenRequest(
+            interface=source.uri.target,
+            filter=interface.filter,
+            snaplen=interface.snaplen,
+            promiscuous=interface.promiscuous,
+            kernel_ring_bytes=interface.kernel_ring_bytes,
+            block_timeout_ms=interface.block_timeout_ms,
+            linktype=output.linktype,
+            fanout_group=source.fanout_group,
+        )
+
+    def replace_socket(self, worker: str, opened: OpenedInterface) -> None:
+        """An interface came back: our duplicate of its old socket goes, the new one stays for the next life."""
+        label = self.source_of(worker).label
+        os.close(self.opened[label].fd)
+        self.opened[label] = opened
+        self.serials[label] += 1
+        self.pages["opener"].add("opened")
+
+    def end_rings(self, worker: str) -> None:
+        """A producer is gone for good: its rings end here."""
+        source = self.source_of(worker)
+        rings = self.rings[source.label]
+        Producer(rings.ring_fd, self.generation, self.merge_wakes[source.output]).end()
+        if rings.digest_fd >= 0:
+            Producer(rings.digest_fd, self.generation, self.meter_wake).end()
+
+    def known_linktypes(self, planned: PlannedOutput) -> list[tuple[str, int]]:
+        found = []
+        for source in planned.sources:
+            if source.label in self.opened:
+                found.append((source.label, self.opened[source.label].linktype))
+            for description in self.file_interfaces.get(source.label, ()):
+                found.append((source.label, description.linktype))
+        return found
+
+
+LINKTYPE_ETHERNET = 1
+
+
+def run_opener(channel: socket.socket, other_end: socket.socket, user: str) -> None:
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the supervisor's end of the channel closes
+    other_end.close()
+    set_process_name("opener")
+    drop_privileges(user, (CAP_NET_RAW,))
+    with contextlib.suppress(OSError):
+        serve(channel)
+
+
+def needs_host(config: Config) -> bool:
+    return any(interface.source.is_every_interface for interface in config.interfaces)
+
+
+def hand_over(preparation: Preparation, user: str) -> None:
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise MissingInputError(f"service.user: user {user!r} does not exist") from None
+    if os.geteuid() == 0:
+        preparation.hand_over(account.pw_uid, account.pw_gid)
+
+
+def eventfd() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+def appliance_naming(output: Output) -> Naming:
+    ending = ".pcapng" if output.format == "pcapng" else ".pcap"
+    return ApplianceNaming(output.directory, output.name, ending + compressor_suffix(output.compressor))
+
+
+def live_description(source: Source, linktype: int) -> InterfaceDescription:
+    import psutil
+
+    speed = psutil.net_if_stats().get(source.uri.target)
+    return InterfaceDescription(
+        linktype=linktype,
+        name=source.label,
+        description=str(source.uri),
+        speed_bps=speed.speed * 1_000_000 if speed is not None else 0,
+        filter=source.interface.filter,
+    )
+
+
+def meter_settings(config: Config) -> MeterSettings:
+    meter = config.meter
+    return MeterSettings(
+        idle_timeout_s=meter.idle_timeout_s,
+        active_timeout_s=meter.active_timeout_s,
+        max_flows=meter.max_flows,
+        export=tuple(
+            ExportSettings(
+                uri=export.uri,
+                domain=export.domain,
+                biflow=export.biflow,
+                message_bytes=export.mtu_bytes,
+                template_refresh_s=export.template_refresh_s,
+                template_refresh_messages=export.template_refresh_messages,
+                rotate_seconds=export.rotate_seconds,
+                directory=config.flows_directory.parent,
+            )
+            for export in meter.exports
+        ),
+    )
+
+
+def program_version() -> str:
+    try:
+        return version("capture-appliance")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+# ---- reloading ----
+
+
+@dataclass(frozen=True)
+class ReloadableChanges:
+    """What a new configuration changes: outputs with new settings, keys that need a restart, and what is in force."""
+
+    config: Config
+    outputs: tuple[Output, ...]
+    ignored: tuple[str, ...]
+
+
+def reloadable_changes(old: Config, new: Config) -> ReloadableChanges:
+    changed, ignored, in_force = [], [], []
+    theirs = {output.name: output for output in new.outputs}
+    for output in old.outputs:
+        other = theirs.get(output.name, output)
+        update = {key: getattr(other, key) for key in RELOADABLE_OUTPUT_KEYS}
+        merged = output.model_copy(update=update)
+        if merged != output:
+            changed.append(merged)
+        if other != merged:
+            ignored += [f"output {output.name}: {key}" for key in differing(merged, other)]
+        in_force.append(merged)
+    service = old.service.model_copy(update={"log_level": new.service.log_level})
+    for part in ("memory_bytes", "interfaces", "meter", "monitor"):
+        if getattr(old, part) != getattr(new, part) and not (part == "interfaces" and needs_host(new)):
+            ignored.append(part)
+    config = old.model_copy(update={"outputs": tuple(in_force), "service": service})
+    return ReloadableChanges(config, tuple(changed), tuple(ignored))
+
+
+def differing(one: Output, other: Output) -> list[str]:
+    return [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
+
+
+def reload_message(output: Output) -> bytes:
+    return workers.merge.RELOAD + json.dumps({key: getattr(output, key) for key in RELOADABLE_OUTPUT_KEYS}).encode()
+
+
+# ---- words about the figures ----
+
+
+def status_line(snapshot: Snapshot) -> str:
+    """One line for systemd, and for the terminal every few seconds."""
+    received = sum(interface.received_packets for interface in snapshot.interfaces)
+    written = sum(interface.written_packets for interface in snapshot.interfaces)
+    lost = sum(interface.lost_packets for interface in snapshot.interfaces)
+    waiting = sum(interface.in_flight_packets for interface in snapshot.interfaces)
+    files = sum(output.files_published for output in snapshot.outputs)
+    parts = [
+        f"{received} packets received",
+        f"{written} written",
+        f"{lost} lost",
+        f"{waiting} in flight",
+        f"{files} files published",
+    ]
+    if snapshot.meter is not None:
+        parts.append(f"{snapshot.meter.active_flows} flows active, {snapshot.meter.exported_flows} exported")
+    if snapshot.problems:
+        parts.append(f"problem: {snapshot.problems[0]}")
+    return ", ".join(parts)
+
+
+def state_lines(snapshot: Snapshot) -> Sequence[str]:
+    """For USR2: everything, a line an object."""
+    lines = [status_line(snapshot)]
+    for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
+        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
+    return lines
+
+
+def final_lines(snapshot: Snapshot) -> Sequence[str]:
+    """At the end: the balance of every interface."""
+    return [balance(interface.label, dataclasses.asdict(interface)) for interface in snapshot.interfaces]
+
+
+def balance(label: str, figures: Mapping[str, Any]) -> str:
+    dropped = ", ".join(f"{count} by {stage}" for stage, count in figures["dropped"].items() if count)
+    return (
+        f"{label}: {figures['received_packets']} received = {figures['written_packets']} written"
+        f" + {figures['dropped_packets']} dropped{f' ({dropped})' if dropped else ''}"
+        f" + {figures['in_flight_packets']} in flight"
+    )
+
