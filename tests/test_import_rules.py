@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.capture.uri": set(),
     "appliance.merge": set(),
     "appliance.meter": set(),
-    "appliance.monitor": set(),
+    "appliance.monitor": {"appliance.plan"},
     # A process is made of the part that it is named after.
     "workers.capture": {"appliance.capture"},
     "workers.merge": {"appliance.merge"},
@@ -45,8 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.plan": {"appliance.capture.uri"},
     # Asks every stage, before there is a process, whether it could start.
     "appliance.prepare": {"appliance.capture", "appliance.merge", "appliance.plan"},
-    "appliance.supervisor": {"appliance.capture.opener", "appliance.capture.interfaces"}
+    "appliance.wiring": {"appliance.capture.opener", "appliance.capture.interfaces"}
     | {"appliance.monitor", "appliance.plan", "appliance.prepare", "workers"},
+    "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
     "appliance.mtracecap": {"appliance", "workers"},
@@ -64,8 +65,14 @@ ADAPTERS: dict[str, set[str]] = {
     "uvicorn": {"appliance.monitor.web"},
     "zstandard": {"appliance.formats.unpack"},
 }
-# These know what a packet is; the supervisor and the monitor must do without.
-KNOWS_PACKETS = ("appliance.formats", "appliance.ring.ring", "appliance.ring.layout", "appliance.ring.digest")
+# These know what a packet is; the supervisor and the monitor must do without. How full a ring is they may ask.
+KNOWS_PACKETS = (
+    "appliance.formats",
+    "appliance.ring.digest",
+    "appliance.ring.layout",
+    "appliance.ring.ring.Consumer",
+    "appliance.ring.ring.Producer",
+)
 
 _CYTHON_FROM = re.compile(r"^\s*from\s+([\w.]+)\s+c?import\s+(\([^)]*\)|[^\n#]+)", re.MULTILINE)
 _CYTHON_IMPORT = re.compile(r"^\s*c?import\s+([\w.]+(?:\s*,\s*[\w.]+)*)", re.MULTILINE)
@@ -149,7 +156,9 @@ def test_no_file_imports_what_is_not_its_matter(project: Path) -> None:
     ] == []
 
 
-@pytest.mark.parametrize("part", ["appliance.supervisor", "appliance.monitor", "workers.monitor", "appliance.plan"])
+@pytest.mark.parametrize(
+    "part", ["appliance.supervisor", "appliance.wiring", "appliance.plan", "appliance.monitor", "workers.monitor"]
+)
 def test_who_watches_knows_counters_and_never_packets(project: Path, part: str) -> None:
     files = [path for path in sources(project) if begins_with(module_name(path, project), part)]
     known = {(path.name, name) for path in files for name in imports_of(path, project)}
