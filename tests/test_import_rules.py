@@ -45,8 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.plan": {"appliance.capture.uri"},
     # Asks every stage, before there is a process, whether it could start.
     "appliance.prepare": {"appliance.capture", "appliance.merge", "appliance.plan"},
-    "appliance.wiring": {"appliance.capture.opener", "appliance.capture.interfaces"}
-    | {"appliance.monitor", "appliance.plan", "appliance.prepare", "workers"},
+    # Makes of a plan what each worker is given; with the preparation the only part that sees all stages at once.
+    "appliance.wiring": {"appliance.capture", "appliance.merge", "appliance.meter", "appliance.monitor"}
+    | {"appliance.plan", "appliance.prepare", "workers"},
     "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
@@ -156,9 +157,7 @@ def test_no_file_imports_what_is_not_its_matter(project: Path) -> None:
     ] == []
 
 
-@pytest.mark.parametrize(
-    "part", ["appliance.supervisor", "appliance.wiring", "appliance.plan", "appliance.monitor", "workers.monitor"]
-)
+@pytest.mark.parametrize("part", ["appliance.supervisor", "appliance.plan", "appliance.monitor", "workers.monitor"])
 def test_who_watches_knows_counters_and_never_packets(project: Path, part: str) -> None:
     files = [path for path in sources(project) if begins_with(module_name(path, project), part)]
     known = {(path.name, name) for path in files for name in imports_of(path, project)}
