@@ -34,15 +34,8 @@ from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
-from appliance.monitor.view import (
-    ExportInfo,
-    OutputInfo,
-    Snapshot,
-    SourceInfo,
-    Topology,
-    View,
-    WorkerInfo,
-)
+from appliance.monitor.topology import topology_of
+from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
@@ -121,7 +114,7 @@ class Wiring:
         except BaseException:
             preparation.undo()
             raise
-        topology = make_topology(plan, config)
+        topology = topology_of(plan, config, program_version())
         return cls(config, options, plan, topology, CounterPages(plan.pages), namings, preparation, file_interfaces)
 
     def start_opener(self) -> None:
@@ -431,35 +424,6 @@ def meter_settings(config: Config) -> MeterSettings:
             )
             for export in meter.exports
         ),
-    )
-
-
-def make_topology(plan: Plan, config: Config) -> Topology:
-    return Topology(
-        version=program_version(),
-        sources=tuple(
-            SourceInfo(
-                label=source.label,
-                uri=str(source.uri),
-                interface=source.uri.target if source.uri.is_live else "",
-                output=source.output,
-                ring_capacity_bytes=source.ring_bytes,
-            )
-            for source in plan.sources
-        ),
-        outputs=tuple(
-            OutputInfo(
-                name=planned.output.name,
-                directory=os.fspath(planned.output.directory),
-                format=planned.output.format,
-                max_wait_ms=planned.output.max_wait_ms,
-                rotate_seconds=planned.output.rotate_seconds,
-            )
-            for planned in plan.outputs
-        ),
-        exports=tuple(ExportInfo(export.uri) for export in plan.exports),
-        workers=tuple(WorkerInfo(name.partition("/")[0], name) for name in plan.workers),
-        heartbeat_timeout_s=config.service.heartbeat_timeout_s,
     )
 
 

@@ -10,6 +10,7 @@ tick only decides how soon an expired flow leaves. So the flows do not depend on
 """
 
 import os
+from math import gcd
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
@@ -107,7 +108,7 @@ cdef class FlowTable:
     cdef FlowRow* row_buffer
     cdef uint32_t* wheel  # heads of the buckets' lists, and of WHEEL_DUE
     cdef uint64_t[SECRETS] secrets
-    cdef uint32_t max_flows, used, high_water, free_list, hand, slot_mask
+    cdef uint32_t max_flows, used, high_water, free_list, hand, hand_step, slot_mask
     cdef uint32_t row_capacity, rows_ready
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
@@ -130,6 +131,9 @@ cdef class FlowTable:
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
         self.max_flows = max_flows
+        self.hand_step = <uint32_t>(<uint64_t>max_flows * 618 // 1000 + 1)
+        while gcd(self.hand_step, max_flows) != 1:
+            self.hand_step += 1
         self.row_capacity = row_capacity
         self.slot_mask = <uint32_t>(slots - 1)
         self.idle_ns = idle_timeout_ns
@@ -402,25 +406,31 @@ cdef class FlowTable:
         memset(&flow.forward, 0, 2 * sizeof(Direction))
 
     cdef void evict(self) noexcept nogil:
-        """Out of the next few flows of the pool, the one that is missed least: ended ones, then single packets, then
-        TCP that never was answered, then the others; among equals the longest silent."""
-        cdef uint32_t sample = min(<uint32_t>EVICTION_SAMPLE, self.max_flows)
-        cdef uint32_t number = 0
-        cdef uint32_t i
-        cdef int value, least = 100
+        """Makes room: the first flow that the hand meets which has ended or is a single packet, else of EVICTION_SAMPLE
+        flows TCP that never was answered, else the longest silent.
+
+        The hand visits every flow once a round in steps of the golden section, so that its next few flows are spread
+        over the pool, and a flow that took a place has a whole round to show more packets."""
+        cdef int i, value, least = 100
         cdef Flow* flow
         cdef Flow* victim = NULL
-        for i in range(sample):
-            number = self.hand + i
-            if number >= self.max_flows:
-                number -= self.max_flows
-            flow = &self.flows[number]
+        for i in range(EVICTION_SAMPLE):
+            flow = &self.flows[self.hand]
+            self.hand = <uint32_t>((<uint64_t>self.hand + self.hand_step) % self.max_flows)
             value = FlowTable.worth(flow)
             if victim == NULL or value < least or (value == least and flow.last_ns < victim.last_ns):
                 victim = flow
                 least = value
-        self.hand = number + 1 if number + 1 < self.max_flows else 0
-        self.end(victim, END_OF_FLOW if victim.key.state == STATE_CLOSED else END_LACK_OF_RESOURCES)
+            if least <= 1:
+                break
+        self.end(victim, self.reason_now(victim, END_LACK_OF_RESOURCES))
+
+    cdef inline int reason_now(self, const Flow* flow, int otherwise) noexcept nogil:
+        """The reason of a flow that has to go before the wheel came to it."""
+        cdef int reason
+        if self.deadline_ns(flow, &reason) <= self.now_ns:
+            return reason
+        return END_OF_FLOW if flow.key.state == STATE_CLOSED else otherwise
 
     @staticmethod
     cdef inline int worth(const Flow* flow) noexcept nogil:
@@ -533,16 +543,15 @@ cdef class FlowTable:
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
         flow = self.find(&a.key, a.hash)
-        if flow != NULL:
-            if self.deadline_ns(flow, &reason) <= self.now_ns:
-                if reason == END_ACTIVE:
-                    self.split(flow)
-                else:
-                    self.end(flow, reason)
-                    flow = NULL
-            elif flow.key.state == STATE_CLOSED and d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
-                self.end(flow, END_OF_FLOW)  # the ports are used again
+        while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split leaves nothing
+            if reason == END_ACTIVE:
+                self.split(flow)
+            else:
+                self.end(flow, reason)
                 flow = NULL
+        if flow != NULL and flow.key.state == STATE_CLOSED and d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
+            self.end(flow, END_OF_FLOW)  # the ports are used again
+            flow = NULL
         if flow == NULL:
             flow = self.begin(a)
         if time_ns < self.now_ns:
@@ -649,7 +658,7 @@ cdef class FlowTable:
             for bucket in range(WHEEL_BUCKETS + 1):
                 while self.wheel[bucket] != 0 and self.rows_ready < self.row_capacity:
                     flow = &self.flows[self.wheel[bucket] - 1]
-                    self.end(flow, END_OF_FLOW if flow.key.state == STATE_CLOSED else END_FORCED)
+                    self.end(flow, self.reason_now(flow, END_FORCED))
         return self.used == 0
 
     @property

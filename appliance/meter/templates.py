@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from appliance.meter.ipfix import (
     MIN_TEMPLATE_ID,
@@ -19,8 +20,11 @@ from appliance.meter.ipfix import (
     encode_template,
     reverse_name,
 )
-from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, Message, Plan, Step
+from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, Message
 from appliance.meter.settings import ExportSettings, MeterSettings
+
+if TYPE_CHECKING:
+    from appliance.meter.pack import Plan, Step
 
 MESSAGE_HEADER = struct.Struct("!HHIII")  # version, length, export time, sequence, observation domain
 SET_HEADER = struct.Struct("!HH")
