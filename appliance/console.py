@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 Cell = str | int | float | bool | None
-Progress = Callable[[int, int], None]  # (done, total)
+Progress = Callable[[int, int], None]  # (done, total); a total of 0 is unknown
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _print_drawn(table: Table, out: TextIO) -> None:
     Console(file=out, highlight=False).print(drawn(table))
 
 
-def drawn(table: Table) -> object:
+def drawn(table: Table) -> RichTable:
     """The table as a rich renderable."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
@@ -90,18 +93,19 @@ def drawn(table: Table) -> object:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Progress]:
-    """A bar on standard error while it is a terminal; nothing at all in a pipe."""
+def progress(what: str, unit: Literal["bytes", "packets"]) -> Iterator[Progress]:
+    """A bar (without a total, a count) on standard error while that is a terminal; nothing at all in a pipe."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:,.0f} packets")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 def size_text(count: float | None) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import getpass
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import pwd
+import shlex
 import shutil
 import socket
 import struct
@@ -94,21 +95,23 @@ def captured_names(config: Config | None, interfaces: Sequence[HostInterface]) -
 def check_rights() -> Check:
     if has_capability(CAP_NET_RAW):
         return Check("right to capture", "ok", "CAP_NET_RAW is effective")
-    user = getpass.getuser()
+    user = user_name()
     return Check(
         "right to capture",
         "fail",
         f"user {user} lacks CAP_NET_RAW; files can be read, interfaces cannot",
         "sudo ./bootstrap run; or install systemd/appliance.service, which grants it; or keep your user: "
         f"sudo setpriv --reuid={user} --regid={os.getegid()} --init-groups --inh-caps=+net_raw --ambient-caps=+net_raw "
-        f"{shlex_argv()} run -c FILE",
+        f"{shlex.quote(os.path.abspath(sys.argv[0]))} run -c FILE",
     )
 
 
-def shlex_argv() -> str:
-    import shlex
-
-    return shlex.quote(os.path.abspath(sys.argv[0]))
+def user_name() -> str:
+    """The name of the effective user; its number where it has none (containers)."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def check_packet_socket() -> Check:
@@ -164,7 +167,9 @@ def check_packages() -> Check:
 
 def check_workers_package() -> Check:
     """Another distribution with a top-level `workers` overwrites ours, and pip says nothing."""
-    ours = importlib.util.find_spec("workers.capture")
+    ours = None
+    with contextlib.suppress(ModuleNotFoundError):
+        ours = importlib.util.find_spec("workers.capture")
     if ours is None or ours.origin is None:
         return Check(
             "workers",
@@ -229,7 +234,8 @@ def check_memory(plan: Plan) -> Check:
     kernel_bytes = sum(source.interface.kernel_ring_bytes for source in plan.live_sources)
     wanted = plan.memory_bytes + kernel_bytes
     available = min(psutil.virtual_memory().available, available_memory_bytes())
-    finding = f"rings {size_text(plan.memory_bytes)} + kernel rings {size_text(kernel_bytes)}, {size_text(available)} available"
+    finding = f"rings {size_text(plan.memory_bytes)} + kernel rings {size_text(kernel_bytes)}"
+    finding += f", {size_text(available)} available"
     if wanted > available:
         return Check("memory", "fail", finding, "lower memory_bytes, or interface.kernel_ring_bytes")
     if wanted > available // 2:
@@ -246,9 +252,9 @@ def check_output(output: Output) -> Iterator[Check]:
         advice = "put them on one file system: files are renamed between them"
         yield Check(name, "fail", f"{output.directory}: {places} are on different file systems", advice)
     if not os.access(directory, os.W_OK | os.X_OK):
-        advice = f"sudo chown {getpass.getuser()} {directory}; or set output.directory"
-        yield Check(name, "fail", f"{directory}: user {getpass.getuser()} may not write there", advice)
-    free, kind = psutil.disk_usage(directory).free, file_system(directory)
+        advice = f"sudo chown {user_name()} {directory}; or set output.directory"
+        yield Check(name, "fail", f"{directory}: user {user_name()} may not write there", advice)
+    free, kind = psutil.disk_usage(str(directory)).free, file_system(directory)
     finding = f"{output.directory}: {size_text(free)} free on {kind}"
     if output.min_free_bytes and free < output.min_free_bytes:
         advice = "free some space, or lower output.min_free_bytes"

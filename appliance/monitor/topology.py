@@ -1,0 +1,43 @@
+"""From the plan to what the monitor shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from appliance.monitor.view import ExportInfo, OutputInfo, SourceInfo, Topology, WorkerInfo
+
+if TYPE_CHECKING:
+    from appliance.config import Config
+    from appliance.plan import Plan
+
+
+def topology_of(plan: Plan, config: Config, version: str) -> Topology:
+    """The static half of every snapshot."""
+    sources = tuple(
+        SourceInfo(
+            label=source.label,
+            uri=str(source.uri),
+            interface=source.uri.target if source.uri.is_live else "",
+            output=source.output,
+            ring_capacity_bytes=source.ring_bytes,
+        )
+        for source in plan.sources
+    )
+    outputs = tuple(
+        OutputInfo(
+            name=planned.output.name,
+            directory=str(planned.output.directory),
+            format=planned.output.format,
+            max_wait_ms=planned.output.max_wait_ms,
+            rotate_seconds=planned.output.rotate_seconds,
+        )
+        for planned in plan.outputs
+    )
+    return Topology(
+        version=version,
+        sources=sources,
+        outputs=outputs,
+        exports=tuple(ExportInfo(export.uri) for export in plan.exports),
+        workers=tuple(WorkerInfo(name.partition("/")[0], name) for name in plan.workers),
+        heartbeat_timeout_s=config.service.heartbeat_timeout_s,
+    )
