@@ -17,6 +17,7 @@ import multiprocessing_logging
 
 MESSAGE_MAX_CHARACTERS = 1500  # a pickled record then fits into one atomic write to the queue's pipe (PIPE_BUF)
 LINES_PER_SECOND = 10
+FLUSH_S = 2.0
 FORMAT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
 JOURNAL_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -95,6 +96,7 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
 
     def use_in_worker(self) -> None:
         """In the child: all logging of this process goes through here, at a bounded rate."""
+        self.queue._reader.close()
         root = logging.getLogger()
         for old in list(root.handlers):
             root.removeHandler(old)
@@ -135,9 +137,10 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
         return True
 
     def flush_worker(self) -> None:
-        """In the child, before it exits: everything is in the pipe."""
+        """In the child, before it exits: everything is in the pipe, or nobody takes it any more."""
         self.queue.close()
-        self.queue.join_thread()
+        if self.queue._thread is not None:
+            self.queue._thread.join(FLUSH_S)
 
     def close(self) -> None:
         """In the supervisor: the end. The target stays open for the others."""

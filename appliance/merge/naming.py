@@ -160,6 +160,11 @@ class MtracecapNaming:
     def give_back(self, sequence: int) -> None:
         self._numbers.give_back(sequence)
 
+    def check_numbers(self) -> None:
+        """InputOutputError: the sequence file is damaged. CannotCreateError: it may not be written."""
+        if isinstance(self._numbers, NumberFile):
+            self._numbers.check()
+
     def staging_path(self, sequence: int) -> str:
         return _free_path(os.path.join(self._directory, f"tmp-{os.getpid()}-{sequence:08d}"))
 
@@ -180,7 +185,8 @@ class MtracecapNaming:
 class SingleFileNaming:
     """One file under a name of the user's; beside it as `tmp-<pid>-<name>` until it is whole.
 
-    Files of earlier runs that did not end are not touched: their packets belong under no name of this run.
+    An empty file of that name, as mktemp(1) makes it, gives way; no other does. Files of earlier runs that did not end
+    are not touched: their packets belong under no name of this run.
     """
 
     directory_mode = 0o755
@@ -199,6 +205,10 @@ class SingleFileNaming:
     def path(self) -> str:
         return os.path.join(self._directory, self._name)
 
+    def is_free(self) -> bool:
+        """Whether the file can have its name."""
+        return not os.path.lexists(self.path) or _is_empty_file(self.path)
+
     def next_sequence(self) -> int:
         return self._numbers.take()
 
@@ -210,7 +220,11 @@ class SingleFileNaming:
 
     def final_path(self, sequence: int, start_ns: int) -> str:
         """The name itself; when something took it during the run, the first free of `name.1`, `name.2`, ..."""
-        return self.stream or _free_path(self.path)
+        if self.stream:
+            return self.stream
+        if _is_empty_file(self.path):
+            os.unlink(self.path)
+        return _free_path(self.path)
 
     def sidecar_path(self, sequence: int, start_ns: int) -> str | None:
         return None
@@ -321,6 +335,13 @@ class NumberFile:
             if number > 0 and self.last_used() == number:
                 self._write(number - 1)
 
+    def check(self) -> None:
+        """InputOutputError: there is no number in the file. CannotCreateError: the file may not be written."""
+        self.last_used()
+        place = self._path if os.path.lexists(self._path) else os.path.dirname(self._path)
+        if not os.access(place, os.W_OK, effective_ids=True):
+            raise CannotCreateError(f"{self._path}: the sequence number may not be written by user {os.geteuid()}")
+
     def last_used(self) -> int:
         """The number in the file; -1 before the first."""
         try:
@@ -394,6 +415,14 @@ def _free_path(path: str) -> str:
         number += 1
         candidate = f"{path}.{number}"
     return candidate
+
+
+def _is_empty_file(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
 
 def _takes_a_stream(path: str) -> bool:

@@ -387,6 +387,7 @@ cdef class Merge:
             if type != RECORD_PACKET and type != RECORD_DIGEST:
                 return S_IDLE
             stamp = record_timestamp_ns(record)
+            source.next_ns = stamp
             if stamp > limit_ns:
                 return S_IDLE
             if stamp >= self.boundary_ns:

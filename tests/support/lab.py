@@ -281,9 +281,10 @@ class Lab:
         first_sequence: int = 0,
         namespace: str | None = None,
     ) -> Sender:
-        """Starts sending numbered frames: `frames` per interface (0: until stopped), `rate` per second in all (0: limit).
+        """Starts sending numbered frames: `frames` per interface (0: until stopped), `rate` per second in all.
 
-        The n-th interface has the number `first_id` + n. `vlan` puts an 802.1Q tag into the frames themselves. With `flows` the frames are UDP datagrams of so many flows.
+        A `rate` of 0 is the limit. The n-th interface has the number `first_id` + n. `vlan` puts an 802.1Q tag into the
+        frames themselves. With `flows` the frames are UDP datagrams of so many flows.
         """
         command = [sys.executable, "-m", "support.sender", *interfaces]
         command += ["--frames", str(frames), "--rate", str(rate), "--sizes", format_sizes(tuple(sizes))]

@@ -26,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from support.frames import MINIMUM_BYTES, SOURCE_ID_OFFSET, Shape, Template
 from support.sender import UNLIMITED, Stop
@@ -169,12 +170,12 @@ def available() -> bool:
 
 
 class PassProgram:
-    """A native XDP_PASS program on an interface while the `with` block lasts: a veth then receives redirected frames."""
+    """A native XDP_PASS program on an interface while the `with` block lasts: a veth takes redirected frames then."""
 
     def __init__(self, interface: str) -> None:
         self._interface = interface
 
-    def __enter__(self) -> PassProgram:
+    def __enter__(self) -> Self:
         program = _load(_instruction(0xB7, 0, immediate=2) + _instruction(0x95))
         ifindex = _ifindex(self._interface)
         try:
