@@ -1,0 +1,538 @@
+"""The command line. Each command is a few lines: the work is done by the module that it imports when it is called.
+
+Errors that a user can act on are one message on standard error and a named exit code (errors.py); a fault of the
+program itself is one line too, and its traceback is there for the asking.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from appliance.console import (
+    Table,
+    joined,
+    print_json,
+    print_table,
+    progress,
+    size_text,
+)
+from appliance.errors import EXIT_USAGE, ApplianceError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from appliance.config import Config
+    from appliance.monitor.view import Snapshot
+    from appliance.plan import Plan
+
+DEBUG_VARIABLE = "APPLIANCE_DEBUG"
+SYSTEM_CONFIG = Path("/etc/appliance/appliance.toml")
+QUICKSTART_SOCKET = Path("var/control.sock")  # config/quickstart.toml, relative to where it was started
+EXIT_FAULT = os.EX_SOFTWARE  # 70: a fault of the program itself
+EXIT_INTERRUPTED = 130
+EXIT_FINDINGS = 1  # the command did its work, and found something wrong
+
+# click's UsageError. typer had click as a dependency, and brings a copy of its own since 0.29: this name fits both.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="appliance",
+    help="Records every packet of several interfaces into one time-ordered stream of files, meters them into IPFIX, "
+    "and counts what it lost.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration (TOML).")]
+OptionalConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration (TOML).")
+]
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket", metavar="PATH", help="The service's control socket; without it, that of the configuration."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """The console script `appliance`."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command line; returns its exit status. Whatever goes wrong is one message."""
+    try:
+        status = app(arguments, prog_name="appliance", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except _UsageError as error:
+        print(f"appliance: {error.format_message().rstrip(".")}; see {_help_command(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    except ApplianceError as error:
+        print(f"appliance: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(
+            f"appliance: a fault of the program itself: {type(error).__name__}: {error}; "
+            f"{DEBUG_VARIABLE}=1 shows where",
+            file=sys.stderr,
+        )
+        return EXIT_FAULT
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"appliance {_version()}")
+        raise typer.Exit
+
+
+def _help_command(error: Any) -> str:
+    return f"`{error.ctx.command_path if error.ctx else 'appliance'} --help`"
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="The version, and nothing else.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before the command."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
+
+
+# The service ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    figures: Annotated[
+        bool | None,
+        typer.Option(
+            "--figures/--no-figures", help="A line of figures every few seconds; the default, but not under systemd."
+        ),
+    ] = None,
+) -> int:
+    """Run the service, until SIGTERM or Ctrl-C."""
+    from appliance.config import load
+    from appliance.supervisor import run as supervise
+    from appliance.wiring import RunOptions
+
+    if figures is None:
+        figures = "NOTIFY_SOCKET" not in os.environ
+    announce = _announce if figures else None
+    return supervise(load(config), RunOptions(config_path=os.path.abspath(config), figures=figures, announce=announce))
+
+
+def _announce(config: Config) -> None:
+    """Where everything is, for whoever started it by hand."""
+    for output in config.outputs:
+        labels = joined([interface.label for interface in config.interfaces_of(output)])
+        print(f"{labels}: captures appear in {output.directory / 'ready'}")
+    for export in config.meter.exports if config.meter.enabled else ():
+        where = export.destination
+        directory = where.path / "flows" if where.path else config.flows_directory
+        print(f"flows go to {directory if where.scheme == 'file' else export.uri}")
+    if config.monitor.listen:
+        print(f"status page http://{config.monitor.listen}/, metrics http://{config.monitor.listen}/metrics")
+    if config.monitor.control_socket:
+        print(f"control socket {config.monitor.control_socket} (appliance status, rotate, top)")
+    print("Ctrl-C ends it: what was captured is written and published first", flush=True)
+
+
+@app.command("check-config")
+def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
+    """Check a configuration and show its plan.
+
+    Interfaces, files, filters and compressors must be there; nothing is opened for capture, nothing is made.
+    """
+    from appliance.capture.interfaces import host_interfaces
+    from appliance.config import expand_interfaces, load
+    from appliance.merge.compressor import compressor_argv
+    from appliance.plan import make_plan
+
+    loaded = expand_interfaces(load(config), host_interfaces())
+    plan = make_plan(loaded)
+    for output in loaded.outputs:
+        compressor_argv(output.compressor)
+    _check_sources(plan)
+    tables = _plan_tables(plan)
+    if as_json:
+        print_json(
+            {
+                table.title.lower(): [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+                for table in tables
+            }
+        )
+        return
+    for table in tables:
+        print_table(table)
+    print(f"{config}: good; {len(plan.workers)} processes, {size_text(plan.memory_bytes)} of rings")
+
+
+def _check_sources(plan: Plan) -> None:
+    """Whether the interfaces and files are there, and the filters compile."""
+    from appliance.capture import bpf, opener
+    from appliance.prepare import check_files
+
+    check_files(plan)
+    for source in plan.live_sources:
+        opener.interface_index(source.uri.target)
+        if source.interface.filter:
+            linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
+            bpf.compile_offline(linktype, source.interface.filter)
+
+
+def _plan_tables(plan: Plan) -> list[Table]:
+    sources = [
+        (
+            source.label,
+            str(source.uri),
+            source.output,
+            source.interface.filter,
+            source.interface.snaplen,
+            source.ring_bytes,
+            source.digest_ring_bytes,
+            source.interface.kernel_ring_bytes if source.uri.scheme == "ring" else None,
+        )
+        for source in plan.sources
+    ]
+    outputs = [
+        (
+            planned.output.name,
+            str(planned.output.directory),
+            planned.output.format,
+            planned.output.compressor
+            if isinstance(planned.output.compressor, str)
+            else " ".join(planned.output.compressor),
+            planned.output.rotate_seconds,
+            planned.output.rotate_bytes,
+            planned.output.max_wait_ms,
+        )
+        for planned in plan.outputs
+    ]
+    return [
+        Table(
+            "Sources",
+            ("label", "uri", "output", "filter", "snaplen", "ring_bytes", "digest_ring_bytes", "kernel_ring_bytes"),
+            sources,
+        ),
+        Table(
+            "Outputs",
+            ("name", "directory", "format", "compressor", "rotate_seconds", "rotate_bytes", "max_wait_ms"),
+            outputs,
+        ),
+        Table("Exports", ("uri",), [(export.uri,) for export in plan.exports]),
+        Table("Processes", ("name",), [(worker,) for worker in plan.workers]),
+    ]
+
+
+# Asking a service -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(config: OptionalConfigFile = None, socket: Socket = None, as_json: AsJson = False) -> None:
+    """Show the figures of the running service.
+
+    They are those of its metrics, with the balance of every interface: received = written + dropped + in flight.
+    """
+    from appliance.monitor.render import identity_line, status_tables
+
+    answer = _ask("status", config, socket)
+    if as_json:
+        print_json(answer)
+        return
+    snapshot = _snapshot(answer)
+    for table in status_tables(snapshot):
+        print_table(table)
+    for interface in snapshot.interfaces:
+        print(identity_line(interface))
+    for problem in snapshot.problems:
+        print(f"problem: {problem}")
+
+
+@app.command()
+def rotate(config: OptionalConfigFile = None, socket: Socket = None) -> None:
+    """Close and publish open files now."""
+    print(_ask("rotate", config, socket))
+
+
+@app.command()
+def top(
+    config: OptionalConfigFile = None,
+    socket: Socket = None,
+    interval: Annotated[float, typer.Option("--interval", "-d", min=0.2, max=3600, help="Seconds.")] = 2.0,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many looks; 0 = never.")] = 0,
+) -> None:
+    """Watch the running service.
+
+    Tables on a terminal, else a line every interval.
+    """
+    from appliance.monitor.render import live_line
+
+    path = _control_socket(config, socket)
+    snapshots = _snapshots(path, interval, count)
+    if not sys.stdout.isatty():
+        for now, before in snapshots:
+            print(live_line(now, before), flush=True)
+        return
+    from rich.live import Live
+
+    with Live(screen=True, auto_refresh=False) as live:
+        for now, before in snapshots:
+            live.update(_top_view(now, before), refresh=True)
+
+
+def _top_view(now: Snapshot, before: Snapshot | None) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
+    from appliance.console import drawn
+    from appliance.monitor.render import live_line, status_tables
+
+    tables = [drawn(table) for table in status_tables(now, before)]
+    return Group(Text(live_line(now, before), style="red" if now.problems else ""), *tables)
+
+
+def _snapshots(path: Path, interval_s: float, count: int) -> Iterator[tuple[Snapshot, Snapshot | None]]:
+    """A snapshot every interval, with the one before it."""
+    from appliance.monitor.control import ControlClient
+
+    client = ControlClient(path)
+    before: Snapshot | None = None
+    seen = 0
+    while True:
+        now = _snapshot(client.ask("status"))
+        yield now, before
+        before = now
+        seen += 1
+        if seen == count:
+            return
+        time.sleep(interval_s)
+
+
+def _ask(request: str, config: Path | None, socket: Path | None) -> object:
+    from appliance.monitor.control import ControlClient
+
+    return ControlClient(_control_socket(config, socket)).ask(request)
+
+
+def _snapshot(answer: object) -> Snapshot:
+    from appliance.errors import InputOutputError
+    from appliance.monitor.view import Snapshot
+
+    try:
+        return Snapshot.from_json(answer)
+    except ValueError:
+        raise InputOutputError(
+            "the service's answer is not understood: its version is another than that of this command; "
+            "`appliance version` tells both"
+        ) from None
+
+
+def _control_socket(config: Path | None, socket: Path | None) -> Path:
+    """--socket, else what the configuration says, else where a service would be found without either."""
+    from appliance.config import Monitor, load
+
+    if socket is not None:
+        return socket
+    if config is not None:
+        configured = load(config).monitor.control_socket
+        if configured is None:
+            raise UsageError(f'{config}: monitor.control_socket is "": that service has no control socket')
+        return configured
+    default = Monitor().control_socket
+    assert default is not None
+    return QUICKSTART_SOCKET if not default.exists() and QUICKSTART_SOCKET.exists() else default
+
+
+# This host ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def interfaces(as_json: AsJson = False) -> None:
+    """List this host's interfaces.
+
+    And say which of them `ring:*` records, and why not the others.
+    """
+    import psutil
+
+    from appliance.capture.interfaces import host_interfaces
+
+    drops = psutil.net_io_counters(pernic=True)
+    columns = ("name", "state", "kind", "speed_mbps", "mtu", "recorded by ring:*", "dropped by the card")
+    rows = []
+    for interface in host_interfaces():
+        state = "up" if interface.is_up and interface.has_carrier else "no carrier" if interface.is_up else "down"
+        recorded = f"no, {interface.left_out_because}" if interface.left_out_because else "yes"
+        dropped = drops[interface.name].dropin if interface.name in drops else None
+        rows.append(
+            (interface.name, state, interface.kind, interface.speed_mbps or None, interface.mtu, recorded, dropped)
+        )
+    if as_json:
+        keys = ("name", "state", "kind", "speed_mbps", "mtu", "recorded", "nic_dropped_packets")
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
+        return
+    print_table(Table("", columns, rows))
+
+
+@app.command()
+def doctor(config: OptionalConfigFile = None, as_json: AsJson = False) -> int:
+    """Examine this host, and say what to do.
+
+    Rights, kernel, clock, packages, offloads; with a configuration also memory, disks and programs. Exit status 1 when
+    a check fails.
+    """
+    import dataclasses
+
+    from appliance.capture.interfaces import host_interfaces
+    from appliance.config import expand_interfaces, load
+    from appliance.doctor import examine
+
+    path = config or (SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None)
+    checks = examine(expand_interfaces(load(path), host_interfaces()) if path is not None else None)
+    if as_json:
+        print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        marks = {i: {"ok": "good", "warn": "warn", "fail": "bad"}[check.outcome] for i, check in enumerate(checks)}
+        rows = [(check.check, check.outcome, check.finding, check.advice) for check in checks]
+        print_table(Table("", ("check", "outcome", "finding", "what to do"), rows, marks))
+    return EXIT_FINDINGS if any(check.outcome == "fail" for check in checks) else 0
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def flows(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Capture files, compressed or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The IPFIX file to make.")],
+    idle_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="A flow ends after this long without a packet.")
+    ] = 30,
+    active_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="A flow that goes on is reported this often.")
+    ] = 300,
+    max_flows: Annotated[int, typer.Option(min=64, help="Flows in the table at once.")] = 1_000_000,
+    as_json: AsJson = False,
+) -> int:
+    """Meter capture files into an IPFIX file.
+
+    Several files are metered together, in the order of time.
+    """
+    import dataclasses
+
+    from appliance.meter.settings import MeterSettings
+    from appliance.offline import meter_files
+
+    settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
+    with progress("metering", "packets") as advance:
+        counts = meter_files([str(file) for file in files], str(output), settings, lambda packets: advance(packets, 0))
+    if as_json:
+        print_json(dataclasses.asdict(counts))
+    else:
+        ignored = joined([f"{count} {reason}" for reason, count in counts.ignored.items() if count])
+        print(
+            f"{output}: {counts.flows} flow records of {counts.metered_packets} packets and {counts.metered_octets} IP "
+            f"octets; {counts.packets} packets read, not metered: {ignored}"
+        )
+    return _tell_damage(counts.damage)
+
+
+def _tell_damage(damage: list[str]) -> int:
+    from appliance.errors import FormatError
+
+    for text in damage:
+        print(f"appliance: {text}", file=sys.stderr)
+    return FormatError.exit_code if damage else 0
+
+
+@app.command()
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The directory of an output (with ready/ below it).")
+    ],
+    as_json: AsJson = False,
+) -> int:
+    """Recount published files.
+
+    Packets, sizes, times and digests are compared with the sidecars. Exit status 1 when something does not agree.
+    """
+    import dataclasses
+
+    from appliance.formats.verify import verify_directory
+
+    with progress("verifying", "bytes") as advance:
+        verified = verify_directory(directory, advance)
+    problems = sum(1 for one in verified if not one.ok)
+    if as_json:
+        print_json([dataclasses.asdict(one) | {"ok": one.ok} for one in verified])
+    else:
+        columns = ("file", "packets", "bytes", "late", "dropped", "closed because", "verdict")
+        rows = [
+            (
+                one.file,
+                one.packets,
+                one.bytes,
+                one.late_packets,
+                one.dropped_packets,
+                one.closed_because,
+                "; ".join(one.problems) or "good",
+            )
+            for one in verified
+        ]
+        print_table(Table("", columns, rows, {i: "bad" for i, one in enumerate(verified) if not one.ok}))
+        packets = sum(one.packets for one in verified)
+        print(f"{len(verified)} files, {packets} packets, {problems} with problems")
+    return EXIT_FINDINGS if problems else 0
+
+
+# Version --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def version(config: OptionalConfigFile = None, socket: Socket = None, as_json: AsJson = False) -> None:
+    """Show the versions.
+
+    That of this command, and that of the service if one runs.
+    """
+    service: object = None
+    try:
+        service = _ask("version", config, socket)
+    except ApplianceError:
+        if socket is not None or config is not None:
+            raise
+    if as_json:
+        print_json({"command": _version(), "service": service})
+        return
+    print(f"appliance {_version()}" + (f", service {service}" if service is not None else ""))
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version as installed_version
+
+    try:
+        return installed_version("capture-appliance")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"
