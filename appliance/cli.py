@@ -76,7 +76,8 @@ def run_command(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
-        print(f"appliance: {error.format_message().rstrip(".")}; see {_help_command(error)}", file=sys.stderr)
+        message = error.format_message().rstrip(".")
+        print(f"appliance: {message}; see {_help_command(error)}", file=sys.stderr)
         return EXIT_USAGE
     except ApplianceError as error:
         print(f"appliance: {error}", file=sys.stderr)
@@ -84,9 +85,11 @@ def run_command(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # click makes this of it when it comes first
+            return _reader_left()
+        raise
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -96,6 +99,12 @@ def run_command(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_FAULT
+
+
+def _reader_left() -> int:
+    """The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _show_version(wanted: bool) -> None:
