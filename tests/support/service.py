@@ -253,7 +253,8 @@ class Service:
     def assert_nothing_left(self) -> None:
         """No staging file, no process, no socket of a service that has ended."""
         assert not list((self.directory / "work").iterdir()), list((self.directory / "work").iterdir())
-        assert not list((self.directory / "quarantine").iterdir())
+        quarantined = list((self.directory / "quarantine").iterdir())
+        assert not quarantined, [path.read_text() for path in quarantined if path.suffix == ".json"]
         assert not Path(self.config["monitor"]["control_socket"]).exists()
         assert self.leftover_processes() == []
 
