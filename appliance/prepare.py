@@ -32,6 +32,8 @@ class Preparation:
 
     def make_directories(self, naming: Naming) -> None:
         """The policy's directories, all on one file system, because files get from one into the other by rename."""
+        if naming.makes_directories:
+            refuse_links(naming.directories[1:])
         missing = [path for directory in naming.directories for path in missing_parts(directory)]
         try:
             prepare_directories(naming)
@@ -131,6 +133,13 @@ def check_output(output: Output, naming: Naming, preparation: Preparation) -> No
     preparation.make_directories(naming)
     if naming.makes_directories:
         preparation.lock(os.path.join(naming.directories[0], ".lock"))
+
+
+def refuse_links(paths: Sequence[str]) -> None:
+    """What lies below the output's own directory is ours: a link there would lead our files to where others chose."""
+    for path in paths:
+        if os.path.islink(path):
+            raise CannotCreateError(f"{path} is a symbolic link; only the output's directory itself may be one")
 
 
 def missing_parts(path: str) -> list[str]:

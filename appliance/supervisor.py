@@ -21,10 +21,10 @@ from multiprocessing.process import BaseProcess
 import sdnotify
 
 from appliance import logs, wiring
-from appliance.capture.opener import describe_opened
+from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
-from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, GaveUpError
+from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
 from appliance.wiring import RunOptions, Wiring
@@ -357,11 +357,20 @@ class Supervisor:
                 with contextlib.suppress(KeyError, ValueError):
                     self.selector.unregister(worker.channel)
                 return
-            if message == REOPEN and self.wired.opener is not None:
-                self.reopening.append(worker.name)
-                self.wired.opener.ask(self.wired.open_request(worker.name))
+            if message == REOPEN:
+                self.reopen(worker)
             elif message == ROTATE:
                 self.rotate()
+
+    def reopen(self, worker: Worker) -> None:
+        """Asks the opener for a new socket, once: a second one would bring the same packets a second time."""
+        if self.wired.opener is None or worker.name in self.reopening or self.wired.has_current_socket(worker.name):
+            return
+        try:
+            self.wired.opener.ask(self.wired.open_request(worker.name))
+        except OSError:
+            return  # it is gone, which is told once, in hear_opener
+        self.reopening.append(worker.name)
 
     def hear_log(self, worker: Worker) -> None:
         if worker.log is not None and not worker.log.receive():
@@ -369,23 +378,25 @@ class Supervisor:
 
     def hear_opener(self) -> None:
         """The answer to the oldest request: a new packet socket, or why there is none (yet)."""
-        assert self.wired.opener is not None
-        name = self.reopening.popleft() if self.reopening else ""
+        opener = self.wired.opener
+        assert opener is not None
         try:
-            opened = self.wired.opener.answer()
-        except GaveUpError:
-            raise
-        except ApplianceError as error:
-            if not name:
-                self.selector.unregister(self.wired.opener.channel)
-                log.error("the opener process is gone: interfaces that come back cannot be opened again")
-            log.debug("%s: %s", name, error)
+            opened = opener.answer()
+        except OpenerGoneError as error:
+            self.selector.unregister(opener.channel)
+            self.wired.close_opener()
+            self.reopening.clear()
+            log.error("%s: interfaces that come back cannot be opened again without a restart", error)
             return
+        except ApplianceError as error:
+            log.warning("%s: %s", self.reopening.popleft(), error)
+            return
+        name = self.reopening.popleft()
         self.wired.replace_socket(name, opened)
         worker = self.workers[name]
         if worker.channel is not None:
-            with contextlib.suppress(OSError):
-                socket.send_fds(worker.channel, [describe_opened(opened)], [opened.fd])
+            with contextlib.suppress(OSError):  # it dies: its next life gets the socket at its start
+                send_opened(worker.channel, opened, socket.MSG_DONTWAIT)
 
     # ---- telling ----
 

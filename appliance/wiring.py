@@ -11,7 +11,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pwd
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,9 @@ import workers.merge
 import workers.meter
 import workers.monitor
 from appliance.capture.interfaces import host_interfaces
-from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, serve
+from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
-from appliance.errors import MissingInputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -39,7 +37,7 @@ from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
-from appliance.process import CAP_NET_RAW, WorkerContext, drop_privileges, set_process_name
+from appliance.process import CAP_NET_RAW, WorkerContext, account_of, check_user, drop_privileges, set_process_name
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -98,6 +96,8 @@ class Wiring:
     @classmethod
     def make(cls, config: Config, options: RunOptions) -> Wiring:
         """Checks everything that can be checked without rights, and makes the directories."""
+        if config.service.user:
+            check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
         file_interfaces = check_files(plan)
@@ -329,6 +329,10 @@ class Wiring:
             fanout_group=source.fanout_group,
         )
 
+    def has_current_socket(self, worker: str) -> bool:
+        """Whether the interface that the worker's socket is bound to still exists."""
+        return interface_exists(self.opened[self.source_of(worker).label].ifindex)
+
     def replace_socket(self, worker: str, opened: OpenedInterface) -> None:
         """An interface came back: our duplicate of its old socket goes, the new one stays for the next life."""
         label = self.source_of(worker).label
@@ -375,10 +379,8 @@ def needs_host(config: Config) -> bool:
 
 
 def hand_over(preparation: Preparation, user: str) -> None:
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        raise MissingInputError(f"service.user: user {user!r} does not exist") from None
+    """What was made belongs to the user that the service becomes, which must be possible."""
+    account = account_of(user)
     if os.geteuid() == 0:
         preparation.hand_over(account.pw_uid, account.pw_gid)
 
