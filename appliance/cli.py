@@ -23,7 +23,7 @@ from appliance.console import (
     progress,
     size_text,
 )
-from appliance.errors import EXIT_USAGE, ApplianceError, UsageError
+from appliance.errors import EXIT_USAGE, ApplianceError, MissingPermissionError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -76,7 +76,8 @@ def run_command(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
-        print(f"appliance: {error.format_message().rstrip(".")}; see {_help_command(error)}", file=sys.stderr)
+        message = error.format_message().rstrip(".")
+        print(f"appliance: {message}; see {_help_command(error)}", file=sys.stderr)
         return EXIT_USAGE
     except ApplianceError as error:
         print(f"appliance: {error}", file=sys.stderr)
@@ -84,9 +85,11 @@ def run_command(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # click makes this of it when it comes first
+            return _reader_left()
+        raise
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -96,6 +99,12 @@ def run_command(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_FAULT
+
+
+def _reader_left() -> int:
+    """The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -133,6 +142,13 @@ def run(
             "--figures/--no-figures", help="A line of figures every few seconds; the default, but not under systemd."
         ),
     ] = None,
+    lab: Annotated[
+        bool,
+        typer.Option(
+            "--lab",
+            help="In a user and network namespace of its own, on traffic that it makes itself: needs no rights.",
+        ),
+    ] = False,
 ) -> int:
     """Run the service, until SIGTERM or Ctrl-C."""
     from appliance.config import load
@@ -142,7 +158,23 @@ def run(
     if figures is None:
         figures = "NOTIFY_SOCKET" not in os.environ
     announce = _announce if figures else None
-    return supervise(load(config), RunOptions(config_path=os.path.abspath(config), figures=figures, announce=announce))
+    options = RunOptions(config_path=os.path.abspath(config), figures=figures, announce=announce)
+    loaded = load(config)
+    if lab:
+        from appliance.lab import enter, start_traffic
+
+        enter()
+        start_traffic()
+    try:
+        return supervise(loaded, options)
+    except MissingPermissionError as error:
+        hint = f"; to see it work without any rights: {_program()} run --lab -c {config}"
+        raise MissingPermissionError(f"{error}{'' if lab else hint}") from error
+
+
+def _program() -> str:
+    """How this program was called."""
+    return "./bootstrap" if os.path.exists("bootstrap") else "appliance"
 
 
 def _announce(config: Config) -> None:

@@ -53,7 +53,8 @@ class NotRunningError(ApplianceError):
 def open_control_socket(path: Path) -> socket.socket:
     """A listening socket at `path`, mode 0660 whatever the umask; one that a dead service left behind is replaced.
 
-    CannotCreateError: another service listens there, something else than a socket is there, or it cannot be made.
+    The directory must be there. CannotCreateError: another service listens there, something else than a socket is
+    there, or it cannot be made.
     To be called while the process has one thread: the umask is the process's.
     """
     name = os.fspath(path)
@@ -64,7 +65,6 @@ def open_control_socket(path: Path) -> socket.socket:
         )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(name)
         # The mode is right from the first moment: a chmod after the bind would look the path up a second time.
         umask = os.umask(0o777 & ~SOCKET_MODE)

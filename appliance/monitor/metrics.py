@@ -404,7 +404,7 @@ FAMILIES: tuple[Family, ...] = (
     _SERVICE.counter(
         "appliance_config_reloads_total",
         "Reloads of the configuration, by result.",
-        lambda row: {"success": row.reloads, "failure": row.reload_failures},
+        lambda row: {"success": row.reloads - row.reload_failures, "failure": row.reload_failures},
         by="result",
     ),
     _SERVICE.gauge(
