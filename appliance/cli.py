@@ -23,7 +23,7 @@ from appliance.console import (
     progress,
     size_text,
 )
-from appliance.errors import EXIT_USAGE, ApplianceError, UsageError
+from appliance.errors import EXIT_USAGE, ApplianceError, MissingPermissionError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -142,6 +142,13 @@ def run(
             "--figures/--no-figures", help="A line of figures every few seconds; the default, but not under systemd."
         ),
     ] = None,
+    lab: Annotated[
+        bool,
+        typer.Option(
+            "--lab",
+            help="In a user and network namespace of its own, on traffic that it makes itself: needs no rights.",
+        ),
+    ] = False,
 ) -> int:
     """Run the service, until SIGTERM or Ctrl-C."""
     from appliance.config import load
@@ -151,7 +158,23 @@ def run(
     if figures is None:
         figures = "NOTIFY_SOCKET" not in os.environ
     announce = _announce if figures else None
-    return supervise(load(config), RunOptions(config_path=os.path.abspath(config), figures=figures, announce=announce))
+    options = RunOptions(config_path=os.path.abspath(config), figures=figures, announce=announce)
+    loaded = load(config)
+    if lab:
+        from appliance.lab import enter, start_traffic
+
+        enter()
+        start_traffic()
+    try:
+        return supervise(loaded, options)
+    except MissingPermissionError as error:
+        hint = f"; to see it work without any rights: {_program()} run --lab -c {config}"
+        raise MissingPermissionError(f"{error}{'' if lab else hint}") from error
+
+
+def _program() -> str:
+    """How this program was called."""
+    return "./bootstrap" if os.path.exists("bootstrap") else "appliance"
 
 
 def _announce(config: Config) -> None:

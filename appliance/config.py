@@ -364,7 +364,7 @@ class Service(_Table):
 
 
 class Config(_Table):
-    """The whole configuration. Inside a Config every interface has a label, and the cross checks below hold."""
+    """The whole configuration. Inside it every interface but ring:* has a label, and the cross checks below hold."""
 
     memory_bytes: Annotated[int, _zero_or_between(8 * MIB, TIB)] = Field(
         default=0, description="all rings together; 0 = an eighth of the machine or cgroup, at most 2 GiB"
@@ -382,11 +382,11 @@ class Config(_Table):
     @field_validator("interfaces")
     @classmethod
     def _label_interfaces(cls, interfaces: tuple[Interface, ...]) -> tuple[Interface, ...]:
-        """Labels that were not given are made from the URIs, and differ from all others."""
+        """Labels that were not given are made from the URIs, and differ from all others; ring:* has none."""
         taken = {interface.label for interface in interfaces if interface.label}
         labelled = []
         for interface in interfaces:
-            if not interface.label:
+            if not interface.label and not interface.source.is_every_interface:
                 label = _free_label(_derived_label(interface.source), taken)
                 taken.add(label)
                 interface = interface.model_copy(update={"label": label})
@@ -421,8 +421,6 @@ class Config(_Table):
 def _derived_label(source: capture_uri.Uri) -> str:
     if source.target == "-":
         return "stdin"
-    if source.is_every_interface:
-        return "all"
     text = source.target if source.is_live else _FILE_ENDINGS.sub("", os.path.basename(source.target))
     text = re.sub(r"[^A-Za-z0-9_.\-]", "_", text)[:MAX_LABEL_CHARACTERS].lstrip(".-")
     return text or "file"
@@ -469,7 +467,7 @@ def _outputs_have_their_own_directory(config: Config) -> Iterator[Fault]:
 
 
 def _interfaces_have_their_own_label(config: Config) -> Iterator[Fault]:
-    for i, j in _repeated(interface.label for interface in config.interfaces):
+    for i, j in _repeated(interface.label or id(interface) for interface in config.interfaces):
         yield f"interface[{i}].label", f"interface[{j}] is called {config.interfaces[i].label!r} too"
 
 
@@ -508,7 +506,7 @@ def _keys_fit_the_kind_of_source(config: Config) -> Iterator[Fault]:
             yield f"interface[{i}].fanout", f"only ring: can have several workers, not {interface.uri}"
         if interface.speed != "full" and interface.source.is_live:
             yield f"interface[{i}].speed", f"only a file can be replayed, not {interface.uri}"
-        if interface.source.is_every_interface and interface.label != _derived_label(interface.source):
+        if interface.source.is_every_interface and interface.label:
             yield f"interface[{i}].label", f"{interface.uri} stands for several; each is called by its own name"
 
 
@@ -648,12 +646,12 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     section = ".".join(part for part in location[:-1] if isinstance(part, str))
     by_section = {section: [key.name for key in keys() if key.section == section] for section in _SECTIONS}
     own = by_section[section] + [s.rpartition(".")[2] for s in _SECTIONS if s and s.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(name, own, n=1)
-    if near:
-        return f"unknown key; did you mean {near[0]!r}?"
     homes = [other for other, names in by_section.items() if name in names]
     if homes:
         return f"unknown key here; it belongs into {' or '.join(_heading(home) for home in homes)}"
+    near = difflib.get_close_matches(name, own, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]!r}?"
     return "unknown key"
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from appliance import config as configuration
+from appliance import supervisor
 from appliance.capture import uri as capture_uri
 from appliance.config import MAX_SNAPLEN, MIB, Config
 from appliance.errors import (
@@ -32,6 +33,7 @@ from appliance.errors import (
 )
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import STANDARD_OUTPUT, MtracecapNaming, SingleFileNaming, prepare_directories
+from appliance.wiring import RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -167,12 +169,11 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine is asked to do. `count_captured_bytes`: -S counts packets' bytes, as 0.4 does."""
+    """What the engine is asked to do."""
 
     config: Config
     naming: MtracecapNaming | SingleFileNaming
     watch_file: str
-    count_captured_bytes: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -470,14 +471,14 @@ def _as_user(name: str) -> Iterator[None]:
 
 def run(job: Job) -> int:
     """Hands the job to the engine; returns its exit status."""
-    from appliance import supervisor
-
-    return supervisor.run(
-        job.config,
-        namings={OUTPUT_NAME: job.naming},
+    options = RunOptions(
+        naming=lambda _output: job.naming,
+        count_captured_bytes=True,  # -S counts packets' bytes, as 0.4 does
         watch_file=job.watch_file,
-        count_captured_bytes=job.count_captured_bytes,
+        strict=True,
+        resolution_of_inputs=True,
     )
+    return supervisor.run(job.config, options)
 
 
 if __name__ == "__main__":

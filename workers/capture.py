@@ -19,9 +19,10 @@ from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
 from appliance.capture.filesource import FileCapture
 from appliance.capture.opener import OpenedInterface
+from appliance.capture.pcap_live import PcapCapture
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
-from appliance.process import DRAIN, WorkerContext
+from appliance.process import DRAIN, WorkerContext, set_capabilities
 from appliance.ring.ring import Producer
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ HEARTBEAT_MS = 1000
 REOPEN = b"reopen"  # worker to supervisor: the interface is another one now, or gone
 REOPEN_EVERY_S = 1.0
 DRAIN_BLOCK_TIMEOUTS = 2
+LIBPCAP_DRAIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def main(context: WorkerContext) -> int:
     source = parts.interface.source
     if source.scheme == "ring":
         LiveWorker(context, parts, records, digests).run()
+        return 0
+    if source.is_live:
+        LibpcapWorker(context, parts, records, digests).run()
         return 0
     return FileWorker(context, parts, records, digests).run()
 
@@ -215,6 +220,51 @@ def is_up(ifindex: int) -> bool:
             return bool(int(flags.read(), 16) & 1)  # IFF_UP
     except (OSError, ValueError):
         return True  # sysfs of another namespace: what the socket says is what counts
+
+
+class LibpcapWorker:
+    """A `pcap:` or `int:` source. The handle is opened here, with the capability that this kind of worker is left; then
+    it is dropped like everybody's."""
+
+    def __init__(
+        self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
+    ) -> None:
+        self.context = context
+        self.parts = parts
+        self.records = records
+        self.digests = digests
+        self.capture = PcapCapture(parts.interface, records, digests, context.page)
+        set_capabilities(())
+        self.poller = select.poll()
+        self.poller.register(self.capture.fileno(), select.POLLIN)
+        self.poller.register(parts.wake_fd, select.POLLIN)
+        self.poller.register(context.channel, select.POLLIN)
+
+    def run(self) -> None:
+        while DRAIN not in self.context.messages():
+            self.context.beat()
+            if self.capture.step() == 0:
+                self.sleep()
+        self.context.set_state("draining")
+        # libpcap cannot be told to accept nothing more: what is there now is the end.
+        deadline = time.monotonic() + LIBPCAP_DRAIN_S
+        while self.capture.step() and time.monotonic() < deadline:
+            self.context.beat()
+        self.records.end()
+        if self.digests is not None:
+            self.digests.end()
+
+    def sleep(self) -> None:
+        self.records.sleeps(True)
+        if self.digests is not None:
+            self.digests.sleeps(True)
+        if not self.capture.sink.watermark_wanted:
+            self.poller.poll(HEARTBEAT_MS)
+        self.records.sleeps(False)
+        if self.digests is not None:
+            self.digests.sleeps(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.parts.wake_fd)
 
 
 class FileWorker:

@@ -92,7 +92,6 @@ class MeterWorker:
         if self.merge.out_bytes:
             self.metering.feed(self.merge.output_address, self.merge.out_bytes)
             self.merge.emptied()
-            self.context.page["late_packets"] = self.merge.late
         self.merge.release()
         if status == order.EPOCH:
             self.step_clock()

@@ -369,7 +369,6 @@ cdef int parse_ipv6(Cursor* c, digest* d) noexcept nogil:
     cdef const uint8_t* p = c.packet + c.offset
     cdef uint32_t payload
     cdef uint64_t start = c.offset
-    cdef int result
     if not holds(c, 40):
         return shortage(c, 40)
     if p[0] >> 4 != 6:

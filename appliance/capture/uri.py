@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import socket
 from dataclasses import dataclass
 
 from appliance.errors import UsageError
@@ -87,7 +88,7 @@ def guess(text: str) -> Uri:
         return parse(text)
     if os.path.isfile(text):
         return parse(f"{_file_scheme(text)}:{text}")
-    if _INTERFACE_NAME.fullmatch(text) and os.path.exists(f"/sys/class/net/{text}"):
+    if _INTERFACE_NAME.fullmatch(text) and text in (name for _, name in socket.if_nameindex()):
         return parse(f"ring:{text}")
     raise UsageError(
         f"{text!r} is neither a file nor an interface; say what it is: {_list(LIVE_SCHEMES + FILE_SCHEMES)}"

@@ -114,7 +114,9 @@ class ApplianceNaming:
         return _free_path(os.path.join(self._quarantine, f"{self._output}-{sequence:08d}{self._ending}"))
 
     def leftovers(self) -> list[str]:
-        return _regular_files(self._work)
+        # The meter stages its flow files in the same directory.
+        ours = re.compile(rf"{re.escape(self._output)}-\d{{8,18}}{re.escape(self._ending)}(?:\.\d+)?", re.ASCII)
+        return [path for path in _regular_files(self._work) if ours.fullmatch(os.path.basename(path))]
 
     def _name(self, sequence: int, start_ns: int) -> str:
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(start_ns // NANOSECONDS))

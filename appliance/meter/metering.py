@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from appliance.counters import METER_FIELDS, PAGE_BYTES, CounterPage
-from appliance.errors import ConfigError
-from appliance.meter.exporter import Exporter, make_exporter
+from appliance.errors import ApplianceError, ConfigError
+from appliance.meter.exporter import Exporter, TcpExporter, make_exporter
 from appliance.meter.settings import MeterSettings
 from appliance.meter.table import FlowTable
 
@@ -107,16 +107,26 @@ class Metering:
 
     def finish(self, close_s: float = CLOSE_S) -> None:
         """Ends all flows (flowEndReason 4), sends the last statistics, and closes the exporters: files are published,
-        collectors get `close_s` seconds together. What remains is counted as not sent."""
+        collectors get `close_s` seconds together. What remains is counted as not sent. Raises, when all is closed,
+        the first ApplianceError of a file that could not be written."""
         while not self.table.flush():
             self._hand_over()
         self._hand_over()
         self._publish_counters()
         counts = {"ignored_packets": self._ignored_packets()}
         deadline_s = time.monotonic() + close_s
+        failed: ApplianceError | None = None
         for exporter in self.exporters:
             exporter.statistics(counts)
-            exporter.close(deadline_s)
+            exporter.drain()
+        # A collector that stalls may use up the time: whoever cannot stall goes first.
+        for exporter in sorted(self.exporters, key=lambda exporter: isinstance(exporter, TcpExporter)):
+            try:
+                exporter.close(deadline_s)
+            except ApplianceError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _ignored_packets(self) -> int:
         return self._ignored_by_capture() + self.page["ignored_packets"]

@@ -411,10 +411,10 @@ cdef class FlowTable:
 
         The hand visits every flow once a round in steps of the golden section, so that its next few flows are spread
         over the pool, and a flow that took a place has a whole round to show more packets."""
-        cdef int i, value, least = 100
+        cdef int _i, value, least = 100
         cdef Flow* flow
         cdef Flow* victim = NULL
-        for i in range(EVICTION_SAMPLE):
+        for _i in range(EVICTION_SAMPLE):
             flow = &self.flows[self.hand]
             self.hand = <uint32_t>((<uint64_t>self.hand + self.hand_step) % self.max_flows)
             value = FlowTable.worth(flow)
@@ -543,7 +543,7 @@ cdef class FlowTable:
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
         flow = self.find(&a.key, a.hash)
-        while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split leaves nothing
+        while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split empties it
             if reason == END_ACTIVE:
                 self.split(flow)
             else:

@@ -334,6 +334,17 @@ def test_a_damaged_record_is_named_and_what_stands_before_it_is_metered(length: 
     assert table.counters()["metered_packets"] == 50
 
 
+@given(st.lists(st.binary(min_size=96, max_size=96), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_digests_of_any_content_are_metered_within_bounds(contents: list[bytes]) -> None:
+    head, version = Packet().digest[:8], b"\1"
+    records = b"".join(head + content[:12] + version + content[12:] + bytes(23) for content in contents)
+    table = make_table(max_flows=16, row_capacity=5)
+    rows = feed(table, records) + flush(table)
+    check_identity(table)
+    assert sum(row["forward"]["packets"] + row["reverse"]["packets"] for row in rows) == len(contents)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"max_flows": 0}, {"max_flows": 1 << 28}, {"row_capacity": 0}, {"idle_timeout_ns": 0}, {"active_timeout_ns": 0}],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 import time
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.captures import START_NS, Timed, write_pcap
 from support.frames import MAGIC, Shape, numbered_frame
 from support.judges import (
     JudgeError,
@@ -22,22 +22,7 @@ from support.judges import (
 )
 from support.lab import requires_tool
 
-START_NS = 1_700_000_000_000_000_000
-
 SMALL = Shape()
-
-Timed = tuple[int, bytes]
-
-
-def write_pcap(path: Path, frames: Iterable[Timed], order: str = "<", captured_bytes: int = 262144) -> Path:
-    """A nanosecond pcap of frames at nanoseconds after START_NS."""
-    out = bytearray(struct.pack(order + "IHHIIII", 0xA1B23C4D, 2, 4, 0, 0, 262144, 1))
-    for after_ns, frame in frames:
-        seconds, fraction = divmod(START_NS + after_ns, 1_000_000_000)
-        kept = frame[:captured_bytes]
-        out += struct.pack(order + "IIII", seconds, fraction, len(kept), len(frame)) + kept
-    path.write_bytes(out)
-    return path
 
 
 def numbered(numbers: Iterable[int], interface_id: int = 0, shape: Shape = SMALL) -> list[Timed]:

@@ -1,0 +1,75 @@
+"""`./bootstrap` from the outside: what it says, and that it does not get between the user and the job."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def bootstrap(project: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([project / "bootstrap", *arguments], capture_output=True, text=True, env=env)
+
+
+def test_without_a_job_it_says_what_there_is(project: Path) -> None:
+    done = bootstrap(project)
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "] == [
+        "run",
+        "test",
+        "check",
+        "help",
+    ]
+
+
+def test_an_unknown_job_is_a_usage_error(project: Path) -> None:
+    done = bootstrap(project, "rum")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.startswith("usage: ./bootstrap JOB")
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+@pytest.mark.parametrize("script", ["bootstrap", ".ci/run"])
+def test_the_scripts_are_plain_posix_shell(project: Path, shell: str, script: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert (project / script).read_text().startswith("#!/bin/sh\n")
+    options = ["--posix"] if shell == "bash" else []
+    subprocess.run([shell, *options, "-n", project / script], check=True)
+
+
+def bare_system(directory: Path) -> dict[str, str]:
+    """An environment whose PATH has a shell and its tools but no compiler, no Python, and no way to install any."""
+    tools = "sh dirname basename mkdir date tail tr sort cut cat id flock wc find xargs sha256sum sed grep rm".split()
+    for tool in tools:
+        found = shutil.which(tool)
+        assert found is not None, tool
+        (directory / tool).symlink_to(found)
+    return {"PATH": str(directory), "HOME": str(directory)}
+
+
+def test_what_is_missing_is_named_where_it_cannot_be_installed(project: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.copy2(project / "bootstrap", tree)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    environment = bare_system(tools)
+    done = bootstrap(tree, "test", env={**environment, "PYTHON": "/nonexistent/python3"})
+    assert done.returncode == 1
+    assert "this system has no apt" in done.stderr
+    for package in ("gcc", "libc6-dev", "libpcap-dev", "tshark", "tcpdump", "nfdump", "prometheus"):
+        assert f" {package} " in f"{done.stderr} ".replace("\n", " ")
+
+    # With apt, but without the right to use it, one command does it all.
+    (tools / "apt-get").symlink_to("/bin/true")
+    (tools / "id").unlink()
+    (tools / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tools / "id").chmod(0o755)
+    done = bootstrap(tree, "run", env={**environment, "PYTHON": "/nonexistent/python3"})
+    assert done.returncode == 1
+    assert (
+        "please run:  sudo apt-get update && sudo apt-get install --no-install-recommends gcc libc6-dev " in done.stderr
+    )
