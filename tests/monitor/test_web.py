@@ -39,10 +39,15 @@ class Site:
         self.listener = open_listener("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = WebServer(application(appliance.snapshot, count), count)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.listener])))
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.serve)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
+
+    def serve(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self.server.serve([self.listener]))
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -57,7 +62,7 @@ class Site:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def stop(self) -> None:
-        self.server.should_exit = True
+        self.loop.call_soon_threadsafe(self.server.end)
         self.thread.join()
 
 
