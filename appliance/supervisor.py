@@ -291,9 +291,9 @@ class Supervisor:
             self.status = EXIT_GAVE_UP
             self.stop(f"{worker.name} fails again and again")
             return
-        delay = min(BACKOFF_FIRST_S * 2 ** (len(worker.deaths) - 1), BACKOFF_MAX_S)
+        delay = backoff_s(len(worker.deaths))
         worker.start_at = now + delay
-        log.error("%s %s; it starts again in %g s", worker.name, how, delay)
+        log.error("%s %s; it starts again %s", worker.name, how, f"in {delay:g} s" if delay else "at once")
 
     def abandon(self, worker: Worker) -> None:
         """It is not started again. A producer's rings get their end from us, so that nobody waits for it."""
@@ -461,3 +461,9 @@ class Supervisor:
             print(wiring.status_line(snapshot), flush=True)
         signal.set_wakeup_fd(-1)
         self.wired.close()
+
+
+def backoff_s(deaths: int) -> float:
+    """The pause before the next life, after so many deaths in the window. None after the first: meanwhile the kernel's
+    ring of a capture worker fills, and it holds half a second only."""
+    return min(BACKOFF_FIRST_S * 2.0 ** (deaths - 2), BACKOFF_MAX_S) if deaths > 1 else 0.0

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from appliance.config import Output
 from appliance.counters import CounterPage
 from appliance.errors import ApplianceError
+from appliance.formats.unpack import DamagedStreamError, Unpacker
 from appliance.merge.compressor import CompressorSink, SinkError, compressor_argv
 from appliance.merge.naming import Naming
 from appliance.merge.publish import Sidecar, rename_without_replacing, sync_and_hash, sync_directory, write_durably
@@ -26,6 +27,7 @@ from appliance.merge.segment import create_exclusively
 log = logging.getLogger(__name__)
 
 COPY_BYTES = 1 << 20
+EMPTY_FRAME_BYTES = 64  # every compressor's frame around nothing is smaller
 LOCK_WAIT_S = 10.0  # an orphaned compressor still has its last megabyte to write
 
 
@@ -86,8 +88,8 @@ def recover_file(
     if not wait_until_unlocked(path, beat):
         log.warning("%s is still being written by another process; it is left for the next start", path)
         return None
-    if os.stat(path).st_size == 0:
-        os.unlink(path)  # a file that was opened ahead, and never used
+    if was_never_used(path):
+        os.unlink(path)
         return None
     sequence = naming.next_sequence()
     plain = naming.staging_path(sequence)
@@ -101,6 +103,20 @@ def recover_file(
         os.unlink(path)
     publish(result, sequence, found, naming, output, page)
     return found
+
+
+def was_never_used(path: str) -> bool:
+    """Opened ahead: an empty file, or the empty frame of a compressor, whole or not."""
+    with open(path, "rb") as file:
+        if os.stat(file.fileno()).st_size > EMPTY_FRAME_BYTES:
+            return False
+        unpacker = Unpacker.open(head := file.read(), lambda _count: b"")
+    if unpacker is None:
+        return not head
+    try:
+        return unpacker.read_into(memoryview(bytearray(1))) == 0
+    except DamagedStreamError:
+        return True
 
 
 def wait_until_unlocked(path: str, beat: Callable[[], None]) -> bool:
