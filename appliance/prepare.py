@@ -19,6 +19,7 @@ from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
+from appliance.process import account_of
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +67,16 @@ class Preparation:
             raise GaveUpError(f"{os.path.dirname(path)}: another instance is writing there") from None
         self._lock_fds.append(fd)
 
-    def hand_over(self, uid: int, gid: int) -> None:
+    def hand_over(self, user: str) -> None:
         """What was made belongs to the user that the service becomes."""
-        for path in self._directories:
-            os.chown(path, uid, gid)
-        for fd in self._lock_fds:
-            os.fchown(fd, uid, gid)
+        for path in [*self._directories, *(f"/proc/self/fd/{fd}" for fd in self._lock_fds)]:
+            self.give(path, user)
+
+    @staticmethod
+    def give(path: str, user: str) -> None:
+        if os.geteuid() == 0:
+            account = account_of(user)
+            os.chown(path, account.pw_uid, account.pw_gid)
 
     def release(self) -> None:
         """The run is over; what it made stays."""

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,12 +32,13 @@ from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
+from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
-from appliance.process import CAP_NET_RAW, WorkerContext, account_of, check_user, drop_privileges, set_process_name
+from appliance.process import CAP_NET_RAW, WorkerContext, check_user, drop_privileges, set_process_name
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -110,7 +111,7 @@ class Wiring:
                 check_output(output, naming, preparation)
                 namings[output.name] = naming
             if config.service.user:
-                hand_over(preparation, config.service.user)
+                preparation.hand_over(config.service.user)
         except BaseException:
             preparation.undo()
             raise
@@ -150,6 +151,8 @@ class Wiring:
             path = os.path.abspath(monitor.control_socket)
             self.preparation.make_parents(path)
             self.control = open_control_socket(Path(path))
+            if self.config.service.user:
+                self.preparation.give(path, self.config.service.user)
 
     def make_memory(self) -> None:
         """Rings, eventfds."""
@@ -378,13 +381,6 @@ def needs_host(config: Config) -> bool:
     return any(interface.source.is_every_interface for interface in config.interfaces)
 
 
-def hand_over(preparation: Preparation, user: str) -> None:
-    """What was made belongs to the user that the service becomes, which must be possible."""
-    account = account_of(user)
-    if os.geteuid() == 0:
-        preparation.hand_over(account.pw_uid, account.pw_gid)
-
-
 def eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -479,45 +475,9 @@ def reload_message(output: Output) -> bytes:
 # ---- words about the figures ----
 
 
-def status_line(snapshot: Snapshot) -> str:
-    """One line for systemd, and for the terminal every few seconds."""
-    received = sum(interface.received_packets for interface in snapshot.interfaces)
-    written = sum(interface.written_packets for interface in snapshot.interfaces)
-    lost = sum(interface.lost_packets for interface in snapshot.interfaces)
-    waiting = sum(interface.in_flight_packets for interface in snapshot.interfaces)
-    files = sum(output.files_published for output in snapshot.outputs)
-    parts = [
-        f"{received} packets received",
-        f"{written} written",
-        f"{lost} lost",
-        f"{waiting} in flight",
-        f"{files} files published",
-    ]
-    if snapshot.meter is not None:
-        parts.append(f"{snapshot.meter.active_flows} flows active, {snapshot.meter.exported_flows} exported")
-    if snapshot.problems:
-        parts.append(f"problem: {snapshot.problems[0]}")
-    return ", ".join(parts)
-
-
 def state_lines(snapshot: Snapshot) -> Sequence[str]:
     """For USR2: everything, a line an object."""
-    lines = [status_line(snapshot)]
+    lines = [live_line(snapshot), *snapshot.problems]
     for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
         lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
     return lines
-
-
-def final_lines(snapshot: Snapshot) -> Sequence[str]:
-    """At the end: the balance of every interface."""
-    return [balance(interface.label, dataclasses.asdict(interface)) for interface in snapshot.interfaces]
-
-
-def balance(label: str, figures: Mapping[str, Any]) -> str:
-    dropped = ", ".join(f"{count} by {stage}" for stage, count in figures["dropped"].items() if count)
-    return (
-        f"{label}: {figures['received_packets']} received = {figures['written_packets']} written"
-        f" + {figures['dropped_packets']} dropped{f' ({dropped})' if dropped else ''}"
-        f" + {figures['in_flight_packets']} in flight"
-    )
-
