@@ -75,8 +75,9 @@ def start_traffic() -> BaseProcess:
 
 
 def make_traffic(parent: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # a terminal's, for the service; it ends us with SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
     set_process_name("lab-traffic")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver, socket.create_server(("127.0.0.1", 0)) as server:

@@ -87,6 +87,7 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
 
     def __init__(self, target: logging.Handler) -> None:
         # Not the library's __init__: that would start its receiving thread.
+        self._is_closed = True
         logging.Handler.__init__(self)
         self.sub_handler = target
         self.setLevel(target.level)

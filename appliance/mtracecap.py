@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from appliance import config as configuration
-from appliance import supervisor
+from appliance import config as configuration, supervisor
 from appliance.capture import uri as capture_uri
 from appliance.config import MAX_SNAPLEN, MIB, Config
 from appliance.errors import (
@@ -476,7 +475,7 @@ def run(job: Job) -> int:
         count_captured_bytes=True,  # -S counts packets' bytes, as 0.4 does
         watch_file=job.watch_file,
         strict=True,
-        resolution_of_inputs=True,
+        resolution_of_inputs=job.config.outputs[0].format == "pcap",
     )
     return supervisor.run(job.config, options)
 

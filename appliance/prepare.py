@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import pwd
 from collections.abc import Sequence
 
 from appliance.capture import bpf
@@ -64,12 +65,19 @@ class Preparation:
             raise GaveUpError(f"{os.path.dirname(path)}: another instance is writing there") from None
         self._lock_fds.append(fd)
 
-    def hand_over(self, uid: int, gid: int) -> None:
+    def hand_over(self, user: str) -> None:
         """What was made belongs to the user that the service becomes."""
-        for path in self._directories:
-            os.chown(path, uid, gid)
-        for fd in self._lock_fds:
-            os.fchown(fd, uid, gid)
+        for path in [*self._directories, *(f"/proc/self/fd/{fd}" for fd in self._lock_fds)]:
+            self.give(path, user)
+
+    @staticmethod
+    def give(path: str, user: str) -> None:
+        try:
+            account = pwd.getpwnam(user)
+        except KeyError:
+            raise MissingInputError(f"service.user: user {user!r} does not exist") from None
+        if os.geteuid() == 0:
+            os.chown(path, account.pw_uid, account.pw_gid)
 
     def release(self) -> None:
         """The run is over; what it made stays."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.popen_fork
+import multiprocessing.queues
+import multiprocessing.synchronize
 import os
 import selectors
 import signal
@@ -25,6 +28,7 @@ from appliance.capture.opener import describe_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, GaveUpError
+from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
 from appliance.wiring import RunOptions, Wiring
@@ -36,6 +40,7 @@ STATUS_EVERY_S = 5.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 KILL_GRACE_S = 2.0
+ONE_REQUEST_S = 0.5
 STUCK_SEGMENT_INTERVALS = 3
 REOPEN = b"reopen"
 TERMINATING = (signal.SIGTERM, signal.SIGINT)
@@ -48,17 +53,37 @@ def run(config: Config, options: RunOptions | None = None) -> int:
     Raises ApplianceError when it cannot start: then nothing was left behind.
     """
     handler = logs.set_up(config.service.log_level)
+    signals = SignalInbox()
     wired = Wiring.make(config, options or RunOptions())
     try:
         wired.start_opener()
-        wired.open_sources()
         wired.open_monitor()
         wired.make_memory()
+        # The last thing before the workers start: the kernel's rings bridge about a second.
+        wired.open_sources()
         drop_privileges(config.service.user, wired.kept_capabilities)
     except BaseException:
         wired.undo()
         raise
-    return Supervisor(wired, handler).run()
+    return Supervisor(wired, handler, signals).run()
+
+
+class SignalInbox:
+    """Signals as bytes on a socket, from the first moment on: one that comes during the start is not lost, and does not
+    end the process with sockets and directories half made."""
+
+    def __init__(self) -> None:
+        self.reader, writer = socket.socketpair()
+        self.reader.setblocking(False)
+        writer.setblocking(False)
+        self._writer = writer
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # the byte on the wake-up socket is all that is wanted
+
+    def take(self) -> list[int]:
+        """The signals since the last look, each once."""
+        return sorted(set(self.reader.recv(64)))
 
 
 @dataclass
@@ -87,7 +112,8 @@ class Worker:
 class Supervisor:
     """The loop: wait, take signals and words, reap, watch, tell."""
 
-    def __init__(self, wired: Wiring, handler: logging.Handler) -> None:
+    def __init__(self, wired: Wiring, handler: logging.Handler, signals: SignalInbox) -> None:
+        self.signals = signals
         self.wired = wired
         self.config = wired.config
         self.handler = handler
@@ -103,6 +129,7 @@ class Supervisor:
         self.hurried = False
         self.ready = False
         self.next_status = 0.0
+        self.last_snapshot: Snapshot | None = None
         self.notifier = sdnotify.SystemdNotifier()
         self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
         self.next_watchdog = 0.0
@@ -113,7 +140,7 @@ class Supervisor:
         self.page["pid"] = os.getpid()
         self.page["started_ns"] = time.monotonic_ns()
         self.page["last_reload_ok"] = 1
-        self.take_signals()
+        self.selector.register(self.signals.reader, selectors.EVENT_READ, self.hear_signals)
         if self.wired.opener is not None:
             self.selector.register(self.wired.opener.channel, selectors.EVENT_READ, self.hear_opener)
         try:
@@ -149,20 +176,11 @@ class Supervisor:
 
     # ---- signals ----
 
-    def take_signals(self) -> None:
-        reader, writer = socket.socketpair()
-        reader.setblocking(False)
-        writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # the byte on the wake-up socket is all that is wanted
-        self._wakeup = (reader, writer)
-        self.selector.register(reader, selectors.EVENT_READ, self.hear_signals)
-
     def hear_signals(self) -> None:
-        for number in self._wakeup[0].recv(64):
+        for number in self.signals.take():
             if number in TERMINATING:
-                if self.stopping_since is not None:
+                # Within a moment it is one request: `timeout` and some terminals send it to us and to our group.
+                if self.stopping_since is not None and time.monotonic() - self.stopping_since > ONE_REQUEST_S:
                     log.warning("told to stop twice: ending at once, what is not written is lost")
                     self.hurried = True
                 self.stop(f"signal {signal.Signals(number).name}")
@@ -291,9 +309,9 @@ class Supervisor:
             self.status = EXIT_GAVE_UP
             self.stop(f"{worker.name} fails again and again")
             return
-        delay = min(BACKOFF_FIRST_S * 2 ** (len(worker.deaths) - 1), BACKOFF_MAX_S)
+        delay = backoff_s(len(worker.deaths))
         worker.start_at = now + delay
-        log.error("%s %s; it starts again in %g s", worker.name, how, delay)
+        log.error("%s %s; it starts again %s", worker.name, how, f"in {delay:g} s" if delay else "at once")
 
     def abandon(self, worker: Worker) -> None:
         """It is not started again. A producer's rings get their end from us, so that nobody waits for it."""
@@ -398,10 +416,11 @@ class Supervisor:
             self.notifier.notify("WATCHDOG=1")
         if now >= self.next_status:
             self.next_status = now + STATUS_EVERY_S
-            line = wiring.status_line(self.wired.view.snapshot())
-            self.notifier.notify(f"STATUS={line}")
+            snapshot = self.wired.view.snapshot()
+            self.notifier.notify(f"STATUS={systemd_status(snapshot, self.last_snapshot)}")
             if self.wired.options.figures and self.ready:
-                print(line, flush=True)
+                print(live_line(snapshot, self.last_snapshot), flush=True)
+            self.last_snapshot = snapshot
 
     def has_started(self, worker: Worker) -> bool:
         return worker.ended or self.wired.pages[worker.name]["state"] > 0
@@ -455,9 +474,15 @@ class Supervisor:
                 worker.process.join()
                 self.forget(worker)
         snapshot: Snapshot = self.wired.view.snapshot()
-        for line in wiring.final_lines(snapshot):
-            log.info("%s", line)
+        for row in snapshot.interfaces:
+            log.info("%s", identity_line(row))
         if self.wired.options.figures:
-            print(wiring.status_line(snapshot), flush=True)
+            print(live_line(snapshot), flush=True)
         signal.set_wakeup_fd(-1)
         self.wired.close()
+
+
+def backoff_s(deaths: int) -> float:
+    """The pause before the next life, after so many deaths in the window. None after the first: meanwhile the kernel's
+    ring of a capture worker fills, and it holds half a second only."""
+    return min(BACKOFF_FIRST_S * 2.0 ** (deaths - 2), BACKOFF_MAX_S) if deaths > 1 else 0.0

@@ -11,10 +11,9 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pwd
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,12 +27,12 @@ from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, serve
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
-from appliance.errors import MissingInputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
+from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
@@ -110,7 +109,7 @@ class Wiring:
                 check_output(output, naming, preparation)
                 namings[output.name] = naming
             if config.service.user:
-                hand_over(preparation, config.service.user)
+                preparation.hand_over(config.service.user)
         except BaseException:
             preparation.undo()
             raise
@@ -150,6 +149,8 @@ class Wiring:
             path = os.path.abspath(monitor.control_socket)
             self.preparation.make_parents(path)
             self.control = open_control_socket(Path(path))
+            if self.config.service.user:
+                self.preparation.give(path, self.config.service.user)
 
     def make_memory(self) -> None:
         """Rings, eventfds."""
@@ -374,15 +375,6 @@ def needs_host(config: Config) -> bool:
     return any(interface.source.is_every_interface for interface in config.interfaces)
 
 
-def hand_over(preparation: Preparation, user: str) -> None:
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        raise MissingInputError(f"service.user: user {user!r} does not exist") from None
-    if os.geteuid() == 0:
-        preparation.hand_over(account.pw_uid, account.pw_gid)
-
-
 def eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -477,45 +469,9 @@ def reload_message(output: Output) -> bytes:
 # ---- words about the figures ----
 
 
-def status_line(snapshot: Snapshot) -> str:
-    """One line for systemd, and for the terminal every few seconds."""
-    received = sum(interface.received_packets for interface in snapshot.interfaces)
-    written = sum(interface.written_packets for interface in snapshot.interfaces)
-    lost = sum(interface.lost_packets for interface in snapshot.interfaces)
-    waiting = sum(interface.in_flight_packets for interface in snapshot.interfaces)
-    files = sum(output.files_published for output in snapshot.outputs)
-    parts = [
-        f"{received} packets received",
-        f"{written} written",
-        f"{lost} lost",
-        f"{waiting} in flight",
-        f"{files} files published",
-    ]
-    if snapshot.meter is not None:
-        parts.append(f"{snapshot.meter.active_flows} flows active, {snapshot.meter.exported_flows} exported")
-    if snapshot.problems:
-        parts.append(f"problem: {snapshot.problems[0]}")
-    return ", ".join(parts)
-
-
 def state_lines(snapshot: Snapshot) -> Sequence[str]:
     """For USR2: everything, a line an object."""
-    lines = [status_line(snapshot)]
+    lines = [live_line(snapshot), *snapshot.problems]
     for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
         lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
     return lines
-
-
-def final_lines(snapshot: Snapshot) -> Sequence[str]:
-    """At the end: the balance of every interface."""
-    return [balance(interface.label, dataclasses.asdict(interface)) for interface in snapshot.interfaces]
-
-
-def balance(label: str, figures: Mapping[str, Any]) -> str:
-    dropped = ", ".join(f"{count} by {stage}" for stage, count in figures["dropped"].items() if count)
-    return (
-        f"{label}: {figures['received_packets']} received = {figures['written_packets']} written"
-        f" + {figures['dropped_packets']} dropped{f' ({dropped})' if dropped else ''}"
-        f" + {figures['in_flight_packets']} in flight"
-    )
-

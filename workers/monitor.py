@@ -76,7 +76,7 @@ class Monitor:
         if control is not None:
             control.close()
         if web is not None and serving is not None:
-            web.should_exit = True
+            web.end()
             await serving
         beating.cancel()
         self._host.stop()

@@ -33,7 +33,9 @@ PACKET_IGNORE_OUTGOING = 23
 PACKET_MR_PROMISC = 1
 TPACKET_V3 = 2
 SIOCGIFHWADDR = 0x8927
-BLOCK_BYTES = 1 << 20
+# A block holds the longest packet (262144 bytes and its headers). At a low rate each block time-out takes one block, so
+# it is their number that says how long the ring bridges when nobody reads it: 128 of 8 ms are a second.
+BLOCK_BYTES = 1 << 19
 FRAME_BYTES = 2048
 
 LINKTYPE_ETHERNET = 1

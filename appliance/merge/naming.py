@@ -114,8 +114,8 @@ class ApplianceNaming:
         return _free_path(os.path.join(self._quarantine, f"{self._output}-{sequence:08d}{self._ending}"))
 
     def leftovers(self) -> list[str]:
-        # The meter stages its flow files in the same directory.
-        ours = re.compile(rf"{re.escape(self._output)}-\d{{8,18}}{re.escape(self._ending)}(?:\.\d+)?", re.ASCII)
+        # The meter stages its flow files in the same directory. Format and compressor may have been others then.
+        ours = re.compile(rf"{re.escape(self._output)}-\d{{8,18}}[.]pcap.*", re.ASCII)
         return [path for path in _regular_files(self._work) if ours.fullmatch(os.path.basename(path))]
 
     def _name(self, sequence: int, start_ns: int) -> str:

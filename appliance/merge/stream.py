@@ -334,7 +334,8 @@ class OutputStream:
         except SinkError as error:
             segment.failure = str(error)
             self._publisher.count_write_error()
-            log.error("%s", error)
+            if self._outlives_failures:
+                log.error("%s", error)
             return False
         segment.bytes += len(data)
         self._page.add("written_bytes", len(data))

@@ -101,10 +101,11 @@ def _json(value: object, status_code: int = 200) -> Response:
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn without its signal handlers, which are the supervisor's business; ends when `should_exit` is set."""
+    """uvicorn without its signal handlers, which are the supervisor's business; `serve` returns after `end`."""
 
     def __init__(self, app: Starlette, count: Count) -> None:
         guard = _Guard(count)
+        self._ended = asyncio.Event()
         super().__init__(
             uvicorn.Config(
                 app,
@@ -123,6 +124,18 @@ class WebServer(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             )
         )
+
+    def end(self) -> None:
+        """From the event loop's thread."""
+        self.should_exit = True
+        self._ended.set()
+
+    async def main_loop(self) -> None:
+        # uvicorn's own loop wakes ten times a second, which an idle service would feel.
+        while not await self.on_tick(0):  # 0: refreshes the Date header
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._ended.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -105,14 +105,16 @@ class TestApplianceNaming:
             assert not os.path.lexists(path)
             assert path.endswith(".1")
 
-    def test_all_files_in_work_are_leftovers_but_no_links_and_directories(self, tmp_path: Path) -> None:
+    def test_leftovers_are_this_outputs_captures_in_work_whatever_they_end_in(self, tmp_path: Path) -> None:
         naming = appliance_naming(tmp_path)
-        for age, name in enumerate(["b", "a"]):
-            (tmp_path / "work" / name).touch()
-            os.utime(tmp_path / "work" / name, (1000 - age, 1000 - age))
-        (tmp_path / "work" / "link").symlink_to("a")
-        (tmp_path / "work" / "directory").mkdir()
-        assert naming.leftovers() == [str(tmp_path / "work" / "a"), str(tmp_path / "work" / "b")]
+        work = tmp_path / "work"
+        ours = ["main-00000009.pcapng.lz4", "main-00000008.pcap.zst", "main-00000007.pcapng.1"]
+        for age, name in enumerate([*ours, "flows-00000001.ipfix", "other-00000001.pcapng", "main-1.pcapng"]):
+            (work / name).touch()
+            os.utime(work / name, (1000 + age, 1000 + age))
+        (work / "main-00000001.pcapng").symlink_to("nowhere")
+        (work / "main-00000002.pcapng").mkdir()
+        assert naming.leftovers() == [str(work / name) for name in ours]
 
 
 class TestMtracecapNaming:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import re
 import resource
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from monitor.pages import Appliance
@@ -19,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.errors import CannotCreateError
 from appliance.monitor import web
-from appliance.monitor.view import Snapshot
+from appliance.monitor.view import ExportInfo, Snapshot
 from appliance.monitor.web import MAX_CONNECTIONS, WebServer, application, open_listener
 
 
@@ -35,10 +39,15 @@ class Site:
         self.listener = open_listener("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = WebServer(application(appliance.snapshot, count), count)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.listener])))
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.serve)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
+
+    def serve(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self.server.serve([self.listener]))
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -53,7 +62,7 @@ class Site:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def stop(self) -> None:
-        self.server.should_exit = True
+        self.loop.call_soon_threadsafe(self.server.end)
         self.thread.join()
 
 
@@ -109,6 +118,58 @@ def test_the_page_needs_nothing_from_elsewhere(site: Site) -> None:
     urls = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", page)
     assert set(urls) == {"data:,", "status.json", "metrics", "healthz"}
     assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+
+
+@pytest.fixture
+def browser() -> str:
+    for name in ("chromium-headless-shell", "chromium", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium is installed (package chromium-headless-shell)")
+
+
+def shown_in(browser: str, url: str, profile: Path) -> str:
+    """The document after its script has run for a while, and what the browser had to say."""
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={profile}",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+            url,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr  # a script's error, or a breach of the content security policy
+    return done.stdout
+
+
+def test_a_browser_shows_the_figures(site: Site, browser: str, tmp_path: Path) -> None:
+    document = shown_in(browser, f"http://127.0.0.1:{site.port}/", tmp_path / "profile")
+    assert '<span id="health" role="status" class="ok">healthy</span>' in document
+    assert "<td>1,000</td><td>700</td>" in document
+    assert "foreign 3, filter 7, kernel 100, ring 50, merge 10, writer 30, unclean 5" in document
+
+
+def test_a_name_is_text_and_never_markup(running: Appliance, browser: str, tmp_path: Path) -> None:
+    hostile = "udp://<img src=x onerror=alert(1)>"
+    running.topology = dataclasses.replace(running.topology, exports=(ExportInfo(hostile),))
+    running.pages["meter"]["heartbeat_ns"] = 0
+    site = Site(running)
+    try:
+        document = shown_in(browser, f"http://127.0.0.1:{site.port}/", tmp_path / "profile")
+    finally:
+        site.stop()
+    assert "udp://&lt;img src=x onerror=alert(1)&gt;" in document
+    assert '<span id="health" role="status" class="failing">failing</span>' in document
+    assert "<li>worker meter has not started yet</li>" in document
 
 
 def test_nothing_can_be_changed_over_http(site: Site) -> None:

@@ -39,14 +39,18 @@ class Recording:
         return self.process.returncode, said
 
 
-def wait_for_capture(lab: Lab, count: int) -> None:
-    """Until `count` packet sockets are bound in the namespace, each to its interface."""
+def wait_for_capture(recording: Recording, count: int) -> None:
+    """Until `count` packet sockets are bound, each to its interface, and the program answers to TERM."""
 
-    def bound() -> bool:
-        lines = lab.run(["cat", "/proc/net/packet"]).stdout.splitlines()[1:]
-        return sum(line.split()[3] == "0003" and line.split()[4] != "0" for line in lines) >= count
+    def begun() -> bool:
+        assert recording.process.poll() is None, recording.wait()
+        lines = recording.lab.run(["cat", "/proc/net/packet"]).stdout.splitlines()[1:]
+        bound = sum(line.split()[3] == "0003" and line.split()[4] != "0" for line in lines)
+        status = Path(f"/proc/{recording.process.pid}/status").read_text()
+        caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.M)
+        return bound >= count and caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
-    wait_until(bound, "the capture has begun", timeout_s=20)
+    wait_until(begun, "the capture has begun", timeout_s=20)
 
 
 def series(directory: Path) -> list[Path]:
@@ -77,7 +81,7 @@ class TestSeriesFromInterfaces:
             (a, a_peer), (b, b_peer) = lab.veth("a"), lab.veth("b")
             flags = ["-G", "1", "-U", "--file-ext=.pcap.lz4", "--pipeout=lz4 -q -c"]
             recording = Recording(lab, "-B", f"pcapfile:{tmp_path}", *flags, f"ring:{a}", f"ring:{b}")
-            wait_for_capture(lab, 2)
+            wait_for_capture(recording, 2)
             report = lab.send([a_peer, b_peer], frames=frames, rate=40_000)
             status, said = recording.stop()
         assert status == 0, said
@@ -85,7 +89,7 @@ class TestSeriesFromInterfaces:
         files = series(tmp_path)
         assert_names(files, ".pcap.lz4")
         assert len(files) >= 3
-        subprocess.run(["lz4", "-q", "-t", *files], check=True)
+        subprocess.run(["lz4", "-q", "-m", "-t", *files], check=True)
         check_numbered(files).assert_exact(report.sent_by_id)
         assert packet_count(files) == 2 * frames
         assert all(capinfos(path).in_order for path in files)
@@ -94,7 +98,7 @@ class TestSeriesFromInterfaces:
         with Lab() as lab:
             (a, a_peer), (b, _) = lab.veth("a"), lab.veth("b")
             recording = Recording(lab, "-UG", "1", "-B", f"pcapfile:{tmp_path}", f"ring:{a}", f"ring:{b}")
-            wait_for_capture(lab, 2)
+            wait_for_capture(recording, 2)
             sender = lab.start_sender([a_peer], rate=20_000)
             appeared: dict[str, float] = {}
             deadline = time.time() + 4.5
@@ -119,7 +123,7 @@ class TestSeriesFromInterfaces:
             a, _ = lab.veth("a")
             flags = ["-UG1", "--file-ext=.pcap.lz4", "--pipeout=lz4 -q -c"]
             recording = Recording(lab, *flags, "-B", f"pcapfile:{tmp_path}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             wait_until(lambda: sum(not p.name.startswith("tmp-") for p in series(tmp_path)) >= 3, "three idle files")
             status, said = recording.stop()
         assert status == 0, said
@@ -132,7 +136,7 @@ class TestSeriesFromInterfaces:
         with Lab() as lab:
             a, peer = lab.veth("a")
             recording = Recording(lab, "-B", f"pcapfile:{tmp_path}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             report = lab.send([peer], frames=100, rate=10_000)
             wait_until(lambda: bool(series(tmp_path)), "a staging file")
             assert [bool(re.fullmatch(r"tmp-\d+-00000000", path.name)) for path in series(tmp_path)] == [True]
@@ -148,7 +152,7 @@ class TestSeriesFromInterfaces:
         with Lab() as lab:
             a, peer = lab.veth("a")
             recording = Recording(lab, "-S", "1", "-B", f"pcapng:{tmp_path}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             report = lab.send([peer], frames=frames, rate=20_000, sizes=(size,))
             status, said = recording.stop()
         assert status == 0, said
@@ -163,7 +167,7 @@ class TestSeriesFromInterfaces:
             a, peer = lab.veth("a")
             flags = ["-F", "udp src port 20001", "-s", "96"]
             recording = Recording(lab, *flags, "-B", f"pcapfile:{tmp_path}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             lab.send([peer], frames=300, rate=10_000, sizes=(200,), flows=3)
             status, said = recording.stop()
         assert status == 0, said
@@ -176,7 +180,7 @@ class TestSeriesFromInterfaces:
         with Lab() as lab:
             a, peer = lab.veth("a")
             recording = Recording(lab, "-W", str(gate), "-B", f"pcapfile:{directory}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             report = lab.send([peer], frames=2_000, rate=10_000)
             time.sleep(0.5)
             assert series(directory) == []
@@ -186,14 +190,17 @@ class TestSeriesFromInterfaces:
         assert status == 0, said
         check_numbered(series(directory)).assert_exact(report.sent_by_id)
 
-    def test_term_works_while_the_watch_file_is_waited_for(self, tmp_path: Path) -> None:
+    def test_term_ends_the_wait_for_the_watch_file_and_what_was_captured_is_written(self, tmp_path: Path) -> None:
         with Lab() as lab:
-            a, _ = lab.veth("a")
+            a, peer = lab.veth("a")
             recording = Recording(lab, "-W", str(tmp_path / "gate"), "-B", f"pcapfile:{tmp_path}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
+            report = lab.send([peer], frames=2_000, rate=10_000)
             status, said = recording.stop()
         assert status == 0, said
-        assert series(tmp_path) == []
+        files = series(tmp_path)
+        assert_names(files, "")
+        check_numbered(files).assert_exact(report.sent_by_id)
 
     def test_the_sequence_goes_on_behind_the_number_in_the_file(self, tmp_path: Path) -> None:
         directory, number = tmp_path / "out", tmp_path / "number"
@@ -203,7 +210,7 @@ class TestSeriesFromInterfaces:
             with Lab() as lab:
                 a, _ = lab.veth("a")
                 recording = Recording(lab, "-N", str(number), "-UG1", "-B", f"pcapfile:{directory}", f"ring:{a}")
-                wait_for_capture(lab, 1)
+                wait_for_capture(recording, 1)
                 time.sleep(1.2)
                 status, said = recording.stop()
             assert status == 0, said
@@ -222,7 +229,7 @@ class TestSeriesFromInterfaces:
             a, peer = lab.veth("a")
             flags = ["--relinquish-privileges=nobody", "-B", f"pcapfile:{directory}"]
             recording = Recording(lab, *flags, f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             wait_until(lambda: bool(series(directory)), "a file")
             status_file = Path(f"/proc/{recording.process.pid}/status").read_text()
             report = lab.send([peer], frames=500, rate=10_000)
@@ -241,7 +248,7 @@ class TestSeriesFromInterfaces:
         with Lab() as lab:
             a, peer = lab.veth("a")
             recording = Recording(lab, f"--pipeout={script}", "-B", f"pcapfile:{directory}", f"ring:{a}")
-            wait_for_capture(lab, 1)
+            wait_for_capture(recording, 1)
             lab.send([peer], frames=100, rate=10_000)
             status, said = recording.stop()
         assert status == 74, said
