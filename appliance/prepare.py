@@ -43,7 +43,9 @@ class Preparation:
         devices = {os.stat(path).st_dev: path for path in reversed(naming.directories)}
         if len(devices) > 1:
             first, second, *_ = devices.values()
-            raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
+            raise CannotCreateError(
+                f"{first} and {second} are on different file systems; files are renamed between them"
+            )
 
     def make_parents(self, path: str) -> None:
         """The directories above `path`."""

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pwd
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
+from appliance.errors import MissingPermissionError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -41,7 +43,6 @@ from appliance.prepare import Preparation, check_files, check_linktypes, check_o
 from appliance.process import CAP_NET_RAW, WorkerContext, check_user, drop_privileges, set_process_name
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
-
 
 RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
@@ -169,6 +170,16 @@ class Wiring:
         fd = memory.allocate(capacity, name)
         initialise(fd, capacity, self.generation)
         return fd
+
+    def check_programs(self) -> None:
+        """With our final rights: the compressors are programs that we may run."""
+        for planned in self.plan.outputs:
+            argv = compressor_argv(planned.output.compressor)
+            if argv is not None and not os.access(argv[0], os.X_OK):
+                raise MissingPermissionError(
+                    f"output {planned.output.name}: user {user_name()} may not run its compressor {argv[0]}; "
+                    "install it where that user finds it"
+                )
 
     def announce(self) -> None:
         if self.options.announce is not None:
@@ -381,6 +392,13 @@ def needs_host(config: Config) -> bool:
     return any(interface.source.is_every_interface for interface in config.interfaces)
 
 
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -479,5 +497,5 @@ def state_lines(snapshot: Snapshot) -> Sequence[str]:
     """For USR2: everything, a line an object."""
     lines = [live_line(snapshot), *snapshot.problems]
     for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
-        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
+        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]
     return lines
