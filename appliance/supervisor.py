@@ -62,7 +62,6 @@ def run(config: Config, options: RunOptions | None = None) -> int:
         # The last thing before the workers start: the kernel's rings bridge about a second.
         wired.open_sources()
         drop_privileges(config.service.user, wired.kept_capabilities)
-        wired.check_programs()
     except BaseException:
         wired.undo()
         raise

@@ -11,8 +11,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pwd
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,6 @@ from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
-from appliance.errors import MissingPermissionError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -40,7 +39,14 @@ from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
-from appliance.process import CAP_NET_RAW, WorkerContext, check_user, drop_privileges, set_process_name
+from appliance.process import (
+    CAP_NET_RAW,
+    WorkerContext,
+    check_user,
+    close_descriptors,
+    drop_privileges,
+    set_process_name,
+)
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -109,7 +115,7 @@ class Wiring:
             for planned in plan.outputs:
                 output = planned.output
                 naming = options.naming(output) if options.naming else appliance_naming(output)
-                check_output(output, naming, preparation)
+                check_output(output, naming, preparation, config.service.user)
                 namings[output.name] = naming
             if config.service.user:
                 preparation.hand_over(config.service.user)
@@ -125,7 +131,7 @@ class Wiring:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = multiprocessing.get_context("fork").Process(
-            target=run_opener, args=(theirs, ours, self.config.service.user), name="opener", daemon=True
+            target=run_opener, args=(theirs, self.config.service.user), name="opener", daemon=True
         )
         process.start()
         theirs.close()
@@ -153,6 +159,7 @@ class Wiring:
             self.preparation.make_parents(path)
             self.control = open_control_socket(Path(path))
             if self.config.service.user:
+                self.preparation.hand_over(self.config.service.user)  # the directory too, for unlink at the end
                 self.preparation.give(path, self.config.service.user)
 
     def make_memory(self) -> None:
@@ -170,16 +177,6 @@ class Wiring:
         fd = memory.allocate(capacity, name)
         initialise(fd, capacity, self.generation)
         return fd
-
-    def check_programs(self) -> None:
-        """With our final rights: the compressors are programs that we may run."""
-        for planned in self.plan.outputs:
-            argv = compressor_argv(planned.output.compressor)
-            if argv is not None and not os.access(argv[0], os.X_OK):
-                raise MissingPermissionError(
-                    f"output {planned.output.name}: user {user_name()} may not run its compressor {argv[0]}; "
-                    "install it where that user finds it"
-                )
 
     def announce(self) -> None:
         if self.options.announce is not None:
@@ -376,12 +373,11 @@ class Wiring:
 LINKTYPE_ETHERNET = 1
 
 
-def run_opener(channel: socket.socket, other_end: socket.socket, user: str) -> None:
-    import signal
-
+def run_opener(channel: socket.socket, user: str) -> None:
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # it ends when the supervisor's end of the channel closes
-    other_end.close()
+    close_descriptors({0, 1, 2, channel.fileno()})
     set_process_name("opener")
     drop_privileges(user, (CAP_NET_RAW,))
     with contextlib.suppress(OSError):
@@ -390,13 +386,6 @@ def run_opener(channel: socket.socket, other_end: socket.socket, user: str) -> N
 
 def needs_host(config: Config) -> bool:
     return any(interface.source.is_every_interface for interface in config.interfaces)
-
-
-def user_name() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def eventfd() -> int:

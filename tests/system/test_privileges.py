@@ -25,7 +25,7 @@ def start(lab: Lab, directory: Path, **tables: object) -> tuple[Service, str]:
         directory,
         [{"uri": f"ring:{a}"}, {"uri": "ring:b"}],
         meter={"enabled": True, "export": [{"uri": "file:", "rotate_seconds": 1}]},
-        monitor={"listen": "127.0.0.1:9750"},
+        monitor={"listen": "127.0.0.1:9750", "control_socket": str(directory / "run" / "control")},
         **tables,
     )
     return service, pa
@@ -132,7 +132,7 @@ def test_the_service_runs_as_the_user_that_is_named(lab: Lab, directory: Path) -
     assert service.stop() == 0
     service.check({0: 200})
     assert {path.stat().st_uid for path in service.ready()} == {account.pw_uid}
-    assert not (directory / "control").exists()
+    service.assert_nothing_left()
 
 
 def test_files_have_their_mode_whatever_the_umask(lab: Lab, directory: Path) -> None:
