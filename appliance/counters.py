@@ -84,6 +84,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "segment_opened_ns",  # CLOCK_REALTIME; 0 when none is open
     "last_published_ns",  # CLOCK_REALTIME
     "queued_segments",  # closed, not yet published
+    "settling_inode",  # of the staging file that is being published or quarantined; 0: none (merge/ledger.py)
     "expired_files",
     "expired_bytes",
     "clock_steps",
@@ -102,7 +103,8 @@ MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "lost_unclean_packets",  # gone with a killed merge: consumed, but in no file
     "held_packets",  # consumed, neither written nor dropped yet
     "late_packets",
-    "closed_packets",  # written, in segments that are closed
+    "closed_packets",  # written, in files that have left work/ for ready/ or quarantine/
+    "settling_packets",  # what closed_packets becomes with the file of settling_inode
 )
 
 METER_FIELDS = COMMON_FIELDS + (

@@ -17,15 +17,17 @@ import time
 from dataclasses import dataclass
 
 from appliance.config import Output
-from appliance.errors import EXIT_IO
+from appliance.errors import EXIT_IO, ApplianceError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge import order
+from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.publish import Publisher
-from appliance.merge.recovery import recover
-from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, RotationPolicy
+from appliance.merge.recovery import Recovery
+from appliance.merge.retention import Limits, Retention
+from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
-from appliance.merge.stream import OutputStream, SettledCounts, StreamSettings
+from appliance.merge.stream import OutputStream, StreamSettings
 from appliance.process import DRAIN, ROTATE, WorkerContext
 from appliance.ring.ring import Consumer
 
@@ -33,9 +35,10 @@ log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
 HEARTBEAT_MS = 500
+START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
-
+DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
 
 RELOAD = b"reload "
 
@@ -85,7 +88,13 @@ class MergeWorker:
     def __init__(self, context: WorkerContext, parts: MergeParts) -> None:
         self.context = context
         self.parts = parts
+        if parts.is_successor and parts.naming.stream is not None:
+            raise InputOutputError(
+                f"{parts.naming.stream}: the process that wrote it died, maybe in the middle of a packet; what would "
+                "follow could not be read"
+            )
         self.draining_since: float | None = None
+        self.last_news = time.monotonic()
         self.live = all(source.live for source in parts.sources)
         self.labels = [source.label for source in parts.sources]
         self.source_pages = [context.pages[source.page] for source in parts.sources]
@@ -99,26 +108,31 @@ class MergeWorker:
             sink=SINKS["pcap-us" if parts.resolution_of_inputs else output.format],
             max_wait_ms=output.max_wait_ms,
             out_bytes=OUT_BYTES,
+            start_grace_ms=START_GRACE_MS,
         )
-        recover(
-            context.page,
+        ledger = Ledger(context.page, self.labels, self.source_pages)
+        self.recovery = Recovery(
             parts.naming,
             output,
+            context.page,
             self.labels,
             self.source_pages,
+            ledger,
             [consumer.mapping.occupancy() for consumer in self.consumers],
             parts.is_successor,
-            context.beat,
+            started_ns(context),
         )
         for i, page in enumerate(self.source_pages):
-            self.merge.set_consumed(i, page["consumed_packets"])
+            self.merge.resume(i, page["consumed_packets"], page["dropped_merge_packets"], page["late_packets"])
         self.publisher = Publisher(
             parts.naming,
             output.name,
             context.page,
             mode,
             output.compressor_timeout_s,
-            SettledCounts(self.labels, self.source_pages),
+            ledger,
+            self.retention(),
+            self.recovery.run,
         )
         self.stream = OutputStream(
             self.merge,
@@ -136,10 +150,19 @@ class MergeWorker:
             self.source_pages,
             context.beat,
             self.may_open,
+            self.recovery.unsettled,
+            parts.is_successor,
         )
         self.poller = select.poll()
         self.poller.register(parts.wake_fd, select.POLLIN)
         self.poller.register(context.channel, select.POLLIN)
+
+    def retention(self) -> Retention | None:
+        """Only for files that have sidecars: others are the user's own, under names of the user's own."""
+        limits = Limits.of(self.output, self.live)
+        if not limits or self.parts.naming.sidecar_path(0, 0) is None:
+            return None
+        return Retention(limits, self.parts.naming, self.output.name, self.context.page)
 
     @property
     def rotates(self) -> bool:
@@ -149,49 +172,70 @@ class MergeWorker:
     # ---- the loop ----
 
     def run(self) -> int:
+        try:
+            self.begin()
+            while self.turn():
+                self.context.beat()
+            if self.stream.segment is None and not self.stream.has_opened:
+                self.open(time.time_ns())  # a run without a single packet still leaves a valid file
+        except ApplianceError:
+            self.finish(WRITE_ERROR)  # what is whole is published all the same
+            raise
+        self.finish(END)
+        failed = self.stream.failed or self.publisher.failed
+        return EXIT_IO if failed and (self.parts.strict or not self.live) else 0
+
+    def begin(self) -> None:
         for i, source in enumerate(self.parts.sources):
             for interface in source.interfaces:
                 self.stream.add_interface(i, interface)
-        self.merge.hold()
         if self.live and self.may_open():
-            self.stream.open(time.time_ns())
-        while self.turn():
-            self.context.beat()
-        if self.stream.segment is None and not self.stream.has_opened:
-            self.open(time.time_ns())  # a run without a single packet still leaves a valid file
-        self.stream.finish(END)
-        return EXIT_IO if self.parts.strict and self.stream.failed else 0
+            self.open(time.time_ns())
+
+    def finish(self, reason: str) -> None:
+        self.stream.finish(reason)
+        self.note_progress()
 
     def turn(self) -> bool:
         """One step; False at the end of the stream."""
         status = self.merge.fill()
+        self.merge.release()
         if self.merge.out_bytes:
-            self.merge.release()
+            self.last_news = time.monotonic()
             self.stream.write()
+        if self.recovery.is_done:
+            self.recovery.settle()
         if status == order.IDLE:
-            self.merge.release()
-            return self.idle()
-        if status in (order.BOUNDARY, order.LIMIT):
+            self.idle()
+        elif status in (order.BOUNDARY, order.LIMIT):
             self.end_segment(status)
         elif status == order.CONTROL:
             self.announce()
         elif status == order.EPOCH:
             self.step_clock()
+        self.handle_messages()
         return status != order.ENDED
 
     def announce(self) -> None:
         """A file source names an interface, before its first packet."""
-        description = InterfaceDescription.parse(self.merge.control_record())
-        self.stream.add_interface(self.merge.control_source, description)
+        source = self.merge.control_source
+        try:
+            self.stream.add_interface(source, InterfaceDescription.parse(self.merge.control_record()))
+        except FormatError as error:
+            log.error(
+                "%s: an interface's description is damaged, its packets are dropped: %s", self.labels[source], error
+            )
+            self.stream.skip_interface(source)
         self.merge.control_done()
 
     def end_segment(self, status: int) -> None:
         if self.stream.segment is not None:
             self.stream.rotate(TIME if status == order.BOUNDARY else self.policy.limit_reason(self.merge.packets_left))
         if self.stream.segment is None and not (self.may_open() and self.open(self.merge.next_ns or time.time_ns())):
-            self.merge.hold()
-            self.handle_messages()
-            self.sleep(HELD_BACK_MS)
+            if self.draining_since is not None:
+                self.stream.drop_what_waits()
+            else:
+                self.poller.poll(HELD_BACK_MS)
 
     def open(self, start_ns: int) -> bool:
         """The first segment, or one that was held back, or that could not be had."""
@@ -213,7 +257,6 @@ class MergeWorker:
         if self.stream.segment is not None:
             self.stream.close(CLOCK_STEP)
         self.merge.next_epoch()
-        self.merge.hold()
 
     def reload(self, changes: dict[str, object]) -> None:
         """New settings from the configuration; they count from the next file on."""
@@ -225,18 +268,18 @@ class MergeWorker:
 
     # ---- waiting ----
 
-    def idle(self) -> bool:
-        self.note_watermark()
-        if not self.handle_messages():
-            return False
-        holding = self.merge.want_watermarks()
+    def idle(self) -> None:
+        self.note_progress()
+        if self.live and self.stream.segment is None and self.may_open():
+            self.open(time.time_ns())
         timeout_ms = HEARTBEAT_MS
-        if holding:
+        if self.merge.want_watermarks():
             timeout_ms = max(1, self.output.max_wait_ms // 4)
-        if self.live and self.merge.boundary_ns != NEVER:
+        if (hold_ms := self.merge.hold_ms) is not None:
+            timeout_ms = min(timeout_ms, max(1, hold_ms))
+        if self.live and self.stream.segment is not None and self.merge.boundary_ns != NEVER:
             timeout_ms = min(timeout_ms, self.wait_for_boundary())
         self.sleep(timeout_ms)
-        return True
 
     def wait_for_boundary(self) -> int:
         """Milliseconds until the segment's time is over by the wall clock; when it is, the watermarks must move."""
@@ -257,24 +300,37 @@ class MergeWorker:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.parts.wake_fd)
 
-    def note_watermark(self) -> None:
+    def note_progress(self) -> None:
         self.context.page["watermark_ns"] = self.merge.watermark
         for i, page in enumerate(self.source_pages):
-            consumed, dropped, late, _ = self.merge.source_totals(i)
+            consumed, dropped, late = self.merge.source_totals(i)
             page["consumed_packets"] = consumed
             page["dropped_merge_packets"] = dropped
+            page["late_packets"] = late
 
-    def handle_messages(self) -> bool:
-        """False: drained for too long without an end; the producers are gone."""
+    def handle_messages(self) -> None:
         for message in self.context.messages():
             if message == DRAIN and self.draining_since is None:
-                self.draining_since = time.monotonic()
+                self.draining_since = self.last_news = time.monotonic()
                 self.context.set_state("draining")
+                self.poller.unregister(self.context.channel)  # it may be at its end, and then is always readable
             elif message == ROTATE and self.stream.segment is not None:
                 self.stream.rotate(REQUEST)
             elif message.startswith(RELOAD):
                 self.reload(json.loads(message.removeprefix(RELOAD)))
-        if self.draining_since is None:
-            return True
-        # The end of the rings ends the loop; this is for producers that died and cannot end theirs.
-        return time.monotonic() - self.draining_since < self.context.config.service.drain_timeout_s
+        if self.draining_since is not None and self.has_lost_its_producers():
+            self.merge.finish()
+
+    def has_lost_its_producers(self) -> bool:
+        """The end of the rings ends the loop; this is for producers that died or hang, and cannot end theirs."""
+        assert self.draining_since is not None
+        now = time.monotonic()
+        return (
+            now - self.last_news > DRAIN_QUIET_S
+            or now - self.draining_since > self.context.config.service.drain_timeout_s
+        )
+
+
+def started_ns(context: WorkerContext) -> int:
+    """CLOCK_REALTIME of the run's start."""
+    return time.time_ns() - time.monotonic_ns() + context.pages["supervisor"]["started_ns"]

@@ -30,26 +30,34 @@ cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timesta
     memcpy(out + RECORD_PACKET_DATA, packet, captured)
 
 
-cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanoseconds) noexcept nogil:
-    """Write a packet record as a classic pcap packet (16 bytes of header, then the data); returns its length.
+cdef inline size_t pcap_packet_at(uint8_t *out, uint64_t timestamp_ns, uint32_t captured, uint32_t original,
+                                  const uint8_t *packet, bint nanoseconds) noexcept nogil:
+    """Write a classic pcap packet: 16 bytes of header, then `captured` bytes of data; returns its length.
 
-    `record`: a whole RECORD_PACKET; `out` has room for 16 bytes and the record's captured length, which is less than
-    the record itself. 0 and nothing written: the captured length points outside of the record, which is corrupt.
     Seconds beyond 2106 do not fit into the format and become 2^32 - 1.
     """
-    cdef uint32_t length = record_u32(record + 4)
-    cdef uint32_t captured = record_u32(record + 20)
-    cdef uint64_t timestamp_ns = record_timestamp_ns(record)
     cdef uint64_t seconds = timestamp_ns // NS_PER_S
     cdef uint32_t header[4]
-    if length < RECORD_PACKET_MIN or captured > length - RECORD_PACKET_MIN:
-        return 0
     header[1] = <uint32_t> (timestamp_ns - seconds * NS_PER_S)
     if not nanoseconds:
         header[1] //= 1000
     header[0] = <uint32_t> seconds if seconds <= 0xFFFFFFFFU else 0xFFFFFFFFU
     header[2] = captured
-    header[3] = record_u32(record + 24)
+    header[3] = original
     memcpy(out, header, PCAP_PACKET_HEADER_BYTES)
-    memcpy(out + PCAP_PACKET_HEADER_BYTES, record + RECORD_PACKET_DATA, captured)
+    memcpy(out + PCAP_PACKET_HEADER_BYTES, packet, captured)
     return PCAP_PACKET_HEADER_BYTES + captured
+
+
+cdef inline size_t epb_to_pcap(const uint8_t *record, uint8_t *out, bint nanoseconds) noexcept nogil:
+    """Write a packet record of our own memory as a classic pcap packet; returns its length.
+
+    `record`: a whole RECORD_PACKET; `out` has room for 16 bytes and the record's captured length, which is less than
+    the record itself. 0 and nothing written: the captured length points outside of the record, which is corrupt.
+    """
+    cdef uint32_t length = record_u32(record + 4)
+    cdef uint32_t captured = record_u32(record + 20)
+    if length < RECORD_PACKET_MIN or captured > length - RECORD_PACKET_MIN:
+        return 0
+    return pcap_packet_at(out, record_timestamp_ns(record), captured, record_u32(record + 24),
+                          record + RECORD_PACKET_DATA, nanoseconds)

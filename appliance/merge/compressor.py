@@ -14,6 +14,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from appliance.errors import InputOutputError, MissingInputError
 PIPE_BYTES = 1 << 20
 COMPLAINT_BYTES = 500
 POLL_MS = 500
+ENDING_S = 0.5  # how long a compressor that closed its input may take to say how it ended
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 SUFFIXES = {
@@ -73,16 +75,18 @@ class SinkError(InputOutputError):
 
 
 class FileSink:
-    """Writes straight into the staging file. `written`: bytes so far."""
+    """Writes straight into the staging file. `written`: bytes so far. `keeps_whole_writes`: after a failed write the
+    file ends with the last whole one."""
 
-    keeps_whole_writes = True  # after a failed write the file ends with the last whole one
+    is_alive = True
 
-    def __init__(self, path: str, fd: int, locked: bool = True) -> None:
+    def __init__(self, path: str, fd: int) -> None:
+        """Takes over `fd`."""
         self.path = path
         self.written = 0
+        self.keeps_whole_writes = True
         self._fd = fd
-        if locked:
-            lock(fd)
+        lock(fd)
 
     def write(self, data: memoryview, beat: Callable[[], None]) -> None:
         """All of `data`. SinkError (disk full, I/O): the file is cut back to what it held before this call."""
@@ -91,22 +95,78 @@ class FileSink:
             while done < len(data):
                 done += os.write(self._fd, data[done:])
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self.written)
-                os.lseek(self._fd, self.written, os.SEEK_SET)
+            self._cut_back()
+            raise SinkError(f"{self.path}: {error.strerror}", done) from error
+        self.written += done
+
+    def _cut_back(self) -> None:
+        try:
+            os.ftruncate(self._fd, self.written)
+            os.lseek(self._fd, self.written, os.SEEK_SET)
+        except OSError:
+            self.keeps_whole_writes = False
+
+    def close_input(self) -> None:
+        """Nothing more will be written."""
+
+    def finish(self, timeout_s: float) -> None:
+        """Waits until all bytes are in the file. Here they are. SinkError: the file system lost some of them."""
+        fd, self._fd = self._fd, -1
+        try:
+            os.close(fd)
+        except OSError as error:
             raise SinkError(f"{self.path}: {error.strerror}") from error
+
+    def abandon(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+
+
+class StreamSink:
+    """Writes into a pipe, a device or standard output, as fast as its reader takes it."""
+
+    is_alive = True
+    keeps_whole_writes = False
+
+    def __init__(self, path: str, fd: int) -> None:
+        """Takes over `fd`. A pipe in blocking mode gets small pieces, for which it has room when poll(2) calls it
+        writable: other processes may share its mode, so we do not change it."""
+        self.path = path
+        self.written = 0
+        self._fd = fd
+        may_block = os.get_blocking(fd) and not stat.S_ISREG(os.fstat(fd).st_mode)
+        self._piece_bytes = select.PIPE_BUF if may_block else PIPE_BYTES
+        self._poller = select.poll()
+        self._poller.register(fd, select.POLLOUT)
+
+    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
+        """All of `data`, however long its reader takes. SinkError: there is no reader any longer, or an I/O error."""
+        done = 0
+        while done < len(data):
+            try:
+                if self._poller.poll(POLL_MS):
+                    done += os.write(self._fd, data[done : done + self._piece_bytes])
+                else:
+                    beat()
+            except BlockingIOError:
+                beat()
+            except OSError as error:
+                raise SinkError(f"{self.path}: {error.strerror}", done) from error
         self.written += done
 
     def close_input(self) -> None:
         """Nothing more will be written."""
 
     def finish(self, timeout_s: float) -> None:
-        """Waits until all bytes are in the file. Here they are."""
-        os.close(self._fd)
+        self.abandon()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
 
 
 class CompressorSink:
@@ -158,8 +218,13 @@ class CompressorSink:
     def pid(self) -> int:
         return self._child.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """False: the compressor has ended already, before any byte was written to it or in the middle."""
+        return self._child.poll() is None
+
     def write(self, data: memoryview, beat: Callable[[], None]) -> None:
-        """All of `data`, waiting for the compressor up to its time-out. SinkError: it died or does not take anything."""
+        """All of `data`, waiting for the compressor up to its time-out. SinkError: it died, or takes nothing."""
         done = 0
         deadline = time.monotonic() + self._timeout_s
         while done < len(data):
@@ -177,9 +242,7 @@ class CompressorSink:
     def _wait_for_room(self, deadline: float, done: int, beat: Callable[[], None]) -> None:
         beat()
         if time.monotonic() >= deadline:
-            raise SinkError(
-                f"{self.path}: compressor {self.name} took no byte for {self._timeout_s:g} s", done
-            )
+            raise SinkError(f"{self.path}: compressor {self.name} took no byte for {self._timeout_s:g} s", done)
         poller = select.poll()
         poller.register(self._pipe, select.POLLOUT)
         poller.poll(min(POLL_MS, max(0.0, deadline - time.monotonic()) * 1000))
@@ -199,8 +262,10 @@ class CompressorSink:
             self.abandon()
             raise SinkError(f"{self.path}: compressor {self.name} did not end within {timeout_s:g} s") from None
         if status != 0:
-            raise SinkError(f"{self.path}: compressor {self.name} {self._ending()}")
-        os.close(self._complaints)
+            error = SinkError(f"{self.path}: compressor {self.name} {self._ending()}")
+            self.abandon()
+            raise error
+        self._close_complaints()
 
     def abandon(self) -> None:
         """Ends the child, whatever it does."""
@@ -209,10 +274,16 @@ class CompressorSink:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
+        self._close_complaints()
+
+    def _close_complaints(self) -> None:
+        if self._complaints >= 0:
+            os.close(self._complaints)
+            self._complaints = -1
 
     def _ending(self) -> str:
         try:
-            status = self._child.wait(2)
+            status = self._child.wait(ENDING_S)
         except subprocess.TimeoutExpired:
             return "closed its standard input"
         complaint = os.pread(self._complaints, COMPLAINT_BYTES, 0).decode("utf-8", "replace").strip()

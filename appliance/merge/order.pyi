@@ -15,7 +15,7 @@ LIMIT: int
 CONTROL: int
 """Source `control_source` has a record for Python: `control_record()`, then `control_done()`."""
 EPOCH: int
-"""All sources saw the clock step: `next_epoch()` goes on behind it."""
+"""All sources saw the clock step, or had max_wait to report it: `next_epoch()` goes on behind it."""
 ENDED: int
 """All sources have ended, and everything has gone."""
 
@@ -29,10 +29,19 @@ class Merge:
 
     `sink`: what is written into the output buffer: Enhanced Packet Blocks with the output's interface numbers, pcap
     packets, or digests with the number of their source. The buffer holds `out_bytes` and one record more.
+    For `start_grace_ms` after the start, max_wait does not count while a live source has made no promise yet: its worker
+    is only starting.
     """
 
     def __init__(
-        self, consumers: Iterable[Consumer], live: Sequence[bool], *, sink: int, max_wait_ms: int, out_bytes: int
+        self,
+        consumers: Iterable[Consumer],
+        live: Sequence[bool],
+        *,
+        sink: int,
+        max_wait_ms: int,
+        out_bytes: int,
+        start_grace_ms: int = 0,
     ) -> None: ...
     source_count: int
     sink: int
@@ -44,22 +53,28 @@ class Merge:
     """Packets emitted after one with a later time, ever; `late_max_ns` is the worst lateness."""
     late_max_ns: int
     forced: int
-    """Records that went because of max_wait or a half full ring."""
-    segment_first_ns: int
-    segment_last_ns: int
-    segment_late: int
-    segment_late_max_ns: int
+    """Records that went because of max_wait or a half full ring, before every source had promised nothing older."""
+    batch_first_ns: int
+    """Times and lateness of the packets in the output buffer; 0 when there is none."""
+    batch_last_ns: int
+    batch_late: int
+    batch_late_max_ns: int
     segment_packets: int
+    """Packets since `begin_segment`, those in the output buffer included."""
     boundary_ns: int
     packets_left: int
     bytes_left: int
     count_captured_bytes: bool
     """`bytes_left` counts packet bytes alone, not the output's."""
     next_ns: int
+    """The time of the oldest waiting record, else the merged watermark; 0 when neither is known."""
     watermark: int
-    half_full: bool
     has_news: bool
+    hold_ms: int | None
+    """Until max_wait is over for the first record that waits; None: none waits for that."""
     output_address: int
+    clock_offset_ns: int
+    """Added to CLOCK_MONOTONIC wherever holding times are measured: lets a test make time pass."""
     def fill(self) -> int:
         """Moves records into the output buffer until there is something to do; returns what. GIL released."""
     def output(self) -> memoryview:
@@ -76,7 +91,7 @@ class Merge:
         and counted."""
     def next_epoch(self) -> None: ...
     def begin_segment(self, boundary_ns: int, packets: int, length: int) -> None:
-        """Limits of the next segment; its times and counts start anew."""
+        """Limits of the next segment. What is in the output buffer already counts as part of it."""
     def want_watermarks(self) -> int:
         """Asks the empty live sources that hold others up, each at most once per max_wait / 2. Returns how many."""
     def want_all_watermarks(self) -> None:
@@ -88,8 +103,11 @@ class Merge:
     def hold(self) -> None:
         """No segment is open: `fill` stops with BOUNDARY at the first record that may go, until `begin_segment`."""
     def set_max_wait(self, max_wait_ms: int) -> None: ...
-    def set_consumed(self, index: int, packets: int) -> None: ...
-    def source_totals(self, index: int) -> tuple[int, int, int, int]:
-        """(consumed, dropped, late, packets in this segment) of a source."""
+    def finish(self) -> None:
+        """Nobody is waited for any longer: what is in the rings goes, in order; then `fill` returns ENDED."""
+    def resume(self, index: int, consumed: int, dropped: int, late: int) -> None:
+        """A successor goes on where its predecessor's counts of a source ended."""
+    def source_totals(self, index: int) -> tuple[int, int, int]:
+        """(consumed, dropped, late) of a source, ever."""
     def source_counters(self, index: int) -> tuple[int, int, int, int, int]:
-        """(received, dropped_kernel, dropped_filter, dropped_ring, published): the source's own, with its last batch."""
+        """(received, dropped_kernel, dropped_filter, dropped_ring, published): its own, as of its last batch."""

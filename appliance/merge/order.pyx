@@ -3,17 +3,21 @@
 
 The rule: a record may go when no source can still bring an older one. A source that has a record waiting bounds the
 others by that record; an empty live source bounds them by its watermark; an empty file source stops everything until it
-has more. What waits longer than `max_wait` since it arrived here goes nevertheless, and so does everything while a
-ring is more than half full; what then comes too late is still emitted, and counted.
+has more. What waits longer than `max_wait` since it arrived here goes nevertheless, with everything older, and so does
+the oldest record while a ring is more than half full; what then comes too late is still emitted, and counted.
 
-Order is (epoch, timestamp): a source that reports a step of the clock is parked until all have reported it.
+Order is (epoch, timestamp): a source that reports a step of the clock is parked until all have reported it, or have had
+`max_wait` to do so.
+
+The rings' memory is hostile: positions are checked when they are loaded (ring.h), a record's length is loaded once, and
+what a check allowed is what is written, whatever the producer makes of its record meanwhile.
 """
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from appliance.formats.record cimport epb_to_pcap
+from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer
 
@@ -46,6 +50,7 @@ cdef enum:
     MARKS = 64
     UNMAPPED = 0xFFFFFFFF
     SAME_EPOCH_NS = 25000000
+    COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
 
 cdef struct mark:  # everything before `position` had arrived here by `arrived_ns` (CLOCK_MONOTONIC)
     uint64_t position
@@ -70,7 +75,6 @@ cdef struct merge_source:
     uint64_t dropped
     uint64_t late
     uint64_t consumed
-    uint64_t segment_packets
 
 
 cdef uint64_t monotonic_ns() noexcept nogil:
@@ -97,11 +101,12 @@ cdef class Merge:
     cdef uint32_t control_length
     cdef readonly uint64_t late
     cdef readonly uint64_t late_max_ns
-    cdef readonly uint64_t segment_late_max_ns
     cdef readonly uint64_t forced
-    cdef readonly uint64_t segment_first_ns
-    cdef readonly uint64_t segment_last_ns
-    cdef readonly uint64_t segment_late
+    # Of the packets in the output buffer.
+    cdef readonly uint64_t batch_first_ns
+    cdef readonly uint64_t batch_last_ns
+    cdef readonly uint64_t batch_late
+    cdef readonly uint64_t batch_late_max_ns
     cdef readonly uint64_t segment_packets
     # Limits of the segment that is being written.
     cdef public uint64_t boundary_ns
@@ -110,8 +115,15 @@ cdef class Merge:
     cdef public bint count_captured_bytes
     cdef bint held       # no segment is open: stop at the first record that may go
     cdef bint forced_end
+    cdef bint final      # nobody is waited for any longer
+    cdef uint32_t parked
+    cdef uint64_t promised_ns  # what is younger is forced
+    cdef public int64_t clock_offset_ns
+    cdef uint64_t begun_ns
+    cdef uint64_t start_grace_ns
 
-    def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes):
+    def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes,
+                  uint64_t start_grace_ms=0):
         cdef uint32_t i
         cdef Consumer consumer
         self.consumers = list(consumers)
@@ -119,6 +131,8 @@ cdef class Merge:
         self.sink = sink
         self.max_wait_ns = max_wait_ms * 1000000
         self.out_capacity = out_bytes
+        self.begun_ns = monotonic_ns()
+        self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
@@ -147,10 +161,13 @@ cdef class Merge:
             status = self.run()
         return status
 
+    cdef inline uint64_t now_ns(self) noexcept nogil:
+        return monotonic_ns() + <uint64_t>self.clock_offset_ns
+
     cdef void refresh_all(self) noexcept nogil:
         """Notes what arrived everywhere, so that holding times and fill levels are right."""
         cdef uint32_t i
-        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t now = self.now_ns()
         for i in range(self.source_count):
             if self.sources[i].state != IS_ENDED:
                 self.refresh(&self.sources[i], now)
@@ -174,6 +191,8 @@ cdef class Merge:
             status = self.look()
             if status != S_IDLE:
                 return status
+            if self.parked and self.epoch_is_due():
+                return S_EPOCH
             if not self.pick(&best):
                 return self.nothing_to_pick()
             if not self.bound(best, &limit_ns, &limit_position):
@@ -187,19 +206,30 @@ cdef class Merge:
     cdef int look(self) noexcept nogil:
         """What every source has now. Handles the records that are for us; stops at those that Python handles."""
         cdef uint32_t i
+        cdef int state
         cdef merge_source *source
+        self.parked = 0
         for i in range(self.source_count):
             source = &self.sources[i]
             if source.state == IS_ENDED:
                 continue
             if source.view.position == source.view.other:
-                if self.refresh(source, monotonic_ns()) and source.view.position == source.view.other:
+                if self.refresh(source, self.now_ns()) and source.view.position == source.view.other:
                     source.state = IS_ENDED
                     continue
-            if self.classify(i) == IS_CONTROL:
+            state = self.classify(i)
+            if state == IS_CONTROL:
                 self.control_source = i
                 return S_CONTROL
+            if state == IS_PARKED:
+                self.parked += 1
         return S_IDLE
+
+    cdef inline bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil:
+        """Whether it is a record of the kind that is merged here."""
+        if self.sink == TO_DIGESTS:
+            return type == RECORD_DIGEST
+        return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
 
     cdef int classify(self, uint32_t index) noexcept nogil:
         cdef merge_source *source = &self.sources[index]
@@ -212,7 +242,7 @@ cdef class Merge:
                 self.give_up(source)
                 break
             type = record_u32(record)
-            if (type == RECORD_PACKET and length >= RECORD_PACKET_MIN) or type == RECORD_DIGEST:
+            if self.is_wanted(type, length):
                 source.next_ns = record_timestamp_ns(record)
                 source.state = HAS_RECORD
                 return source.state
@@ -227,6 +257,9 @@ cdef class Merge:
                 self.control_length = length
                 source.state = IS_CONTROL
                 return source.state
+            elif type == RECORD_PACKET and self.sink != TO_DIGESTS:
+                source.consumed += 1  # too short for a packet, but its producer counted it as one
+                source.dropped += 1
             source.view.position += length
         source.state = IS_EMPTY
         return source.state
@@ -248,22 +281,40 @@ cdef class Merge:
 
     cdef int nothing_to_pick(self) noexcept nogil:
         cdef uint32_t i
-        cdef bint parked = False
         cdef bint empty = False
-        cdef bint overdue = False
-        cdef uint64_t unused = 0
         for i in range(self.source_count):
-            if self.sources[i].state == IS_PARKED:
-                parked = True
-                if self.is_overdue(&self.sources[i], &unused):
-                    overdue = True
-            elif self.sources[i].state == IS_EMPTY:
+            if self.sources[i].state == IS_EMPTY:
                 empty = True
-        if parked and (not empty or overdue):
-            return S_EPOCH
-        if not parked and not empty:
+        if self.parked:
+            return S_IDLE
+        if not empty or self.final:
             return S_ENDED
-        return S_BOUNDARY if not parked and self.is_over() else S_IDLE
+        return S_BOUNDARY if self.is_over() else S_IDLE
+
+    cdef bint epoch_is_due(self) noexcept nogil:
+        """Whether every source has reported the clock's step, or has had max_wait to do so since the first report."""
+        cdef uint32_t i
+        cdef merge_source *source
+        cdef uint64_t since = UINT64_MAX
+        cdef bint others = False
+        for i in range(self.source_count):
+            source = &self.sources[i]
+            if source.state == IS_PARKED:
+                if self.arrival_ns(source) < since:
+                    since = self.arrival_ns(source)
+                if self.is_half_full(source):
+                    return True
+            elif source.state == HAS_RECORD or (source.state == IS_EMPTY and not self.final):
+                others = True
+        if not others:
+            return True
+        if since > self.now_ns() or self.now_ns() - since < self.max_wait_ns:
+            return False
+        for i in range(self.source_count):
+            source = &self.sources[i]
+            if source.state == HAS_RECORD and self.arrival_ns(source) <= since + self.max_wait_ns:
+                return False  # still of the time in which it could report
+        return True
 
     cdef bint is_over(self) noexcept nogil:
         """Whether the segment's time is over although no record says so."""
@@ -288,8 +339,11 @@ cdef class Merge:
             elif other.state == IS_EMPTY:
                 if not other.live:
                     promises = 0
-                elif <uint64_t>other.watermark_ns < promises:
-                    promises = other.watermark_ns
+                elif self.promise(other) < promises:
+                    promises = self.promise(other)
+        if self.final:
+            promises = UINT64_MAX
+        self.promised_ns = promises
         if records < source.next_ns:
             records = source.next_ns  # next_ns of 0: nothing is below it
         limit_position[0] = source.view.other
@@ -302,36 +356,67 @@ cdef class Merge:
         return True
 
     cdef bint must_go(self, merge_source *source, uint64_t *limit_position) noexcept nogil:
-        """Whether the record waits too long, or any ring is more than half full. Files wait as long as it takes."""
+        """Whether the oldest record, of `source`, goes although an older one may come: because a record waits too long,
+        itself or one behind it, or because a ring is more than half full. Files wait as long as it takes."""
         cdef uint32_t i
-        cdef ring_view *view
+        cdef merge_source *other
         for i in range(self.source_count):
             if self.sources[i].state == IS_EMPTY and not self.sources[i].live:
                 return False
-        if self.is_overdue(source, limit_position):
+        if self.is_beginning():
+            return self.one_of_a_full_ring(source, limit_position)
+        if self.is_overdue(source):
+            limit_position[0] = source.marks[source.first_mark].position
             return True
         for i in range(self.source_count):
-            view = self.sources[i].view
-            if view.other - view.published > view.capacity / 2:
+            other = &self.sources[i]
+            if other.state == HAS_RECORD and self.is_overdue(other):
+                return True  # the run ends at the overdue record's time
+        return self.one_of_a_full_ring(source, limit_position)
+
+    cdef bint is_beginning(self) noexcept nogil:
+        """Whether some live source has not come to its first promise yet: its worker is only starting, while the kernel
+        collects its packets already. Those of the others wait for it, for a while."""
+        cdef uint32_t i
+        for i in range(self.source_count):
+            if self.sources[i].state == IS_EMPTY and self.sources[i].watermark_ns == 0:
+                return self.now_ns() - self.begun_ns < self.start_grace_ns
+        return False
+
+    cdef bint one_of_a_full_ring(self, merge_source *source, uint64_t *limit_position) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.source_count):
+            if self.is_half_full(&self.sources[i]):
                 limit_position[0] = source.view.position + 1  # one record, then look again
                 return True
         return False
 
-    cdef bint is_overdue(self, merge_source *source, uint64_t *limit_position) noexcept nogil:
-        cdef mark *oldest
-        while source.mark_count:
-            oldest = &source.marks[source.first_mark]
-            if oldest.position > source.view.position:
-                if monotonic_ns() - oldest.arrived_ns < self.max_wait_ns:
-                    return False
-                limit_position[0] = oldest.position
-                return True
+    cdef inline bint is_half_full(self, merge_source *source) noexcept nogil:
+        """By what waits in it: what is read already is given back before anybody sleeps."""
+        return source.view.other - source.view.position > source.view.capacity / 2
+
+    cdef inline uint64_t promise(self, merge_source *source) noexcept nogil:
+        return <uint64_t>source.watermark_ns if source.watermark_ns > 0 else 0
+
+    cdef bint is_overdue(self, merge_source *source) noexcept nogil:
+        cdef uint64_t arrived = self.arrival_ns(source)
+        cdef uint64_t now = self.now_ns()
+        return arrived <= now and now - arrived >= self.max_wait_ns
+
+    cdef uint64_t arrival_ns(self, merge_source *source) noexcept nogil:
+        """When the oldest unread record arrived here, never later than it did; UINT64_MAX: there is none."""
+        self.forget_marks(source)
+        return source.marks[source.first_mark].arrived_ns if source.mark_count else UINT64_MAX
+
+    cdef void forget_marks(self, merge_source *source) noexcept nogil:
+        """Those of records that are read."""
+        while source.mark_count and source.marks[source.first_mark].position <= source.view.position:
             source.first_mark = (source.first_mark + 1) % MARKS
             source.mark_count -= 1
-        return False
 
     cdef void note_arrival(self, merge_source *source, uint64_t now) noexcept nogil:
         cdef mark *newest
+        self.forget_marks(source)
         if source.mark_count:
             newest = &source.marks[(source.first_mark + source.mark_count - 1) % MARKS]
             if source.mark_count == MARKS or now - newest.arrived_ns < self.max_wait_ns / (MARKS / 2):
@@ -354,18 +439,25 @@ cdef class Merge:
             elif source.state == IS_EMPTY:
                 if not source.live:
                     return self.last_ns
-                if <uint64_t>source.watermark_ns < lowest:
-                    lowest = source.watermark_ns
+                if self.promise(source) < lowest:
+                    lowest = self.promise(source)
         return lowest
 
     cdef void give_up(self, merge_source *source) noexcept nogil:
         """A damaged ring: everything published in it is lost, and counted by the packets that its producer counted."""
-        cdef int slot
-        cdef uint64_t head = source.view.header.head
-        slot = ring_commit_slot(source.view.header, head)
-        if slot >= 0 and source.view.header.commit[slot].words[COMMIT_WORD_PUBLISHED] > source.consumed:
-            source.dropped += source.view.header.commit[slot].words[COMMIT_WORD_PUBLISHED] - source.consumed
-            source.consumed = source.view.header.commit[slot].words[COMMIT_WORD_PUBLISHED]
+        cdef int slot = -1
+        cdef int tries = 0
+        cdef uint64_t head = 0
+        cdef uint64_t published
+        while slot < 0 and tries < COMMIT_TRIES:  # it may be publishing: head and commit must belong together
+            head = source.view.header.head
+            slot = ring_commit_slot(source.view.header, head)
+            tries += 1
+        if slot >= 0:
+            published = source.view.header.commit[slot].words[COMMIT_WORD_PUBLISHED]
+            if published > source.consumed:
+                source.dropped += published - source.consumed
+                source.consumed = published
         source.view.position = head
         source.view.other = head
         source.mark_count = 0
@@ -376,16 +468,16 @@ cdef class Merge:
         cdef merge_source *source = &self.sources[index]
         cdef ring_view *view = source.view
         cdef const uint8_t *record
-        cdef uint32_t length, type, cost
+        cdef uint32_t length, cost
         cdef uint64_t stamp
         while view.position < limit_position:
             record = ring_at(view, view.position)
             length = record_check(record, view.other - view.position)
             if length == 0:
-                return S_IDLE  # look() gives the ring up
-            type = record_u32(record)
-            if type != RECORD_PACKET and type != RECORD_DIGEST:
+                self.give_up(source)
                 return S_IDLE
+            if not self.is_wanted(record_u32(record), length):
+                return S_IDLE  # look() knows what to do with it
             stamp = record_timestamp_ns(record)
             source.next_ns = stamp
             if stamp > limit_ns:
@@ -394,59 +486,80 @@ cdef class Merge:
                 return S_BOUNDARY
             if self.packets_left == 0 and self.segment_packets:
                 return S_LIMIT
-            cost = record_u32(record + 20) if self.count_captured_bytes else length
+            cost = self.cost(record, length)
             if self.bytes_left < cost and self.segment_packets:
                 return S_LIMIT
             if self.out_bytes >= self.out_capacity:
                 return S_FULL
-            self.emit(source, index, record, length, stamp)
-            self.packets_left -= 1 if self.packets_left else 0
-            self.bytes_left -= cost if cost < self.bytes_left else self.bytes_left
+            if stamp > self.promised_ns:
+                self.forced += 1
+            if self.emit(source, index, record, length, stamp):
+                self.packets_left -= 1 if self.packets_left else 0
+                self.bytes_left -= cost if cost < self.bytes_left else self.bytes_left
             view.position += length
         return S_IDLE
 
-    cdef void emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
+    cdef inline uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
+        """What a packet takes of `bytes_left`."""
+        if self.count_captured_bytes:
+            return record_u32(record + 20)
+        if self.sink == TO_PCAP_NS or self.sink == TO_PCAP_US:
+            return PCAP_PACKET_HEADER_BYTES + record_u32(record + 20)
+        return length
+
+    cdef bint emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
                    uint64_t stamp) noexcept nogil:
+        """False: it was dropped, because it is damaged or its interface has no number in the output."""
         cdef uint8_t *target = self.out + self.out_bytes
-        cdef uint32_t interface = record_u32(record + 8)
+        cdef uint32_t interface, captured
         source.consumed += 1
         if self.sink == TO_DIGESTS:
-            memcpy(target, record, length)
-            record_set_u32(target + 8, index)
-            self.out_bytes += length
+            self.copy_record(target, record, RECORD_DIGEST, length, index)
         else:
+            interface = record_u32(record + 8)
+            captured = record_u32(record + 20)
             if (interface >= source.interface_count or source.interface_map[interface] == UNMAPPED
-                    or record_u32(record + 20) > length - RECORD_PACKET_MIN):
+                    or captured > length - RECORD_PACKET_MIN):
                 source.dropped += 1
-                return
+                return False
             if self.sink == TO_PCAPNG:
-                memcpy(target, record, length)
-                record_set_u32(target + 8, source.interface_map[interface])
-                self.out_bytes += length
+                self.copy_record(target, record, RECORD_PACKET, length, source.interface_map[interface])
+                record_set_u32(target + 20, captured)
             else:
-                self.out_bytes += epb_to_pcap(record, target, self.sink == TO_PCAP_NS)
-            source.pending_bytes += record_u32(record + 20)
+                self.out_bytes += pcap_packet_at(target, stamp, captured, record_u32(record + 24),
+                                                 record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)
+            source.pending_bytes += captured
         self.out_packets += 1
         self.segment_packets += 1
         source.pending_packets += 1
-        source.segment_packets += 1
         self.note_time(source, stamp)
+        return True
+
+    cdef inline void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
+                                 uint32_t interface) noexcept nogil:
+        """Type and lengths are written, not copied: they are what was checked."""
+        memcpy(target, record, length)
+        record_set_u32(target, type)
+        record_set_u32(target + 4, length)
+        record_set_u32(target + 8, interface)
+        record_set_u32(target + length - 4, length)
+        self.out_bytes += length
 
     cdef inline void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil:
-        if self.segment_first_ns == 0 or stamp < self.segment_first_ns:
-            self.segment_first_ns = stamp
-        if stamp > self.segment_last_ns:
-            self.segment_last_ns = stamp
+        if self.out_packets == 1 or stamp < self.batch_first_ns:
+            self.batch_first_ns = stamp
+        if stamp > self.batch_last_ns:
+            self.batch_last_ns = stamp
         if stamp >= self.last_ns:
             self.last_ns = stamp
             return
         source.late += 1
         self.late += 1
-        self.segment_late += 1
+        self.batch_late += 1
         if self.last_ns - stamp > self.late_max_ns:
             self.late_max_ns = self.last_ns - stamp
-        if self.last_ns - stamp > self.segment_late_max_ns:
-            self.segment_late_max_ns = self.last_ns - stamp
+        if self.last_ns - stamp > self.batch_late_max_ns:
+            self.batch_late_max_ns = self.last_ns - stamp
 
     # ---- what Python does between the calls ----
 
@@ -462,6 +575,7 @@ cdef class Merge:
         """The output was taken: the buffer is free again."""
         self.out_bytes = 0
         self.out_packets = 0
+        self.batch_first_ns = self.batch_last_ns = self.batch_late = self.batch_late_max_ns = 0
 
     def release(self):
         """Gives everything consumed back to the producers. Before the write, not after: at most once."""
@@ -521,16 +635,12 @@ cdef class Merge:
         self.last_ns = 0
 
     def begin_segment(self, uint64_t boundary_ns, uint64_t packets, uint64_t length):
-        """Limits of the next segment; its times and counts start anew."""
-        cdef uint32_t i
+        """Limits of the next segment. What is in the output buffer already goes into it."""
         self.held = self.forced_end = False
         self.boundary_ns = boundary_ns
-        self.packets_left = packets
-        self.bytes_left = length
-        self.segment_first_ns = self.segment_last_ns = 0
-        self.segment_late = self.segment_late_max_ns = self.segment_packets = 0
-        for i in range(self.source_count):
-            self.sources[i].segment_packets = 0
+        self.packets_left = packets - self.out_packets if packets > self.out_packets else 0
+        self.bytes_left = length - self.out_bytes if length > self.out_bytes else 0
+        self.segment_packets = self.out_packets
 
     def want_watermarks(self):
         """Asks the empty live sources that hold others up, each at most once per half of max_wait.
@@ -538,26 +648,42 @@ cdef class Merge:
         Returns how many sources hold records up.
         """
         cdef uint32_t i, best = 0
-        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t now = self.now_ns()
         cdef uint32_t holding = 0
         cdef merge_source *source
         cdef bint waiting = self.pick(&best)
-        cdef bint parked = False
-        for i in range(self.source_count):
-            parked = parked or self.sources[i].state == IS_PARKED
         for i in range(self.source_count):
             source = &self.sources[i]
             if not source.live or source.state != IS_EMPTY:
                 continue
-            if parked or (waiting and <uint64_t>source.watermark_ns < self.sources[best].next_ns):
+            if self.parked or (waiting and self.promise(source) < self.sources[best].next_ns):
                 holding += 1
                 self.ask(i, now)
         return holding
 
+    @property
+    def hold_ms(self):
+        """Milliseconds until max_wait is over for the first record that waits; None: none waits for that."""
+        cdef uint32_t i
+        cdef uint64_t arrived
+        cdef uint64_t first = UINT64_MAX
+        cdef uint64_t now = self.now_ns()
+        for i in range(self.source_count):
+            if self.sources[i].state == IS_EMPTY and not self.sources[i].live:
+                return None
+            if self.sources[i].state == HAS_RECORD or self.sources[i].state == IS_PARKED:
+                arrived = self.arrival_ns(&self.sources[i])
+                if arrived < first:
+                    first = arrived
+        if first == UINT64_MAX:
+            return None
+        waited = now - first if now > first else 0
+        return max(0, int(self.max_wait_ns) - waited + 999999) // 1000000
+
     def want_all_watermarks(self):
         """Asks every empty live source: the stream's time must move although no packet comes."""
         cdef uint32_t i
-        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t now = self.now_ns()
         for i in range(self.source_count):
             if self.sources[i].live and self.sources[i].state == IS_EMPTY:
                 self.ask(i, now)
@@ -603,14 +729,21 @@ cdef class Merge:
     def set_max_wait(self, uint64_t max_wait_ms):
         self.max_wait_ns = max_wait_ms * 1000000
 
-    def set_consumed(self, uint32_t index, uint64_t packets):
-        """A successor takes up its predecessor's count."""
-        self.sources[index].consumed = packets
+    def finish(self):
+        """Nobody is waited for any longer: what is in the rings goes, in order; then `fill` returns ENDED."""
+        self.final = True
+
+    def resume(self, uint32_t index, uint64_t consumed, uint64_t dropped, uint64_t late):
+        """A successor goes on where its predecessor's counts of a source ended."""
+        cdef merge_source *source = &self.sources[index]
+        source.consumed = consumed
+        source.dropped = dropped
+        source.late = late
 
     def source_totals(self, uint32_t index):
-        """(consumed, dropped, late, packets in this segment) of a source."""
+        """(consumed, dropped, late) of a source, ever."""
         cdef merge_source *source = &self.sources[index]
-        return source.consumed, source.dropped, source.late, source.segment_packets
+        return source.consumed, source.dropped, source.late
 
     def source_counters(self, uint32_t index):
         """The source's own cumulative counters, as of its last batch: (received, dropped by the kernel, by a filter in
@@ -624,14 +757,6 @@ cdef class Merge:
         if self.pick(&best):
             return self.sources[best].next_ns
         return self.watermark
-
-    @property
-    def half_full(self):
-        """Whether any ring is: no time for sleeping."""
-        return any(
-            self.sources[i].view.other - self.sources[i].view.published > self.sources[i].view.capacity / 2
-            for i in range(self.source_count)
-        )
 
     @property
     def watermark(self):

@@ -1,15 +1,18 @@
 """From a closed segment to a published file: off the data path, in a thread of the merge worker.
 
-In this order: the compressor ends with 0, the file is synced, hashed, its sidecar written, the file renamed to its
-published name (never over another file), the directory synced. Only then it counts as published. What fails goes to
-quarantine with its reason beside it. Threads only run system calls and hashing here, which both let the others run.
+In this order: the compressor ends with 0, the file is synced, hashed, its sidecar written and synced, the file renamed
+to its published name (never over another file), the directory synced. Only then it counts as published. What fails goes
+to quarantine with its reason beside it; a sync that failed is never tried again, for the kernel forgets what it lost.
+Threads only run system calls and hashing here, which both let the others run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -18,12 +21,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from appliance.counters import CounterPage, publish_bucket
 from appliance.errors import InputOutputError
-from appliance.merge.compressor import SinkError
+from appliance.merge.compressor import CompressorSink, SinkError
+from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
+from appliance.merge.retention import Retention
 from appliance.merge.segment import Segment
 from appliance.process import libc
 
@@ -33,6 +37,7 @@ AT_FDCWD = -100
 RENAME_NOREPLACE = 1
 HASH_CHUNK_BYTES = 1 << 20
 NAME_TRIES = 100
+RETENTION_EVERY_S = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Sidecar:
     sequence: int
     packets: int
     bytes: int  # of the file, as published
-    uncompressed_bytes: int | None
+    uncompressed_bytes: int
     first_ns: int | None
     last_ns: int | None
     dropped: Mapping[str, int]
@@ -55,8 +60,8 @@ class Sidecar:
     recovered: bool = False
     interfaces: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> bytes:
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 def rename_without_replacing(source: str, target: str) -> None:
@@ -95,21 +100,30 @@ def sync_and_hash(path: str) -> tuple[str, int]:
         os.close(fd)
 
 
-def write_durably(path: str, data: bytes, mode: int) -> None:
-    """A small file beside its temporary: whole or not there."""
+def write_durably(path: str, text: str, mode: int) -> None:
+    """A small file beside its temporary: whole or not there, and its name on the disk too."""
     temporary = f"{path}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
-        os.fchmod(fd, mode)
-        os.write(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+        with open(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 class Publisher:
-    """Publishes closed segments in their order. `on_settled(segment)` is called when one is published or quarantined."""
+    """Publishes closed segments in their order, and between them keeps the retention's limits.
+
+    `before`: a job that its thread does first (the recovery of an earlier life's files). `failed`: something went to
+    quarantine, or could not even get there.
+    """
 
     QUEUE_SEGMENTS = 8
 
@@ -120,88 +134,146 @@ class Publisher:
         page: CounterPage,
         mode: int,
         timeout_s: float,
-        on_settled: Callable[[Segment], None],
+        ledger: Ledger,
+        retention: Retention | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
+        self.failed = False
         self._naming = naming
         self._output = output
         self._page = page
         self._mode = mode
         self._timeout_s = timeout_s
-        self._on_settled = on_settled
+        self._ledger = ledger
+        self._retention = retention
+        self._before = before
+        self._errors = threading.Lock()
         self._queue: queue.Queue[Segment | None] = queue.Queue(self.QUEUE_SEGMENTS)
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def submit(self, segment: Segment, beat: Callable[[], None]) -> None:
         """Hands a closed segment over; waits, with signs of life, while too many are waiting already."""
-        while True:
-            try:
-                self._queue.put(segment, timeout=0.5)
-                self._page["queued_segments"] = self._queue.qsize()
-                return
-            except queue.Full:
-                beat()
+        self._put(segment, beat)
+        self._page["queued_segments"] = self._queue.qsize()
 
     def finish(self, beat: Callable[[], None]) -> None:
         """Waits until everything is settled."""
-        self._queue.put(None)
+        self._put(None, beat)
         while self._thread.is_alive():
             self._thread.join(0.5)
             beat()
 
-    def _run(self) -> None:
-        while (segment := self._queue.get()) is not None:
+    def count_write_error(self) -> None:
+        """The one counter that both threads of a merge worker count."""
+        with self._errors:
+            self._page.add("write_errors")
+
+    def _put(self, segment: Segment | None, beat: Callable[[], None]) -> None:
+        while True:
             try:
-                self._settle(segment)
-            except Exception:
-                log.exception("%s: publishing failed in a way that nobody thought of", segment.path)
+                return self._queue.put(segment, timeout=0.5)
+            except queue.Full:
+                beat()
+
+    def _run(self) -> None:
+        if self._before is not None:
+            self._guarded("recovery", self._before)
+        while True:
+            try:
+                segment = self._queue.get(timeout=RETENTION_EVERY_S)
+            except queue.Empty:
+                self._retain()
+                continue
+            if segment is None:
+                return
+            self._guarded(segment.path, functools.partial(self._settle, segment))
             self._page["queued_segments"] = self._queue.qsize()
+            self._retain()
+
+    def _retain(self) -> None:
+        if self._retention is not None:
+            self._guarded("retention", self._retention.enforce)
+
+    def _guarded(self, what: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception:
+            self.failed = True
+            log.exception("%s: failed in a way that nobody thought of", what)
 
     def _settle(self, segment: Segment) -> None:
-        try:
-            segment.sink.finish(self._timeout_s)
-        except SinkError as error:
-            self._page.add("compressor_failures")
-            segment.failure = segment.failure or str(error)
-        if segment.failure:
-            self.quarantine(segment)
-        else:
+        """Published, or in quarantine: whichever, its packets are counted once."""
+        self._end_sink(segment)
+        if not segment.failure:
             try:
                 self.publish(segment)
+                return
             except (OSError, InputOutputError) as error:
-                self._page.add("write_errors")
+                self.count_write_error()
                 segment.failure = f"{segment.path}: cannot be published: {error}"
-                self.quarantine(segment)
-        self._on_settled(segment)
+        self.quarantine(segment)
+
+    def _end_sink(self, segment: Segment) -> None:
+        try:
+            if segment.failure:
+                segment.sink.abandon()
+            else:
+                segment.sink.finish(self._timeout_s)
+        except SinkError as error:
+            segment.failure = str(error)
+        if segment.failure and isinstance(segment.sink, CompressorSink):
+            self._page.add("compressor_failures")
 
     def publish(self, segment: Segment) -> str:
-        """Returns the published path."""
+        """Returns the published path. OSError, InputOutputError: it is not published, `segment.path` is where it is."""
         if self._naming.stream is not None:
+            self._ledger.add(segment.source_packets)
             self._count_published(segment, segment.bytes)
             return self._naming.stream
         start_ns = segment.start_ns
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
         sha256, length = sync_and_hash(segment.path)
-        for _ in range(NAME_TRIES):
-            final = self._naming.final_path(segment.sequence, start_ns)
-            sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
+        final = self._free_name(segment, start_ns)
+        sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
+        self._ledger.begin(segment.path, segment.source_packets)
+        try:
             if sidecar is not None:
                 write_durably(sidecar, self._sidecar(segment, final, sha256, length).to_json(), self._mode)
             now = time.time()
-            os.utime(segment.path, (now, now))  # directory readers that go by mtime take what is newer than their last look
-            try:
-                rename_without_replacing(segment.path, final)
-            except FileExistsError:
-                if sidecar is not None:
-                    os.unlink(sidecar)
-                segment.sequence = self._naming.next_sequence()
-                continue
+            os.utime(
+                segment.path, (now, now)
+            )  # directory readers that go by mtime take what is newer than their last look
+            rename_without_replacing(segment.path, final)
+            segment.path = final
             sync_directory(os.path.dirname(final))
-            self._count_published(segment, length)
-            log.info("published %s: %d packets, %d bytes, closed because of %s", final, segment.packets, length,
-                     segment.closed_because)
-            return final
+        except OSError:
+            self._ledger.give_up()
+            if sidecar is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(sidecar)
+            raise
+        self._ledger.end()
+        self._count_published(segment, length)
+        if self._retention is not None:
+            self._retention.add(final)
+        log.info(
+            "published %s: %d packets, %d bytes, closed because of %s",
+            final,
+            segment.packets,
+            length,
+            segment.closed_because,
+        )
+        return final
+
+    def _free_name(self, segment: Segment, start_ns: int) -> str:
+        """Nobody but us makes files here, so a name that is free stays free; the rename makes sure."""
+        for _ in range(NAME_TRIES):
+            final = self._naming.final_path(segment.sequence, start_ns)
+            if not os.path.lexists(final):
+                return final
+            segment.sequence = self._naming.next_sequence()
         raise InputOutputError(f"{final}: this name and {NAME_TRIES - 1} others are taken")
 
     def _sidecar(self, segment: Segment, final: str, sha256: str, length: int) -> Sidecar:
@@ -232,15 +304,31 @@ class Publisher:
         self._page.add(publish_bucket(duration_ns))
 
     def quarantine(self, segment: Segment) -> None:
-        """Out of the way of every consumer, with the reason beside it; nothing is deleted."""
+        """Out of the way of every consumer, with the reason beside it; nothing is deleted. A policy without quarantine
+        leaves the file under its staging name."""
+        self.failed = True
         self._page.add("segments_quarantined")
         self._page.add("quarantined_packets", segment.packets)
-        target = self._naming.quarantine_path(segment.sequence)
+        target = None
         try:
+            target = self._naming.quarantine_path(segment.sequence)
             if target is not None:
+                self._ledger.begin(segment.path, segment.source_packets)
                 rename_without_replacing(segment.path, target)
-                reason: dict[str, Any] = {"reason": segment.failure, "packets": segment.packets}
-                write_durably(f"{target}.json", json.dumps(reason).encode() + b"\n", self._mode)
+                self._ledger.end()
+                segment.path = target
         except OSError as error:
+            self._ledger.give_up()
             log.error("%s: cannot be moved to quarantine: %s", segment.path, error)
-        log.error("quarantined %s: %s", target or segment.path, segment.failure)
+        log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
+        if segment.path == target:
+            write_reason(target, segment.failure, segment.packets, self._mode)
+
+
+def write_reason(path: str, reason: str, packets: int, mode: int) -> None:
+    """Beside a file in quarantine: why it is there. The log has said so already, so a full disk is no further harm."""
+    text = json.dumps({"reason": reason, "packets": packets}) + "\n"
+    try:
+        write_durably(f"{path}.json", text, mode)
+    except OSError as error:
+        log.error("%s.json: cannot be written: %s", path, error)

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal
 
-import lz4.frame  # type: ignore[import-untyped]
+import lz4.frame
 
 from appliance.errors import CannotCreateError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
@@ -44,11 +44,13 @@ class Salvage:
     lost_bytes: int = 0  # unpacked bytes behind the last whole record
 
 
-def salvage(path: str | os.PathLike[str], output: str | os.PathLike[str], *, compress: bool) -> Salvage:
+def salvage(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], *, compress: bool, mode: int = FILE_MODE
+) -> Salvage:
     """Reads the leftover `path` to its last whole record, and writes that much to the new file `output`.
 
     The result is byte for byte the beginning of the leftover: whatever else stands in it, statistics and comments,
-    stays too. With `compress` it is one lz4 frame. It is written with O_EXCL and O_NOFOLLOW, mode 0640, and synced;
+    stays too. With `compress` it is one lz4 frame. It is written with O_EXCL and O_NOFOLLOW, with `mode`, and synced;
     the leftover is left alone. Memory is bounded, whatever the file claims.
 
     Raises CannotCreateError or InputOutputError when the result cannot be written (then no part of it remains), and
@@ -60,7 +62,7 @@ def salvage(path: str | os.PathLike[str], output: str | os.PathLike[str], *, com
         return Salvage("undecodable", str(error))
     if found.outcome != "salvaged":
         return found
-    _write_prefix(path, os.fspath(output), whole_bytes, compress)
+    _write_prefix(path, os.fspath(output), whole_bytes, compress, mode)
     return replace(found, output=os.fspath(output))
 
 
@@ -96,16 +98,15 @@ def _survey(path: str | os.PathLike[str]) -> tuple[Salvage, int]:
         return found, counts.whole_offset
 
 
-def _write_prefix(path: str | os.PathLike[str], output: str, prefix_bytes: int, compress: bool) -> None:
+def _write_prefix(path: str | os.PathLike[str], output: str, prefix_bytes: int, compress: bool, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(output, flags, FILE_MODE)
+        fd = os.open(output, flags, 0)
     except OSError as error:
         raise CannotCreateError(f"{output} cannot be created for what {path} still holds: {error.strerror}") from error
     try:
         with open(fd, "wb") as file:
-            # The umask may have taken the group's right away.
-            os.fchmod(file.fileno(), FILE_MODE)
+            os.fchmod(file.fileno(), mode)  # whatever the umask
             _copy_prefix(path, file, prefix_bytes, compress)
             file.flush()
             os.fsync(file.fileno())

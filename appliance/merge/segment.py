@@ -5,13 +5,16 @@ The merge worker owns the open segment. What is closed goes to the publisher (pu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from appliance.errors import CannotCreateError
+from appliance.errors import ApplianceError, CannotCreateError
 from appliance.formats.encode import (
     SNAPLEN_MAX,
     InterfaceDescription,
@@ -20,10 +23,10 @@ from appliance.formats.encode import (
     pcap_header,
     section_header,
 )
-from appliance.merge.compressor import CompressorSink, FileSink, SinkError
-from appliance.merge.naming import Naming
+from appliance.merge.compressor import CompressorSink, FileSink, SinkError, StreamSink
+from appliance.merge.naming import STANDARD_OUTPUT, Naming, prepare_directories
 
-Sink = FileSink | CompressorSink
+Sink = FileSink | StreamSink | CompressorSink
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Segment:
     sink: Sink
     start_ns: int  # CLOCK_REALTIME, or the first packet's time for files
     opened_ns: int  # CLOCK_REALTIME
-    packets: int = 0
+    packets: int = 0  # that the sink took
     bytes: int = 0  # before compression
     source_packets: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -96,15 +99,26 @@ class Segment:
     closed_because: str = ""
     closed_ns: int = 0  # CLOCK_MONOTONIC
     failure: str = ""  # why it goes to quarantine; empty: it is published
-    counts_at_start: list[SourceCounts] = field(default_factory=list)
+
+    def add_batch(self, packets: dict[str, int], first_ns: int, last_ns: int, late: int, late_max_ns: int) -> None:
+        """A batch was written: `packets` of each source, with these times and this lateness."""
+        for label, count in packets.items():
+            self.source_packets[label] = self.source_packets.get(label, 0) + count
+        self.first_ns = first_ns if self.first_ns is None else min(self.first_ns, first_ns)
+        self.last_ns = last_ns if self.last_ns is None else max(self.last_ns, last_ns)
+        self.packets += sum(packets.values())
+        self.late += late
+        self.late_max_ns = max(self.late_max_ns, late_max_ns)
+
+
+class NoReaderError(CannotCreateError):
+    """A FIFO that nobody reads yet: the output can begin when somebody does."""
 
 
 class SegmentOpener:
     """Opens staging files and starts their compressors, one ahead, so that a rotation waits for neither."""
 
-    def __init__(
-        self, naming: Naming, argv: Sequence[str] | None, timeout_s: float, mode: int, ahead: bool
-    ) -> None:
+    def __init__(self, naming: Naming, argv: Sequence[str] | None, timeout_s: float, mode: int, ahead: bool) -> None:
         self._naming = naming
         self._argv = argv
         self._timeout_s = timeout_s
@@ -112,47 +126,79 @@ class SegmentOpener:
         self._ahead = ahead and argv is not None
         self._spare: tuple[int, str, Sink] | None = None
 
+    @property
+    def is_stream(self) -> bool:
+        """One stream without staging: it cannot be begun anew."""
+        return self._naming.stream is not None
+
     def open(self, start_ns: int) -> Segment:
-        """The next segment, empty. CannotCreateError, SinkError: it cannot be had now."""
-        sequence, path, sink = self._spare or self._start()
+        """The next segment, empty. ApplianceError (CannotCreateError, SinkError, NoReaderError, or the number file's
+        InputOutputError): it cannot be had now."""
+        if self._spare is not None and not self._spare[2].is_alive:
+            self.discard_spare()
+        try:
+            sequence, path, sink = self._spare or self._start()
+        except CannotCreateError:
+            # Somebody may have removed the directories below us: the next try finds them.
+            with contextlib.suppress(ApplianceError, OSError):
+                prepare_directories(self._naming)
+            raise
         self._spare = None
         return Segment(sequence, path, sink, start_ns, time.time_ns())
 
     def prepare(self) -> None:
         """Starts the next compressor, if that is not done yet. Failures wait for `open` to report them."""
         if self._ahead and self._spare is None:
-            try:
+            with contextlib.suppress(ApplianceError):
                 self._spare = self._start()
-            except (CannotCreateError, SinkError):
-                self._spare = None
 
     def discard_spare(self) -> None:
         if self._spare is not None:
             sequence, path, sink = self._spare
             self._spare = None
-            sink.abandon()
-            if self._naming.stream is None:
+            self._remove(sequence, path, sink)
+
+    def discard(self, segment: Segment) -> None:
+        """A segment that holds no packet is not worth a file."""
+        self._remove(segment.sequence, segment.path, segment.sink)
+
+    def _remove(self, sequence: int, path: str, sink: Sink) -> None:
+        sink.abandon()
+        if not self.is_stream:
+            with contextlib.suppress(OSError):
                 os.unlink(path)
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: int) -> None:
+        with contextlib.suppress(ApplianceError):
             self._naming.give_back(sequence)
 
     def _start(self) -> tuple[int, str, Sink]:
         sequence = self._naming.next_sequence()
         path = self._naming.staging_path(sequence)
         try:
-            fd = open_stream(path) if self._naming.stream else create_exclusively(path, self._mode)
+            fd = open_stream(path) if self.is_stream else create_exclusively(path, self._mode)
         except OSError as error:
-            self._naming.give_back(sequence)
+            self._give_back(sequence)
+            if error.errno == errno.ENXIO:
+                raise NoReaderError(f"{path}: nobody reads it yet") from error
             raise CannotCreateError(f"{path}: cannot be created: {error.strerror}") from error
-        locked = self._naming.stream is None
         try:
-            if self._argv is None:
-                return sequence, path, FileSink(path, fd, locked)
-            return sequence, path, CompressorSink(path, fd, self._argv, self._timeout_s, locked)
-        except SinkError:
-            if locked:
+            return sequence, path, self._sink(path, fd)
+        except (OSError, SinkError) as error:
+            if not self.is_stream:
                 os.unlink(path)
-            self._naming.give_back(sequence)
-            raise
+            self._give_back(sequence)
+            if isinstance(error, SinkError):
+                raise
+            raise CannotCreateError(f"{path}: cannot be locked: {error.strerror}") from error
+
+    def _sink(self, path: str, fd: int) -> Sink:
+        if self._argv is None:
+            return StreamSink(path, fd) if self.is_stream else FileSink(path, fd)
+        if self.is_stream:
+            os.set_blocking(fd, True)  # compressors wait for their reader
+        return CompressorSink(path, fd, self._argv, self._timeout_s, locked=not self.is_stream)
 
 
 def create_exclusively(path: str, mode: int) -> int:
@@ -164,8 +210,14 @@ def create_exclusively(path: str, mode: int) -> int:
 
 
 def open_stream(path: str) -> int:
-    """Standard output ("-"), a device or a FIFO."""
-    return os.dup(1) if path == "-" else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    """Standard output ("-"), a device or a FIFO, without waiting. OSError ENXIO: a FIFO without a reader."""
+    if path != STANDARD_OUTPUT:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISFIFO(os.fstat(1).st_mode):
+        # A file description of our own: its mode is ours, and the other end of standard output keeps its own.
+        with contextlib.suppress(OSError):
+            return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.dup(1)
 
 
 def statistics_blocks(
@@ -199,4 +251,3 @@ def statistics_blocks(
             )
         )
     return b"".join(blocks)
-

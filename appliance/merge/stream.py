@@ -1,25 +1,26 @@
 """The merged stream into segments: opens, writes, rotates, closes, and counts every packet on its way.
 
-The merge worker's loop (workers/merge.py) calls this between the compiled calls: per batch, never per packet.
+The merge worker's loop (workers/merge.py) calls this between the compiled calls: per batch, never per packet. While no
+segment is open, the merge is held: the rings keep what comes.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from appliance.counters import CounterPage
-from appliance.errors import CannotCreateError, ConfigError
+from appliance.errors import CannotCreateError, ConfigError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import SinkError
 from appliance.merge.order import Merge
 from appliance.merge.publish import Publisher
-from appliance.merge.rotation import NEVER, WRITE_ERROR, RotationPolicy
+from appliance.merge.rotation import NEVER, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import (
     FileFormat,
+    NoReaderError,
     OutputInterface,
     Segment,
     SegmentOpener,
@@ -29,7 +30,7 @@ from appliance.merge.segment import (
 
 log = logging.getLogger(__name__)
 
-REOPEN_S = 1.0  # after a failure to open a segment, packets are dropped (and counted) for this long before the next try
+REOPEN_S = 1.0  # after a failure, the rings keep what comes for this long before the next segment is tried
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ class StreamSettings:
 
 
 class OutputStream:
-    """One output's files. `labels`: the sources' names; `source_pages`: their pages of MERGE_SOURCE_FIELDS."""
+    """One output's files. `labels`: the sources' names; `source_pages`: their pages of MERGE_SOURCE_FIELDS.
+    `unsettled`: per source, packets of a predecessor that are still being looked for, and count as held.
+
+    A live output outlives its failures: they are counted, and tried again. Recorded inputs do not run away, so there a
+    failure ends the run: InputOutputError or CannotCreateError. The same where the output is one stream, which cannot
+    be begun anew.
+    """
 
     def __init__(
         self,
@@ -57,6 +64,8 @@ class OutputStream:
         source_pages: Sequence[CounterPage],
         beat: Callable[[], None],
         may_open: Callable[[], bool],
+        unsettled: Sequence[int] = (),
+        is_successor: bool = False,
     ) -> None:
         self.has_opened = False
         self.segment: Segment | None = None
@@ -70,17 +79,28 @@ class OutputStream:
         self._source_pages = source_pages
         self._beat = beat
         self._may_open = may_open
+        self._unsettled = unsettled or [0] * len(labels)
         self._interfaces: list[OutputInterface] = []
-        self._dropped_at_start = [0] * len(labels)
-        self._writer_dropped: dict[int, int] = {}
+        self._announced = [0] * len(labels)
+        # What no file has told yet begins here. A source's counters began with its first life: a successor's first file
+        # must not tell once more what its predecessor's files told.
+        self._told: list[SourceCounts | None] = [None if is_successor else SourceCounts()] * len(labels)
+        self._told_dropped = [merge.source_totals(i)[1] for i in range(len(labels))]
+        self._told_until_ns = time.time_ns()
+        self._writer_dropped = 0
+        self._late_before = page["late_packets"]
+        self._forced_before = page["forced_packets"]
         self._retry_at = 0.0
+        self._said = ""
         merge.count_captured_bytes = settings.count_captured_bytes
+        merge.hold()
 
     # ---- interfaces ----
 
     def add_interface(self, source: int, description: InterfaceDescription) -> None:
         """A source announces an interface: it gets a number in the files. ConfigError: this format cannot hold it."""
-        local = sum(1 for interface in self._interfaces if interface.source == source)
+        local = self._announced[source]
+        self._announced[source] += 1
         if not description.name:
             name = self._labels[source] if local == 0 else f"{self._labels[source]}.{local}"
             description = replace(description, name=name)
@@ -93,14 +113,21 @@ class OutputStream:
         self._merge.map_interface(source, local, number)
         self._interfaces.append(interface)
         if self.segment is not None and self._settings.format.is_pcapng:
-            self._put(memoryview(self._settings.format.interface_block(interface)))
+            block = self._settings.format.interface_block(interface)
+            self._put(memoryview(block))
+            self._merge.bytes_left = max(0, self._merge.bytes_left - len(block) - len(self._statistics([interface])))
+
+    def skip_interface(self, source: int) -> None:
+        """A source announced an interface in a way that cannot be read: its packets are dropped, and counted."""
+        self._announced[source] += 1
 
     def _check_linktype(self, interface: OutputInterface) -> None:
         if self._interfaces and self._interfaces[0].description.linktype != interface.description.linktype:
             first = self._interfaces[0]
             raise ConfigError(
                 f"{self._labels[first.source]} has link type {first.description.linktype}, "
-                f"{self._labels[interface.source]} has {interface.description.linktype}: one pcap file cannot hold both; "
+                f"{self._labels[interface.source]} has {interface.description.linktype}: one pcap file cannot hold "
+                "both; "
                 'use pcapng, or linktype = "sll2" on live interfaces'
             )
 
@@ -124,38 +151,67 @@ class OutputStream:
         if time.monotonic() < self._retry_at:
             return False
         try:
-            segment = self._opener.open(start_ns)
-        except (CannotCreateError, SinkError) as error:
-            self._retry_at = time.monotonic() + REOPEN_S
-            self._page.add("write_errors")
-            log.error("no segment can be opened: %s; the next try is in %g s", error, REOPEN_S)
-            self.failed = True
+            self.segment = segment = self._opener.open(start_ns)
+        except NoReaderError as error:
+            self._wait_for_reader(error)
             return False
-        self.segment = segment
+        except (CannotCreateError, InputOutputError) as error:
+            self._fail(error)
+            return False
+        if not self._put(memoryview(self._settings.format.header(self._interfaces))):
+            self.segment = None
+            self._opener.discard(segment)
+            self._fail(InputOutputError(segment.failure))
+            return False
         self.has_opened = True
+        self._said = ""
         self._page.add("segments_opened")
         self._page["segment_opened_ns"] = segment.opened_ns
-        segment.counts_at_start = [self._counts(i) for i in range(len(self._labels))]
-        self._dropped_at_start = [self._merge.source_totals(i)[1] for i in range(len(self._labels))]
-        self._writer_dropped = {}
-        self._put(memoryview(self._settings.format.header(self._interfaces)))
         self._begin(start_ns)
         self._opener.prepare()
         return True
 
+    def _fail(self, error: CannotCreateError | InputOutputError) -> None:
+        self.failed = True
+        self._retry_at = time.monotonic() + REOPEN_S
+        if not self._outlives_failures:
+            raise error
+        self._publisher.count_write_error()
+        if str(error) != self._said:
+            self._said = str(error)
+            log.error("no file can be written: %s; tried again every %g s", error, REOPEN_S)
+
+    def _wait_for_reader(self, error: NoReaderError) -> None:
+        self._retry_at = time.monotonic() + REOPEN_S
+        if str(error) != self._said:
+            self._said = str(error)
+            log.warning("%s", error)
+
+    @property
+    def _outlives_failures(self) -> bool:
+        return self._settings.live and not self._opener.is_stream
+
     def _begin(self, start_ns: int) -> None:
+        assert self.segment is not None
         policy = self._settings.rotation
         room = policy.max_bytes
-        if room != NEVER and self.segment is not None and not self._settings.count_captured_bytes:
-            room = max(0, room - self.segment.bytes)
-        self._merge.begin_segment(policy.boundary_after(start_ns), policy.max_packets, room)
+        if room != NEVER and not self._settings.count_captured_bytes:
+            room = max(0, room - self.segment.bytes - len(self._statistics(self._interfaces)))
+        # A batch that waits to be written may hold late packets: the segment's time is that of its newest.
+        boundary_ns = policy.boundary_after(max(start_ns, self._merge.batch_last_ns))
+        self._merge.begin_segment(boundary_ns, policy.max_packets, room)
 
     def rotate(self, reason: str) -> None:
         """Closes the open segment and opens the next one, for the records that wait now."""
         position = self._merge.next_ns or time.time_ns()
-        if self.segment is not None and self._settings.skip_empty and self._merge.segment_packets == 0:
+        if reason == TIME and position < self._merge.boundary_ns:
+            # Forced: some source is silent, or its records come late. The next segment must not end where this one did.
+            position = max(self._merge.boundary_ns, time.time_ns() if self._settings.live else 0)
+        segment = self.segment
+        if segment is not None and self._settings.skip_empty and segment.packets == 0:
             self._page.add("segments_skipped")
-            self.segment.start_ns = position
+            segment.start_ns = position
+            segment.opened_ns = self._page["segment_opened_ns"] = time.time_ns()
             self._begin(position)
             return
         self.close(reason)
@@ -163,42 +219,69 @@ class OutputStream:
             self.open(position)
 
     def close(self, reason: str) -> None:
-        """Closes the open segment, if there is one, and hands it to the publisher."""
+        """Closes the open segment, if there is one, and hands it to the publisher. The merge is held from then on."""
+        self._merge.hold()
         segment = self.segment
         if segment is None:
             return
-        self._describe(segment, reason)
+        segment.closed_because = reason
+        self._describe(segment)
+        if segment.sink.keeps_whole_writes:
+            segment.failure = ""  # cut back to its last whole batch
         if self._settings.format.is_pcapng and not segment.failure:
-            now = time.time_ns() if self._settings.live else (segment.last_ns or 0)
-            start = segment.start_ns if self._settings.live else (segment.first_ns or 0)
-            deltas = [self._counts(i).since(segment.counts_at_start[i]) for i in range(len(self._labels))]
-            delivered = [self._merge.source_totals(i)[3] for i in range(len(self._labels))]
-            self._put(memoryview(statistics_blocks(self._interfaces, deltas, delivered, start, now)))
+            self._put(memoryview(self._statistics(self._interfaces)))
+        if segment.sink.keeps_whole_writes:
+            segment.failure = ""  # there may be no room for the statistics: the packets are worth more
         segment.sink.close_input()
         segment.closed_ns = time.monotonic_ns()
+        self._tell()
         self.segment = None
         self._page["open_packets"] = 0
         self._page["segment_opened_ns"] = 0
         self._publisher.submit(segment, self._beat)
 
-    def _describe(self, segment: Segment, reason: str) -> None:
-        segment.closed_because = segment.closed_because or reason
-        if segment.packets:
-            segment.first_ns = self._merge.segment_first_ns
-            segment.last_ns = self._merge.segment_last_ns
-        segment.late = self._merge.segment_late
-        segment.late_max_ns = self._merge.segment_late_max_ns
-        stages = {"kernel": 0, "filter": 0, "ring": 0, "merge": 0, "writer": sum(self._writer_dropped.values())}
+    def _describe(self, segment: Segment) -> None:
+        stages = {"kernel": 0, "filter": 0, "ring": 0, "merge": 0, "writer": self._writer_dropped}
         for i in range(len(self._labels)):
-            delta = self._counts(i).since(segment.counts_at_start[i])
+            delta = self._untold(i)
             stages["kernel"] += delta.dropped_kernel
             stages["filter"] += delta.dropped_filter
             stages["ring"] += delta.dropped_ring
-            stages["merge"] += self._merge.source_totals(i)[1] - self._dropped_at_start[i]
+            stages["merge"] += self._merge.source_totals(i)[1] - self._told_dropped[i]
         segment.dropped = stages
 
-    def _counts(self, source: int) -> SourceCounts:
-        return SourceCounts(*self._merge.source_counters(source))
+    def _statistics(self, interfaces: Sequence[OutputInterface]) -> bytes:
+        """The statistics blocks that the open segment would end with now."""
+        segment = self.segment
+        assert segment is not None
+        if not self._settings.format.is_pcapng:
+            return b""
+        start_ns, end_ns = self._told_until_ns, time.time_ns()
+        if not self._settings.live:
+            start_ns, end_ns = segment.first_ns or 0, segment.last_ns or 0
+        deltas = [self._untold(i) for i in range(len(self._labels))]
+        delivered = [segment.source_packets.get(label, 0) for label in self._labels]
+        return statistics_blocks(interfaces, deltas, delivered, start_ns, end_ns)
+
+    def _untold(self, source: int) -> SourceCounts:
+        """What a source counted since the last file that told it."""
+        counts = SourceCounts(*self._merge.source_counters(source))
+        told = self._told[source]
+        if told is None:
+            if counts.received:
+                self._told[source] = counts
+            return SourceCounts()
+        return counts.since(told)
+
+    def _tell(self) -> None:
+        """The segment that is closed now has told everything."""
+        for i in range(len(self._labels)):
+            counts = SourceCounts(*self._merge.source_counters(i))
+            if self._told[i] is not None:
+                self._told[i] = counts
+            self._told_dropped[i] = self._merge.source_totals(i)[1]
+        self._told_until_ns = time.time_ns()
+        self._writer_dropped = 0
 
     # ---- packets ----
 
@@ -207,30 +290,40 @@ class OutputStream:
         pending = [self._merge.take_pending(i) for i in range(len(self._labels))]
         self._note_consumed(pending)
         data = self._merge.output()
+        written = False
+        try:
+            written = self._write(data, pending)
+        finally:
+            if not written:
+                self._count_dropped(pending)
+            self._merge.emptied()
+
+    def _write(self, data: memoryview, pending: Sequence[tuple[int, int]]) -> bool:
+        """A compressor that died may have taken half of the batch into its file, which goes to quarantine, and a full
+        disk's file is cut: the whole batch is written again into the next one."""
         for _ in range(2):
-            if not self.open(self._merge.segment_first_ns or time.time_ns()):
-                break
+            if not self.open(self._merge.batch_first_ns or time.time_ns()):
+                return False
             if self._put(data):
                 self._count_written(pending)
-                self._merge.emptied()
-                return
-            # A compressor that died may have taken half of the batch into its file, which goes to quarantine: the whole
-            # batch is written again into the next one.
-            self._abandon()
-        self._count_dropped(pending)
-        self._merge.emptied()
+                return True
+            failure = self._abandon()
+            if not self._outlives_failures:
+                raise InputOutputError(failure)
+        self._retry_at = time.monotonic() + REOPEN_S
+        return False
 
     def _note_consumed(self, pending: Sequence[tuple[int, int]]) -> None:
         for i, page in enumerate(self._source_pages):
-            consumed, dropped, late, _ = self._merge.source_totals(i)
+            consumed, dropped, late = self._merge.source_totals(i)
             page["consumed_packets"] = consumed
             page["dropped_merge_packets"] = dropped
             page["late_packets"] = late
-            page["held_packets"] = pending[i][0]
-        self._page["late_packets"] = self._merge.late
-        self._page["late_max_ns"] = self._merge.late_max_ns
-        self._page["forced_packets"] = self._merge.forced
-        self._page["last_packet_ns"] = self._merge.segment_last_ns
+            page["held_packets"] = pending[i][0] + self._unsettled[i]
+        self._page["late_packets"] = self._late_before + self._merge.late
+        self._page["late_max_ns"] = max(self._page["late_max_ns"], self._merge.late_max_ns)
+        self._page["forced_packets"] = self._forced_before + self._merge.forced
+        self._page["last_packet_ns"] = self._merge.batch_last_ns
 
     def _put(self, data: memoryview) -> bool:
         segment = self.segment
@@ -240,64 +333,64 @@ class OutputStream:
             segment.sink.write(data, self._beat)
         except SinkError as error:
             segment.failure = str(error)
-            self._page.add("write_errors")
-            log.error("%s", error)
+            self._publisher.count_write_error()
+            if self._outlives_failures:
+                log.error("%s", error)
             return False
         segment.bytes += len(data)
         self._page.add("written_bytes", len(data))
         return True
 
-    def _abandon(self) -> None:
-        """The open segment cannot be written on. What a plain file holds is whole and is published as it is."""
+    def _abandon(self) -> str:
+        """The open segment cannot be written on; says why. What a plain file holds is whole and is published as it is,
+        and a segment without a packet is not worth a file."""
         segment = self.segment
-        if segment is None:
-            return
+        assert segment is not None
+        failure = segment.failure
         self.failed = True
-        if segment.sink.keeps_whole_writes and segment.packets:
-            segment.failure = ""
-        self.close(WRITE_ERROR)
+        if segment.packets:
+            self.close(WRITE_ERROR)
+            return failure
+        self._merge.hold()
+        self.segment = None
+        self._page["segment_opened_ns"] = 0
+        self._opener.discard(segment)
+        return failure
 
     def _count_written(self, pending: Sequence[tuple[int, int]]) -> None:
         segment = self.segment
         assert segment is not None
-        total = 0
+        written = {}
         for i, (packets, captured) in enumerate(pending):
             if packets:
                 page = self._source_pages[i]
-                page["held_packets"] = 0
+                page["held_packets"] = self._unsettled[i]
                 page.add("written_packets", packets)
                 page.add("written_bytes", captured)
-                label = self._labels[i]
-                segment.source_packets[label] = segment.source_packets.get(label, 0) + packets
-                total += packets
-        segment.packets += total
-        self._page.add("written_packets", total)
-        self._page.add("merged_packets", total)
+                written[self._labels[i]] = packets
+        merge = self._merge
+        if written:
+            segment.add_batch(
+                written, merge.batch_first_ns, merge.batch_last_ns, merge.batch_late, merge.batch_late_max_ns
+            )
+        self._page.add("written_packets", sum(written.values()))
+        self._page.add("merged_packets", sum(written.values()))
         self._page["open_packets"] = segment.packets
 
     def _count_dropped(self, pending: Sequence[tuple[int, int]]) -> None:
         for i, (packets, _) in enumerate(pending):
             if packets:
-                self._source_pages[i]["held_packets"] = 0
+                self._source_pages[i]["held_packets"] = self._unsettled[i]
                 self._source_pages[i].add("dropped_writer_packets", packets)
-                self._writer_dropped[i] = self._writer_dropped.get(i, 0) + packets
+                self._writer_dropped += packets
                 self._page.add("merged_packets", packets)
+
+    def drop_what_waits(self) -> None:
+        """The end has come, and no segment can be had: what is still to come is dropped by the writer, and counted."""
+        self._merge.begin_segment(NEVER, NEVER, NEVER)
 
     def finish(self, reason: str) -> None:
         """Closes the last segment and waits until everything is published."""
         self.close(reason)
         self._opener.discard_spare()
         self._publisher.finish(self._beat)
-
-
-class SettledCounts:
-    """Packets per source in published or quarantined files: what a successor subtracts to find what is lost."""
-
-    def __init__(self, labels: Sequence[str], source_pages: Sequence[CounterPage]) -> None:
-        self._pages = dict(zip(labels, source_pages, strict=True))
-        self._lock = threading.Lock()
-
-    def __call__(self, segment: Segment) -> None:
-        with self._lock:
-            for label, packets in segment.source_packets.items():
-                self._pages[label].add("closed_packets", packets)
