@@ -13,13 +13,20 @@ from collections.abc import Sequence
 
 from appliance.capture import bpf
 from appliance.config import Output
-from appliance.errors import CannotCreateError, ConfigError, FormatError, GaveUpError, MissingInputError
+from appliance.errors import (
+    CannotCreateError,
+    ConfigError,
+    FormatError,
+    GaveUpError,
+    MissingInputError,
+    MissingPermissionError,
+)
 from appliance.formats.encode import InterfaceDescription
 from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
-from appliance.process import account_of
+from appliance.process import account_of, may_run
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,9 @@ class Preparation:
         devices = {os.stat(path).st_dev: path for path in reversed(naming.directories)}
         if len(devices) > 1:
             first, second, *_ = devices.values()
-            raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
+            raise CannotCreateError(
+                f"{first} and {second} are on different file systems; files are renamed between them"
+            )
 
     def make_parents(self, path: str) -> None:
         """The directories above `path`."""
@@ -133,8 +142,10 @@ def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> Non
     log.warning("output %s: %s: programs on libpcap refuse such a pcapng file; tshark reads it", output.name, what)
 
 
-def check_output(output: Output, naming: Naming, preparation: Preparation) -> None:
-    compressor_argv(output.compressor)
+def check_output(output: Output, naming: Naming, preparation: Preparation, user: str) -> None:
+    argv = compressor_argv(output.compressor)
+    if argv is not None and user and not may_run(user, argv[0]):
+        raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its compressor {argv[0]}")
     preparation.make_directories(naming)
     if naming.makes_directories:
         preparation.lock(os.path.join(naming.directories[0], ".lock"))

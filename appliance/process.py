@@ -236,6 +236,19 @@ def become_user(user: str) -> None:
         ) from None
 
 
+def may_run(user: str, program: str) -> bool:
+    """Whether a user may run a program: asked by a child process that becomes that user."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            become_user(user)
+            status = 0 if os.access(program, os.X_OK) else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def die_with_parent(parent: int) -> None:
     """SIGKILL for this process when its parent ends: for processes that hold nothing worth draining."""
     libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +39,16 @@ from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
-from appliance.process import CAP_NET_RAW, WorkerContext, check_user, drop_privileges, set_process_name
+from appliance.process import (
+    CAP_NET_RAW,
+    WorkerContext,
+    check_user,
+    close_descriptors,
+    drop_privileges,
+    set_process_name,
+)
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
-
 
 RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
@@ -108,7 +115,7 @@ class Wiring:
             for planned in plan.outputs:
                 output = planned.output
                 naming = options.naming(output) if options.naming else appliance_naming(output)
-                check_output(output, naming, preparation)
+                check_output(output, naming, preparation, config.service.user)
                 namings[output.name] = naming
             if config.service.user:
                 preparation.hand_over(config.service.user)
@@ -124,7 +131,7 @@ class Wiring:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = multiprocessing.get_context("fork").Process(
-            target=run_opener, args=(theirs, ours, self.config.service.user), name="opener", daemon=True
+            target=run_opener, args=(theirs, self.config.service.user), name="opener", daemon=True
         )
         process.start()
         theirs.close()
@@ -152,6 +159,7 @@ class Wiring:
             self.preparation.make_parents(path)
             self.control = open_control_socket(Path(path))
             if self.config.service.user:
+                self.preparation.hand_over(self.config.service.user)  # the directory too, for unlink at the end
                 self.preparation.give(path, self.config.service.user)
 
     def make_memory(self) -> None:
@@ -365,12 +373,11 @@ class Wiring:
 LINKTYPE_ETHERNET = 1
 
 
-def run_opener(channel: socket.socket, other_end: socket.socket, user: str) -> None:
-    import signal
-
+def run_opener(channel: socket.socket, user: str) -> None:
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # it ends when the supervisor's end of the channel closes
-    other_end.close()
+    close_descriptors({0, 1, 2, channel.fileno()})
     set_process_name("opener")
     drop_privileges(user, (CAP_NET_RAW,))
     with contextlib.suppress(OSError):
@@ -479,5 +486,5 @@ def state_lines(snapshot: Snapshot) -> Sequence[str]:
     """For USR2: everything, a line an object."""
     lines = [live_line(snapshot), *snapshot.problems]
     for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
-        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
+        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]
     return lines

@@ -1,8 +1,8 @@
 """The capture worker: one source into its packet ring and its digest ring. One of three kinds, decided at the start.
 
-    ring:       kernel ring -> rings, in compiled code (appliance.capture.afpacket)
-    pcap: int:  libpcap, through pypcap or our own binding (appliance.capture.pcap_live)
-    files       decoded straight into the ring (appliance.capture.replay)
+ring:       kernel ring -> rings, in compiled code (appliance.capture.afpacket)
+pcap: int:  libpcap, through pypcap or our own binding (appliance.capture.pcap_live)
+files       decoded straight into the ring (appliance.capture.replay)
 """
 
 from __future__ import annotations

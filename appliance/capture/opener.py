@@ -142,7 +142,9 @@ def interface_index(name: str) -> int:
     try:
         return socket.if_nametoindex(name)
     except OSError as error:
-        raise MissingInputError(f"interface {name} does not exist; `appliance interfaces` lists those that do") from error
+        raise MissingInputError(
+            f"interface {name} does not exist; `appliance interfaces` lists those that do"
+        ) from error
 
 
 def hardware_type(name: str) -> int:

@@ -1,12 +1,12 @@
 """The appliance as a user runs it: `appliance run -c FILE` in a lab's namespace, told to stop, looked into, judged.
 
-    with Lab() as lab, service_directory() as directory:
-        a, peer = lab.veth("a")
-        service = Service(lab, directory, [{"uri": f"ring:{a}"}])
-        sent = lab.send([peer], frames=1000, rate=10_000)
-        service.wait_at_rest({"a": 1000})
-        assert service.stop() == 0
-        service.check({0: 1000})
+with Lab() as lab, service_directory() as directory:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    sent = lab.send([peer], frames=1000, rate=10_000)
+    service.wait_at_rest({"a": 1000})
+    assert service.stop() == 0
+    service.check({0: 1000})
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Service:
         environment: Mapping[str, str] | None = None,
         **tables: Any,
     ) -> None:
-        """Starts it; returns when it says READY=1, unless `wait` is false. `prefix`: a command that runs the command."""
+        """Starts it; returns when it says READY=1, unless `wait` is false. `prefix`: a command that runs it."""
         self.lab = lab
         self.directory = directory
         self.config = configuration(directory, interfaces, **tables)

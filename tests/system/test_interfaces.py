@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.frames import Shape, numbered_frame
+from support.frames import numbered_frame
 from support.judges import check_numbered, packets, tshark_fields
 from support.lab import Lab, requires_root, requires_tool
 from support.replay import send_frames
@@ -74,9 +74,7 @@ def test_an_interface_that_was_deleted_is_recorded_again_two_seconds_after_it_is
     service.assert_nothing_left()
 
 
-def test_after_the_kill_of_its_worker_an_interface_that_came_back_is_still_recorded(
-    lab: Lab, directory: Path
-) -> None:
+def test_after_the_kill_of_its_worker_an_interface_that_came_back_is_still_recorded(lab: Lab, directory: Path) -> None:
     a, pa = lab.veth("a")
     service = Service(lab, directory, [{"uri": f"ring:{a}"}])
     send(lab, pa, 0)

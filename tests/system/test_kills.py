@@ -116,7 +116,9 @@ def test_a_killed_compressor_costs_only_what_it_counts(lab: Lab, directory: Path
 
 def test_twenty_deaths_of_a_capture_worker_cost_no_packet(lab: Lab, directory: Path) -> None:
     """Killed at any moment, its successor goes on at the very packet that was published last."""
-    service, sender = start_under_load(lab, directory, rate=20_000, service={"restart_limit": 1000, "restart_window_s": 1})
+    service, sender = start_under_load(
+        lab, directory, rate=20_000, service={"restart_limit": 1000, "restart_window_s": 1}
+    )
     chance = random.Random(20)
     for _ in range(20):
         pid = service.pids()["capture/a"]

@@ -82,6 +82,15 @@ def test_a_compressor_that_does_not_exist(lab: Lab, directory: Path, output: Pat
     assert_refused(lab, directory, config, 66, "no-such-compressor")
 
 
+def test_a_compressor_that_the_user_of_the_service_may_not_run(lab: Lab, directory: Path) -> None:
+    lab.veth("a")
+    program = directory / "compress"
+    program.write_text("#!/bin/sh\nexec cat\n")
+    program.chmod(0o700)
+    config = plain(directory / "output", output={"compressor": [str(program)]}, service={"user": "daemon"})
+    assert_refused(lab, directory, config, 77, "daemon", str(program))
+
+
 def test_an_unknown_key_and_a_bad_value_are_told_together(lab: Lab, directory: Path, output: Path) -> None:
     config = plain(output, {"uri": "ring:a", "snaplem": 96}, output={"rotate_seconds": -1})
     assert_refused(lab, directory, config, 78, "interface[0].snaplem", "snaplen", "output[0].rotate_seconds")
@@ -116,7 +125,9 @@ def test_a_directory_of_somebody_else(lab: Lab, directory: Path) -> None:
 
 
 @requires_tool("setpriv")
-@pytest.mark.parametrize("prefix", [("setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw")], ids=["bounding set"])
+@pytest.mark.parametrize(
+    "prefix", [("setpriv", "--bounding-set=-net_raw", "--inh-caps=-net_raw")], ids=["bounding set"]
+)
 def test_no_right_to_capture(lab: Lab, directory: Path, output: Path, prefix: tuple[str, ...]) -> None:
     lab.veth("a")
     assert_refused(lab, directory, plain(output), 77, "interface a", "CAP_NET_RAW", prefix=prefix)
