@@ -118,6 +118,17 @@ def write_durably(path: str, text: str, mode: int) -> None:
         raise
 
 
+def free_name(naming: Naming, sequence: int, start_ns: int) -> tuple[int, str]:
+    """(sequence, path) for a file to be published. Nobody but us makes files there, so a name that is free stays free;
+    the rename makes sure."""
+    for _ in range(NAME_TRIES):
+        final = naming.final_path(sequence, start_ns)
+        if not os.path.lexists(final):
+            return sequence, final
+        sequence = naming.next_sequence()
+    raise InputOutputError(f"{final}: this name and {NAME_TRIES - 1} others are taken")
+
+
 class Publisher:
     """Publishes closed segments in their order, and between them keeps the retention's limits.
 
@@ -235,7 +246,7 @@ class Publisher:
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
         sha256, length = sync_and_hash(segment.path)
-        final = self._free_name(segment, start_ns)
+        segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
         self._ledger.begin(segment.path, segment.source_packets)
         try:
@@ -266,15 +277,6 @@ class Publisher:
             segment.closed_because,
         )
         return final
-
-    def _free_name(self, segment: Segment, start_ns: int) -> str:
-        """Nobody but us makes files here, so a name that is free stays free; the rename makes sure."""
-        for _ in range(NAME_TRIES):
-            final = self._naming.final_path(segment.sequence, start_ns)
-            if not os.path.lexists(final):
-                return final
-            segment.sequence = self._naming.next_sequence()
-        raise InputOutputError(f"{final}: this name and {NAME_TRIES - 1} others are taken")
 
     def _sidecar(self, segment: Segment, final: str, sha256: str, length: int) -> Sidecar:
         return Sidecar(
