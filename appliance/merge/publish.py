@@ -158,15 +158,16 @@ class Publisher:
         self._ledger = ledger
         self._retention = retention
         self._before = before
-        self._errors = threading.Lock()
+        self._counting = threading.Lock()
+        self._waiting = 0
         self._queue: queue.Queue[Segment | None] = queue.Queue(self.QUEUE_SEGMENTS)
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def submit(self, segment: Segment, beat: Callable[[], None]) -> None:
         """Hands a closed segment over; waits, with signs of life, while too many are waiting already."""
+        self._count_waiting(1)
         self._put(segment, beat)
-        self._page["queued_segments"] = self._queue.qsize()
 
     def finish(self, beat: Callable[[], None]) -> None:
         """Waits until everything is settled."""
@@ -176,9 +177,14 @@ class Publisher:
             beat()
 
     def count_write_error(self) -> None:
-        """The one counter that both threads of a merge worker count."""
-        with self._errors:
+        """Both threads of a merge worker count these."""
+        with self._counting:
             self._page.add("write_errors")
+
+    def _count_waiting(self, change: int) -> None:
+        with self._counting:
+            self._waiting += change
+            self._page["queued_segments"] = self._waiting
 
     def _put(self, segment: Segment | None, beat: Callable[[], None]) -> None:
         while True:
@@ -199,7 +205,7 @@ class Publisher:
             if segment is None:
                 return
             self._guarded(segment.path, functools.partial(self._settle, segment))
-            self._page["queued_segments"] = self._queue.qsize()
+            self._count_waiting(-1)
             self._retain()
 
     def _retain(self) -> None:
