@@ -199,7 +199,7 @@ class Recovery:
 
     def _publish(self, path: str, found: Salvage) -> None:
         sha256, length = sync_and_hash(path)
-        sequence = self._naming.next_sequence()
+        sequence = self._naming.sequence_of(path)
         start_ns = found.first_ns or time.time_ns()
         final = self._naming.final_path(sequence, start_ns)
         sidecar = self._naming.sidecar_path(sequence, start_ns)
