@@ -261,6 +261,8 @@ class Supervisor:
         worker.channel = parent
         assert process.pid is not None
         worker.pidfd = os.pidfd_open(process.pid)
+        if self.stopping_since is not None and worker.role == "capture":
+            self.say(worker, DRAIN)  # what its predecessor left in the kernel's ring
         self.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
         self.selector.register(worker.channel, selectors.EVENT_READ, lambda: self.hear(worker))
         self.selector.register(worker.log, selectors.EVENT_READ, lambda: self.hear_log(worker))
@@ -293,9 +295,8 @@ class Supervisor:
     def crashed(self, worker: Worker, status: int | None) -> None:
         how = f"was ended by signal {-status}" if status is not None and status < 0 else "crashed"
         now = time.monotonic()
-        if self.stopping_since is not None and worker.role in ("capture", "monitor"):
-            log.error("%s %s while it drained", worker.name, how)
-            self.abandon(worker)
+        if self.stopping_since is not None and worker.role == "monitor":
+            worker.ended = True
             return
         worker.deaths.append(now)
         service = self.config.service
@@ -455,10 +456,10 @@ class Supervisor:
         self.stopping_since = time.monotonic()
         self.notifier.notify("STOPPING=1")
         for worker in self.workers.values():
-            if not worker.is_alive and not worker.ended and worker.role in ("capture", "monitor"):
-                self.abandon(worker)  # it was waiting for its next life
-            elif worker.role == "capture":
+            if worker.role == "capture":
                 self.say(worker, DRAIN)
+            if not worker.is_alive:
+                worker.start_at = 0.0  # for what it left behind; there is no time for pauses now
 
     def drain(self, now: float) -> None:
         """First the sources end, and with their rings the merges and the meter; the monitor watches until the last."""

@@ -184,16 +184,19 @@ class Wiring:
 
     def undo(self) -> None:
         """The start failed: nothing stays behind."""
-        self.close_opener()
-        self.close_monitor()
+        self.close_sockets()
         self.preparation.undo()
 
     def close(self) -> None:
+        self.close_sockets()
+        self.preparation.release()
+
+    def close_sockets(self) -> None:
         self.close_opener()
         self.close_monitor()
         for opened in self.opened.values():
             os.close(opened.fd)
-        self.preparation.release()
+        self.opened.clear()
 
     def close_opener(self) -> None:
         if self.opener is not None:

@@ -168,6 +168,8 @@ class LiveWorker:
             message, fd = b"", -1
         if not message or message == DRAIN:
             self.begin_drain()
+        elif fd >= 0 and self.drain_until is not None:
+            os.close(fd)  # too late
         elif fd >= 0:
             self.take_over(opener.parse_opened(message, fd))
 

@@ -64,11 +64,13 @@ def is_table(value: object) -> bool:
 def configuration(directory: Path, interfaces: Sequence[Table], **tables: Any) -> dict[str, Any]:
     """Small rings, files of one second below `directory`, no meter, a control socket; `tables` are laid over it.
 
+    `max_wait_ms` is large, so that order does not depend on how busy the machine is.
+
     `output` is a table, or a list of tables for several outputs.
     """
     given = tables.pop("output", {})
     outputs = given if isinstance(given, list) else [given]
-    base = {"directory": str(directory), "rotate_seconds": 1, "min_free_bytes": 0}
+    base = {"directory": str(directory), "rotate_seconds": 1, "max_wait_ms": 500, "min_free_bytes": 0}
     memory = {"kernel_ring_bytes": 16 << 20, "ring_bytes": 16 << 20}
     config: dict[str, Any] = {
         "interface": [memory | dict(interface) for interface in interfaces],
