@@ -10,12 +10,20 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
+import struct
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import multiprocessing_logging
 
-MESSAGE_MAX_CHARACTERS = 1500  # a pickled record then fits into one atomic write to the queue's pipe (PIPE_BUF)
+log = logging.getLogger(__name__)
+
+MESSAGE_MAX_CHARACTERS = 1500
+MESSAGE_MAX_BYTES = 1 << 20  # of a pickled record, a traceback included
+READ_BYTES = 65536
 LINES_PER_SECOND = 10
 FLUSH_S = 2.0
 FORMAT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
@@ -25,7 +33,7 @@ JOURNAL_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging
 class OneLineFormatter(logging.Formatter):
     """One line a record, whatever is in it: what comes from a wire or a file must not forge log lines."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
     default_time_format = "%Y-%m-%dT%H:%M:%S"
 
@@ -87,13 +95,18 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
 
     def __init__(self, target: logging.Handler) -> None:
         # Not the library's __init__: that would start its receiving thread.
-        self._is_closed = True
         logging.Handler.__init__(self)
         self.sub_handler = target
         self.setLevel(target.level)
-        self.setFormatter(target.formatter)
-        self.queue = multiprocessing.get_context("fork").Queue(-1)
+        self.formatter = target.formatter  # setFormatter of the library would set it on the shared target too
+        self.queue: Any = multiprocessing.get_context("fork").Queue(-1)
+        self._received = bytearray()
         self._is_closed = False
+
+    # ---- in the worker ----
+
+    def worker_descriptors(self) -> tuple[int, ...]:
+        return (int(self.queue._writer.fileno()),)
 
     def use_in_worker(self) -> None:
         """In the child: all logging of this process goes through here, at a bounded rate."""
@@ -111,40 +124,57 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
         record.msg, record.args = message, None
         super().emit(record)
 
-    def setFormatter(self, formatter: logging.Formatter | None) -> None:
-        # The library would set it on the shared target too.
-        logging.Handler.setFormatter(self, formatter)
-
-    def forget_writing_end(self) -> None:
-        """In the parent, after the fork: a dead worker's half-written record then ends in EOF, not in waiting."""
-        self.queue._writer.close()
-
-    def fileno(self) -> int:
-        """What to select on, in the supervisor."""
-        return int(self.queue._reader.fileno())
-
-    def worker_descriptors(self) -> tuple[int, ...]:
-        return (int(self.queue._writer.fileno()),)
-
-    def receive(self) -> bool:
-        """Hands on what has arrived, without waiting. False: the worker's end is closed and everything was read."""
-        try:
-            while self.queue._reader.poll(0):
-                self.sub_handler.handle(self.queue._reader.recv())
-        except (EOFError, OSError):
-            return False
-        except Exception as error:  # a record that a dying worker garbled must not end the supervisor
-            logging.getLogger(__name__).warning("a worker's log record was unreadable: %s", error)
-        return True
-
     def flush_worker(self) -> None:
-        """In the child, before it exits: everything is in the pipe, or nobody takes it any more."""
+        """Before the child exits: everything is in the pipe, or nobody takes it any more."""
         self.queue.close()
         if self.queue._thread is not None:
             self.queue._thread.join(FLUSH_S)
 
+    # ---- in the supervisor ----
+
+    def forget_writing_end(self) -> None:
+        """After the fork: the worker's death is then the end of the pipe."""
+        self.queue._writer.close()
+        os.set_blocking(self.fileno(), False)
+
+    def fileno(self) -> int:
+        """What to select on."""
+        return int(self.queue._reader.fileno())
+
+    def receive(self) -> bool:
+        """Hands on what has arrived, without waiting, not even for the second half of what a worker was writing when it
+        was killed or stopped. False: the worker's end is closed and everything was read."""
+        is_open = True
+        try:
+            while piece := os.read(self.fileno(), READ_BYTES):
+                self._received += piece
+            is_open = False
+        except BlockingIOError:
+            pass
+        for message in self._whole_messages():
+            try:
+                record = pickle.loads(message)
+            except Exception as error:  # what a dying worker garbled must not end the supervisor
+                log.warning("a worker's log record was unreadable: %s", error)
+                continue
+            self.sub_handler.handle(record)
+        return is_open
+
+    def _whole_messages(self) -> Iterator[bytes]:
+        """In the framing of multiprocessing.connection: a signed 32-bit length (-1: it is longer), the bytes."""
+        while len(self._received) >= 4:
+            (length,) = struct.unpack_from("!i", self._received)
+            if not 0 <= length <= MESSAGE_MAX_BYTES:
+                log.warning("a worker's log record was too long: what follows it is left out")
+                self._received.clear()
+                return
+            if len(self._received) < 4 + length:
+                return
+            yield bytes(self._received[4 : 4 + length])
+            del self._received[: 4 + length]
+
     def close(self) -> None:
-        """In the supervisor: the end. The target stays open for the others."""
+        """The end. The target stays open for the others."""
         if not self._is_closed:
             self._is_closed = True
             self.queue._reader.close()

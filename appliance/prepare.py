@@ -9,17 +9,24 @@ import contextlib
 import fcntl
 import logging
 import os
-import pwd
 from collections.abc import Sequence
 
 from appliance.capture import bpf
 from appliance.config import Output
-from appliance.errors import CannotCreateError, ConfigError, FormatError, GaveUpError, MissingInputError
+from appliance.errors import (
+    CannotCreateError,
+    ConfigError,
+    FormatError,
+    GaveUpError,
+    MissingInputError,
+    MissingPermissionError,
+)
 from appliance.formats.encode import InterfaceDescription
 from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
+from appliance.process import account_of, may_run
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +40,8 @@ class Preparation:
 
     def make_directories(self, naming: Naming) -> None:
         """The policy's directories, all on one file system, because files get from one into the other by rename."""
+        if naming.makes_directories:
+            refuse_links(naming.directories[1:])
         missing = [path for directory in naming.directories for path in missing_parts(directory)]
         try:
             prepare_directories(naming)
@@ -41,7 +50,9 @@ class Preparation:
         devices = {os.stat(path).st_dev: path for path in reversed(naming.directories)}
         if len(devices) > 1:
             first, second, *_ = devices.values()
-            raise CannotCreateError(f"{first} and {second} are on different file systems; files are renamed between them")
+            raise CannotCreateError(
+                f"{first} and {second} are on different file systems; files are renamed between them"
+            )
 
     def make_parents(self, path: str) -> None:
         """The directories above `path`."""
@@ -72,11 +83,8 @@ class Preparation:
 
     @staticmethod
     def give(path: str, user: str) -> None:
-        try:
-            account = pwd.getpwnam(user)
-        except KeyError:
-            raise MissingInputError(f"service.user: user {user!r} does not exist") from None
         if os.geteuid() == 0:
+            account = account_of(user)
             os.chown(path, account.pw_uid, account.pw_gid)
 
     def release(self) -> None:
@@ -134,11 +142,20 @@ def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> Non
     log.warning("output %s: %s: programs on libpcap refuse such a pcapng file; tshark reads it", output.name, what)
 
 
-def check_output(output: Output, naming: Naming, preparation: Preparation) -> None:
-    compressor_argv(output.compressor)
+def check_output(output: Output, naming: Naming, preparation: Preparation, user: str) -> None:
+    argv = compressor_argv(output.compressor)
+    if argv is not None and user and not may_run(user, argv[0]):
+        raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its compressor {argv[0]}")
     preparation.make_directories(naming)
     if naming.makes_directories:
         preparation.lock(os.path.join(naming.directories[0], ".lock"))
+
+
+def refuse_links(paths: Sequence[str]) -> None:
+    """What lies below the output's own directory is ours: a link there would lead our files to where others chose."""
+    for path in paths:
+        if os.path.islink(path):
+            raise CannotCreateError(f"{path} is a symbolic link; only the output's directory itself may be one")
 
 
 def missing_parts(path: str) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from appliance.counters import STATES, CounterPage, CounterPages
-from appliance.errors import ApplianceError, MissingPermissionError, UsageError
+from appliance.errors import ApplianceError, MissingInputError, MissingPermissionError
 
 if TYPE_CHECKING:
     from appliance.config import Config
@@ -179,7 +179,7 @@ def set_capabilities(kept: Iterable[int]) -> None:
 def drop_privileges(user: str, kept: Iterable[int] = ()) -> None:
     """For good: another user if one is named, no capability but `kept`, none to be gained by any exec.
 
-    Raises UsageError for a user that does not exist, MissingPermissionError when we may not become that user.
+    Raises MissingInputError for a user that does not exist, MissingPermissionError when we may not become that user.
     """
     kept = tuple(kept)
     no_new_privileges()
@@ -203,13 +203,28 @@ def no_new_privileges() -> None:
     libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def become_user(user: str) -> None:
+def account_of(user: str) -> pwd.struct_passwd:
+    """MissingInputError: there is no such user."""
     try:
-        account = pwd.getpwnam(user)
+        return pwd.getpwnam(user)
     except KeyError:
-        raise UsageError(f"user {user!r} does not exist") from None
+        raise MissingInputError(f"user {user!r} does not exist") from None
+
+
+def check_user(user: str) -> None:
+    """MissingInputError, MissingPermissionError: this process cannot become `user`."""
+    account = account_of(user)
+    if os.geteuid() != 0 and os.geteuid() != account.pw_uid:
+        raise MissingPermissionError(
+            f"user {user!r}: only root can become another user; run with sudo, or leave the user out"
+        )
+
+
+def become_user(user: str) -> None:
+    account = account_of(user)
     if os.getuid() == account.pw_uid and os.geteuid() == account.pw_uid:
         return
+    check_user(user)
     libc().prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0)
     try:
         os.initgroups(user, account.pw_gid)
@@ -217,8 +232,21 @@ def become_user(user: str) -> None:
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
     except PermissionError:
         raise MissingPermissionError(
-            f"user {user!r}: only root can become another user; run with sudo, or leave the user out"
+            f"user {user!r}: this process may not change its user (CAP_SETUID, CAP_SETGID); leave the user out"
         ) from None
+
+
+def may_run(user: str, program: str) -> bool:
+    """Whether a user may run a program: asked by a child process that becomes that user."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            become_user(user)
+            status = 0 if os.access(program, os.X_OK) else 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def die_with_parent(parent: int) -> None:

@@ -24,10 +24,10 @@ from multiprocessing.process import BaseProcess
 import sdnotify
 
 from appliance import logs, wiring
-from appliance.capture.opener import describe_opened
+from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
-from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, GaveUpError
+from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
@@ -261,6 +261,8 @@ class Supervisor:
         worker.channel = parent
         assert process.pid is not None
         worker.pidfd = os.pidfd_open(process.pid)
+        if self.stopping_since is not None and worker.role == "capture":
+            self.say(worker, DRAIN)  # what its predecessor left in the kernel's ring
         self.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
         self.selector.register(worker.channel, selectors.EVENT_READ, lambda: self.hear(worker))
         self.selector.register(worker.log, selectors.EVENT_READ, lambda: self.hear_log(worker))
@@ -293,9 +295,8 @@ class Supervisor:
     def crashed(self, worker: Worker, status: int | None) -> None:
         how = f"was ended by signal {-status}" if status is not None and status < 0 else "crashed"
         now = time.monotonic()
-        if self.stopping_since is not None and worker.role in ("capture", "monitor"):
-            log.error("%s %s while it drained", worker.name, how)
-            self.abandon(worker)
+        if self.stopping_since is not None and worker.role == "monitor":
+            worker.ended = True
             return
         worker.deaths.append(now)
         service = self.config.service
@@ -375,11 +376,20 @@ class Supervisor:
                 with contextlib.suppress(KeyError, ValueError):
                     self.selector.unregister(worker.channel)
                 return
-            if message == REOPEN and self.wired.opener is not None:
-                self.reopening.append(worker.name)
-                self.wired.opener.ask(self.wired.open_request(worker.name))
+            if message == REOPEN:
+                self.reopen(worker)
             elif message == ROTATE:
                 self.rotate()
+
+    def reopen(self, worker: Worker) -> None:
+        """Asks the opener for a new socket, once: a second one would bring the same packets a second time."""
+        if self.wired.opener is None or worker.name in self.reopening or self.wired.has_current_socket(worker.name):
+            return
+        try:
+            self.wired.opener.ask(self.wired.open_request(worker.name))
+        except OSError:
+            return  # it is gone, which is told once, in hear_opener
+        self.reopening.append(worker.name)
 
     def hear_log(self, worker: Worker) -> None:
         if worker.log is not None and not worker.log.receive():
@@ -387,23 +397,25 @@ class Supervisor:
 
     def hear_opener(self) -> None:
         """The answer to the oldest request: a new packet socket, or why there is none (yet)."""
-        assert self.wired.opener is not None
-        name = self.reopening.popleft() if self.reopening else ""
+        opener = self.wired.opener
+        assert opener is not None
         try:
-            opened = self.wired.opener.answer()
-        except GaveUpError:
-            raise
-        except ApplianceError as error:
-            if not name:
-                self.selector.unregister(self.wired.opener.channel)
-                log.error("the opener process is gone: interfaces that come back cannot be opened again")
-            log.debug("%s: %s", name, error)
+            opened = opener.answer()
+        except OpenerGoneError as error:
+            self.selector.unregister(opener.channel)
+            self.wired.close_opener()
+            self.reopening.clear()
+            log.error("%s: interfaces that come back cannot be opened again without a restart", error)
             return
+        except ApplianceError as error:
+            log.warning("%s: %s", self.reopening.popleft(), error)
+            return
+        name = self.reopening.popleft()
         self.wired.replace_socket(name, opened)
         worker = self.workers[name]
         if worker.channel is not None:
-            with contextlib.suppress(OSError):
-                socket.send_fds(worker.channel, [describe_opened(opened)], [opened.fd])
+            with contextlib.suppress(OSError):  # it dies: its next life gets the socket at its start
+                send_opened(worker.channel, opened, socket.MSG_DONTWAIT)
 
     # ---- telling ----
 
@@ -444,10 +456,10 @@ class Supervisor:
         self.stopping_since = time.monotonic()
         self.notifier.notify("STOPPING=1")
         for worker in self.workers.values():
-            if not worker.is_alive and not worker.ended and worker.role in ("capture", "monitor"):
-                self.abandon(worker)  # it was waiting for its next life
-            elif worker.role == "capture":
+            if worker.role == "capture":
                 self.say(worker, DRAIN)
+            if not worker.is_alive:
+                worker.start_at = 0.0  # for what it left behind; there is no time for pauses now
 
     def drain(self, now: float) -> None:
         """First the sources end, and with their rings the merges and the meter; the monitor watches until the last."""

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import workers.merge
 import workers.meter
 import workers.monitor
 from appliance.capture.interfaces import host_interfaces
-from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, serve
+from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
@@ -38,10 +39,16 @@ from appliance.monitor.view import Snapshot, Topology, View
 from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
-from appliance.process import CAP_NET_RAW, WorkerContext, drop_privileges, set_process_name
+from appliance.process import (
+    CAP_NET_RAW,
+    WorkerContext,
+    check_user,
+    close_descriptors,
+    drop_privileges,
+    set_process_name,
+)
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
-
 
 RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
@@ -97,6 +104,8 @@ class Wiring:
     @classmethod
     def make(cls, config: Config, options: RunOptions) -> Wiring:
         """Checks everything that can be checked without rights, and makes the directories."""
+        if config.service.user:
+            check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
         file_interfaces = check_files(plan)
@@ -106,7 +115,7 @@ class Wiring:
             for planned in plan.outputs:
                 output = planned.output
                 naming = options.naming(output) if options.naming else appliance_naming(output)
-                check_output(output, naming, preparation)
+                check_output(output, naming, preparation, config.service.user)
                 namings[output.name] = naming
             if config.service.user:
                 preparation.hand_over(config.service.user)
@@ -122,7 +131,7 @@ class Wiring:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = multiprocessing.get_context("fork").Process(
-            target=run_opener, args=(theirs, ours, self.config.service.user), name="opener", daemon=True
+            target=run_opener, args=(theirs, self.config.service.user), name="opener", daemon=True
         )
         process.start()
         theirs.close()
@@ -150,6 +159,7 @@ class Wiring:
             self.preparation.make_parents(path)
             self.control = open_control_socket(Path(path))
             if self.config.service.user:
+                self.preparation.hand_over(self.config.service.user)  # the directory too, for unlink at the end
                 self.preparation.give(path, self.config.service.user)
 
     def make_memory(self) -> None:
@@ -174,16 +184,19 @@ class Wiring:
 
     def undo(self) -> None:
         """The start failed: nothing stays behind."""
-        self.close_opener()
-        self.close_monitor()
+        self.close_sockets()
         self.preparation.undo()
 
     def close(self) -> None:
+        self.close_sockets()
+        self.preparation.release()
+
+    def close_sockets(self) -> None:
         self.close_opener()
         self.close_monitor()
         for opened in self.opened.values():
             os.close(opened.fd)
-        self.preparation.release()
+        self.opened.clear()
 
     def close_opener(self) -> None:
         if self.opener is not None:
@@ -330,6 +343,10 @@ class Wiring:
             fanout_group=source.fanout_group,
         )
 
+    def has_current_socket(self, worker: str) -> bool:
+        """Whether the interface that the worker's socket is bound to still exists."""
+        return interface_exists(self.opened[self.source_of(worker).label].ifindex)
+
     def replace_socket(self, worker: str, opened: OpenedInterface) -> None:
         """An interface came back: our duplicate of its old socket goes, the new one stays for the next life."""
         label = self.source_of(worker).label
@@ -359,12 +376,11 @@ class Wiring:
 LINKTYPE_ETHERNET = 1
 
 
-def run_opener(channel: socket.socket, other_end: socket.socket, user: str) -> None:
-    import signal
-
+def run_opener(channel: socket.socket, user: str) -> None:
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # it ends when the supervisor's end of the channel closes
-    other_end.close()
+    close_descriptors({0, 1, 2, channel.fileno()})
     set_process_name("opener")
     drop_privileges(user, (CAP_NET_RAW,))
     with contextlib.suppress(OSError):
@@ -473,5 +489,5 @@ def state_lines(snapshot: Snapshot) -> Sequence[str]:
     """For USR2: everything, a line an object."""
     lines = [live_line(snapshot), *snapshot.problems]
     for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
-        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]  # type: ignore[call-overload]
+        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]
     return lines

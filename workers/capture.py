@@ -1,8 +1,8 @@
 """The capture worker: one source into its packet ring and its digest ring. One of three kinds, decided at the start.
 
-    ring:       kernel ring -> rings, in compiled code (appliance.capture.afpacket)
-    pcap: int:  libpcap, through pypcap or our own binding (appliance.capture.pcap_live)
-    files       decoded straight into the ring (appliance.capture.replay)
+ring:       kernel ring -> rings, in compiled code (appliance.capture.afpacket)
+pcap: int:  libpcap, through pypcap or our own binding (appliance.capture.pcap_live)
+files       decoded straight into the ring (appliance.capture.replay)
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 1000
 REOPEN = b"reopen"  # worker to supervisor: the interface is another one now, or gone
-REOPEN_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0  # whether the interface is still there
+REOPEN_EVERY_S = 0.25  # whether it is back, while it is not
 DRAIN_BLOCK_TIMEOUTS = 2
+DRAIN_STALLED_S = 1.0  # the kernel says that packets wait, and hands none over
 LIBPCAP_DRAIN_S = 2.0
 
 
@@ -80,7 +82,8 @@ class LiveWorker:
         self.records = records
         self.digests = digests
         self.serial = parts.socket_serial
-        self.asked_at = 0.0
+        self.is_gone = False
+        self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
         assert parts.opened is not None
         self.use(parts.opened)
@@ -112,12 +115,15 @@ class LiveWorker:
         next_check = 0.0
         while not self.is_done():
             self.context.beat()
-            if self.capture.pump() == 0:
-                self.sleep()
             now = time.monotonic()
+            if self.capture.pump():
+                self.progress_at = now
+                self.listen()
+            else:
+                self.sleep()
             if now >= next_check:
-                next_check = now + REOPEN_EVERY_S
                 self.check_interface()
+                next_check = now + (REOPEN_EVERY_S if self.is_gone else CHECK_EVERY_S)
         self.capture.finish()
         self.records.end()
         if self.digests is not None:
@@ -128,7 +134,8 @@ class LiveWorker:
         if self.digests is not None:
             self.digests.sleeps(True)
         if not self.capture.is_ready:
-            for fd, event in self.poller.poll(min(HEARTBEAT_MS, self.capture.sleep_ms)):
+            timeout_ms = REOPEN_EVERY_S * 1000 if self.is_gone else HEARTBEAT_MS
+            for fd, event in self.poller.poll(min(timeout_ms, self.capture.sleep_ms)):
                 self.handle(fd, event)
         self.records.sleeps(False)
         if self.digests is not None:
@@ -154,37 +161,44 @@ class LiveWorker:
     def listen(self) -> None:
         """Words of the supervisor: drain, or a new socket."""
         try:
-            message, fds, _, _ = socket.recv_fds(self.context.channel, 4096, 1, socket.MSG_DONTWAIT)
+            message, fd = opener.receive(self.context.channel, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except ConnectionError:
+            message, fd = b"", -1
         if not message or message == DRAIN:
             self.begin_drain()
-        elif fds:
-            self.take_over(opener.parse_opened(message, fds[0]))
+        elif fd >= 0 and self.drain_until is not None:
+            os.close(fd)  # too late
+        elif fd >= 0:
+            self.take_over(opener.parse_opened(message, fd))
 
     # ---- the interface goes and comes ----
 
     def check_interface(self) -> None:
         """The interface may be down (the same socket goes on when it is up again), or another one of the same name (a
         new socket is needed; the old one is silent for ever)."""
-        exists = index_exists(self.opened.ifindex)
+        exists = opener.interface_exists(self.opened.ifindex)
         self.context.page["interface_up"] = int(exists and is_up(self.opened.ifindex))
-        if exists or self.drain_until is not None or time.monotonic() - self.asked_at < REOPEN_EVERY_S:
+        if exists or self.drain_until is not None:
             return
-        if self.asked_at == 0.0:
+        if not self.is_gone:
+            self.is_gone = True
             log.warning("%s is gone; waiting for it to come back", self.opened.interface)
-        self.asked_at = time.monotonic()
-        self.context.channel.send(REOPEN)
+        if name_exists(self.opened.interface):
+            with contextlib.suppress(OSError):  # the supervisor does not listen: the next look asks again
+                self.context.channel.send(REOPEN, socket.MSG_DONTWAIT)
 
     def take_over(self, opened: OpenedInterface) -> None:
-        """The interface is back. What its old socket held was walked; that socket goes."""
-        self.capture.pump()
+        """The interface is back. What its old socket held is walked; that socket goes."""
+        while self.capture.pump():
+            self.context.beat()
         self.capture.finish()
         old = self.opened.fd
         self.serial += 1
         self.use(opened)
         os.close(old)
-        self.asked_at = 0.0
+        self.is_gone = False
         self.context.page.add("reopened")
         log.warning("%s is back (interface index %d)", opened.interface, opened.ifindex)
 
@@ -197,18 +211,19 @@ class LiveWorker:
             opener.stop_accepting(self.opened.fd)
             timeout_s = DRAIN_BLOCK_TIMEOUTS * self.parts.interface.block_timeout_ms / 1000
             self.drain_until = time.monotonic() + timeout_s + 0.005
-            if self.context.channel.fileno() >= 0:
-                self.poller.unregister(self.context.channel)
+            with contextlib.suppress(KeyError):
+                self.poller.unregister(self.context.channel)  # it may be at its end, and would wake us for ever
 
     def is_done(self) -> bool:
-        if self.drain_until is None or time.monotonic() < self.drain_until:
+        now = time.monotonic()
+        if self.drain_until is None or now < self.drain_until:
             return False
-        return self.capture.is_drained or time.monotonic() > self.drain_until + 1.0
+        return self.capture.is_drained or now > max(self.drain_until, self.progress_at) + DRAIN_STALLED_S
 
 
-def index_exists(ifindex: int) -> bool:
+def name_exists(name: str) -> bool:
     try:
-        socket.if_indextoname(ifindex)
+        socket.if_nametoindex(name)
     except OSError:
         return False
     return True

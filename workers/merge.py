@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
 HEARTBEAT_MS = 500
+START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
 HORIZON_NS = 3_600_000_000_000  # a packet cannot have been captured later than this from now, whatever clock is wrong
@@ -108,6 +109,7 @@ class MergeWorker:
             sink=SINKS["pcap-us" if parts.resolution_of_inputs else output.format],
             max_wait_ms=output.max_wait_ms,
             out_bytes=OUT_BYTES,
+            start_grace_ms=START_GRACE_MS,
         )
         ledger = Ledger(context.page, self.labels, self.source_pages)
         self.recovery = Recovery(

@@ -22,6 +22,7 @@ from appliance.ring.ring import Consumer
 
 OUT_BYTES = 256 << 10
 HEARTBEAT_MS = 500
+START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
 
 
@@ -69,6 +70,7 @@ class MeterWorker:
             sink=order.SINK_DIGESTS,
             max_wait_ms=parts.max_wait_ms,
             out_bytes=OUT_BYTES,
+            start_grace_ms=START_GRACE_MS,
         )
         capture_pages = [context.pages[source.page] for source in parts.sources]
         ignored = [f"ignored_{reason}_packets" for reason in IGNORED_REASONS]

@@ -9,7 +9,7 @@ What must survive our death is in the ring's commit slot: the block and the pack
 ring ended, and every counter. A successor takes the socket, maps the same kernel ring, and goes on exactly there.
 """
 from libc.errno cimport errno
-from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
@@ -21,7 +21,7 @@ from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, D
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
-from appliance.counters import CAPTURE_FIELDS, IGNORED_REASONS
+from appliance.counters import IGNORED_REASONS
 
 cdef extern from "linux/if_packet.h" nogil:
     struct tpacket_hdr_variant1:
@@ -93,7 +93,8 @@ cdef enum:
     REASONS = 5
     BLOCKS_PER_TURN = 32
 
-# Words of the commit slot, behind COMMIT_WORD_PUBLISHED. The counters from WORD_COUNTERS on are in the order of COMMITTED_FIELDS.
+# Words of the commit slot, behind COMMIT_WORD_PUBLISHED. From WORD_COUNTERS on they are in the order of
+# COMMITTED_FIELDS.
 cdef enum:
     WORD_SOCKET = 1  # which opening of the interface; 0: nothing was ever published
     WORD_BLOCK       # the block that holds the first packet that is not published
@@ -321,9 +322,9 @@ cdef class LiveCapture:
     cdef void measure_queue(self) noexcept nogil:
         """What the kernel holds and we have not walked, by its own numbers."""
         cdef uint64_t queued = 0
-        cdef uint32_t i
+        cdef uint32_t _
         cdef uint32_t index = self.block_index
-        for i in range(self.block_count - self.held):
+        for _ in range(self.block_count - self.held):
             queued += LOAD_PACKETS(self.block(index))
             if LOAD_STATUS(self.block(index)) & TP_STATUS_USER == 0:
                 break  # the one that the kernel fills: behind it are only old ones
@@ -447,7 +448,7 @@ cdef class LiveCapture:
         cdef uint32_t captured = packet.tp_snaplen
         cdef uint32_t original = packet.tp_len
         cdef uint32_t inserted = 0
-        cdef uint32_t padded, length, flags
+        cdef uint32_t padded, length
         cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
         cdef uint8_t *room
         if self.cooked:

@@ -11,7 +11,9 @@ class FileCapture:
     Raises what FileSource raises; FormatError comes behind the last whole packet of a damaged file.
     """
 
-    def __init__(self, interface: Interface, records: Producer, digests: Producer | None, page: CounterPage) -> None: ...
+    def __init__(
+        self, interface: Interface, records: Producer, digests: Producer | None, page: CounterPage
+    ) -> None: ...
     ended: bool
     """Everything is published."""
     must_wait: bool

@@ -37,6 +37,7 @@ SIOCGIFHWADDR = 0x8927
 # it is their number that says how long the ring bridges when nobody reads it: 128 of 8 ms are a second.
 BLOCK_BYTES = 1 << 19
 FRAME_BYTES = 2048
+MESSAGE_BYTES = 65536
 
 LINKTYPE_ETHERNET = 1
 LINKTYPE_RAW = 101
@@ -55,6 +56,10 @@ LINKTYPES = {
     803: LINKTYPE_RADIOTAP,
     65534: LINKTYPE_RAW,  # tun
 }
+
+
+class OpenerGoneError(InputOutputError):
+    """The opener process ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +142,9 @@ def interface_index(name: str) -> int:
     try:
         return socket.if_nametoindex(name)
     except OSError as error:
-        raise MissingInputError(f"interface {name} does not exist; `appliance interfaces` lists those that do") from error
+        raise MissingInputError(
+            f"interface {name} does not exist; `appliance interfaces` lists those that do"
+        ) from error
 
 
 def hardware_type(name: str) -> int:
@@ -164,14 +171,34 @@ def set_up_ring(sock: socket.socket, block_count: int, block_timeout_ms: int) ->
     sock.setsockopt(SOL_PACKET, PACKET_RX_RING, ring)
 
 
+def interface_exists(ifindex: int) -> bool:
+    """Whether an interface has this index. One that is deleted and made anew gets another."""
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
+
+
 def stop_accepting(fd: int) -> None:
     """From now on the kernel adds nothing to this socket's ring; what it holds stays."""
     bpf.attach(fd, bpf.reject_all())
 
 
-def describe_opened(opened: OpenedInterface) -> bytes:
-    """What travels beside the descriptor."""
-    return json.dumps(dataclasses.asdict(opened)).encode()
+def send_opened(channel: socket.socket, opened: OpenedInterface, flags: int = 0) -> None:
+    """A packet socket over a unix socket, with what is known of it. OSError as for sendmsg(2)."""
+    # socket.send_fds and recv_fds of Python 3.11 take flags, and ignore them.
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [opened.fd]))]
+    channel.sendmsg([json.dumps(dataclasses.asdict(opened)).encode()], rights, flags)
+
+
+def receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, int]:
+    """A message, and the descriptor that came with it or -1. OSError as for recvmsg(2)."""
+    message, ancillary, _, _ = channel.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(array.array("i").itemsize), flags)
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return message, array.array("i", data)[0]
+    return message, -1
 
 
 def parse_opened(message: bytes, fd: int) -> OpenedInterface:
@@ -183,15 +210,14 @@ def parse_opened(message: bytes, fd: int) -> OpenedInterface:
 
 def serve(channel: socket.socket) -> None:
     """The opener's loop: one request, one answer, until the other end closes."""
-    while message := channel.recv(65536):
+    while message := channel.recv(MESSAGE_BYTES):
         try:
             opened = open_interface(OpenRequest(**json.loads(message)))
         except (ApplianceError, OSError) as error:
             answer = {"error": str(error), "kind": type(error).__name__}
             channel.send(json.dumps(answer).encode())
             continue
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [opened.fd]))]
-        channel.sendmsg([describe_opened(opened)], rights)
+        send_opened(channel, opened)
         os.close(opened.fd)
 
 
@@ -205,17 +231,20 @@ class OpenerClient:
         self.channel.send(json.dumps(dataclasses.asdict(request)).encode())
 
     def answer(self) -> OpenedInterface:
-        """The oldest outstanding answer. Raises what the opener raised; InputOutputError when it is gone."""
+        """The oldest outstanding answer. Raises what the opener raised; OpenerGoneError when it has ended."""
         from appliance import errors
 
-        message, descriptors, _flags, _address = socket.recv_fds(self.channel, 65536, 1)
+        try:
+            message, fd = receive(self.channel)
+        except ConnectionError:
+            message = b""
         if not message:
-            raise InputOutputError("the opener process is gone")
+            raise OpenerGoneError("the opener process is gone")
         fields = json.loads(message)
         if "error" in fields:
             kind = getattr(errors, fields["kind"], InputOutputError)
             raise kind(fields["error"])
-        return parse_opened(message, descriptors[0])
+        return parse_opened(message, fd)
 
     def open(self, request: OpenRequest) -> OpenedInterface:
         self.ask(request)

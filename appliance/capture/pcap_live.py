@@ -46,7 +46,7 @@ class PypcapHandle:
         if os.path.exists(interface):
             os.chdir("/")
         if os.path.exists(interface):
-            raise InputOutputError(f"/{interface} is a file, which pypcap would open instead of the interface; use ring:")
+            raise InputOutputError(f"/{interface} is a file, and pypcap would open that, not the interface; use ring:")
         self._interface = interface
         try:
             self._pcap = pcap.pcap(

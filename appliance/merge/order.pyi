@@ -29,10 +29,19 @@ class Merge:
 
     `sink`: what is written into the output buffer: Enhanced Packet Blocks with the output's interface numbers, pcap
     packets, or digests with the number of their source. The buffer holds `out_bytes` and one record more.
+    For `start_grace_ms` after the start, max_wait does not count while a live source has made no promise yet: its
+    worker is only starting.
     """
 
     def __init__(
-        self, consumers: Iterable[Consumer], live: Sequence[bool], *, sink: int, max_wait_ms: int, out_bytes: int
+        self,
+        consumers: Iterable[Consumer],
+        live: Sequence[bool],
+        *,
+        sink: int,
+        max_wait_ms: int,
+        out_bytes: int,
+        start_grace_ms: int = 0,
     ) -> None: ...
     source_count: int
     sink: int

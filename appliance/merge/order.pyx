@@ -120,8 +120,11 @@ cdef class Merge:
     cdef uint64_t promised_ns  # what is younger is forced
     cdef public uint64_t horizon_ns
     cdef public int64_t clock_offset_ns
+    cdef uint64_t begun_ns
+    cdef uint64_t start_grace_ns
 
-    def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes):
+    def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes,
+                  uint64_t start_grace_ms=0):
         cdef uint32_t i
         cdef Consumer consumer
         self.consumers = list(consumers)
@@ -129,6 +132,8 @@ cdef class Merge:
         self.sink = sink
         self.max_wait_ns = max_wait_ms * 1000000
         self.out_capacity = out_bytes
+        self.begun_ns = monotonic_ns()
+        self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
@@ -359,6 +364,8 @@ cdef class Merge:
         for i in range(self.source_count):
             if self.sources[i].state == IS_EMPTY and not self.sources[i].live:
                 return False
+        if self.is_beginning():
+            return self.one_of_a_full_ring(source, limit_position)
         if self.is_overdue(source):
             limit_position[0] = source.marks[source.first_mark].position
             return True
@@ -366,6 +373,19 @@ cdef class Merge:
             other = &self.sources[i]
             if other.state == HAS_RECORD and self.is_overdue(other):
                 return True  # the run ends at the overdue record's time
+        return self.one_of_a_full_ring(source, limit_position)
+
+    cdef bint is_beginning(self) noexcept nogil:
+        """Whether some live source has not come to its first promise yet: its worker is only starting, while the kernel
+        collects its packets already. Those of the others wait for it, for a while."""
+        cdef uint32_t i
+        for i in range(self.source_count):
+            if self.sources[i].state == IS_EMPTY and self.sources[i].watermark_ns == 0:
+                return self.now_ns() - self.begun_ns < self.start_grace_ns
+        return False
+
+    cdef bint one_of_a_full_ring(self, merge_source *source, uint64_t *limit_position) noexcept nogil:
+        cdef uint32_t i
         for i in range(self.source_count):
             if self.is_half_full(&self.sources[i]):
                 limit_position[0] = source.view.position + 1  # one record, then look again

@@ -1,12 +1,12 @@
 """The appliance as a user runs it: `appliance run -c FILE` in a lab's namespace, told to stop, looked into, judged.
 
-    with Lab() as lab, service_directory() as directory:
-        a, peer = lab.veth("a")
-        service = Service(lab, directory, [{"uri": f"ring:{a}"}])
-        sent = lab.send([peer], frames=1000, rate=10_000)
-        service.wait_at_rest({"a": 1000})
-        assert service.stop() == 0
-        service.check({0: 1000})
+with Lab() as lab, service_directory() as directory:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    sent = lab.send([peer], frames=1000, rate=10_000)
+    service.wait_at_rest({"a": 1000})
+    assert service.stop() == 0
+    service.check({0: 1000})
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ def is_table(value: object) -> bool:
 def configuration(directory: Path, interfaces: Sequence[Table], **tables: Any) -> dict[str, Any]:
     """Small rings, files of one second below `directory`, no meter, a control socket; `tables` are laid over it.
 
+    `max_wait_ms` is large, so that order does not depend on how busy the machine is.
+
     `output` is a table, or a list of tables for several outputs.
     """
     given = tables.pop("output", {})
     outputs = given if isinstance(given, list) else [given]
-    base = {"directory": str(directory), "rotate_seconds": 1, "min_free_bytes": 0}
+    base = {"directory": str(directory), "rotate_seconds": 1, "max_wait_ms": 500, "min_free_bytes": 0}
     memory = {"kernel_ring_bytes": 16 << 20, "ring_bytes": 16 << 20}
     config: dict[str, Any] = {
         "interface": [memory | dict(interface) for interface in interfaces],
@@ -94,7 +96,7 @@ class Service:
         environment: Mapping[str, str] | None = None,
         **tables: Any,
     ) -> None:
-        """Starts it; returns when it says READY=1, unless `wait` is false. `prefix`: a command that runs the command."""
+        """Starts it; returns when it says READY=1, unless `wait` is false. `prefix`: a command that runs it."""
         self.lab = lab
         self.directory = directory
         self.config = configuration(directory, interfaces, **tables)
