@@ -238,7 +238,7 @@ class MergeWorker:
             if self.draining_since is not None:
                 self.stream.drop_what_waits()
             else:
-                self.poller.poll(HELD_BACK_MS)
+                self.sleep(HELD_BACK_MS)
 
     def open(self, start_ns: int) -> bool:
         """The first segment, or one that was held back, or that could not be had."""
@@ -277,7 +277,7 @@ class MergeWorker:
             self.open(time.time_ns())
         timeout_ms = HEARTBEAT_MS
         if self.merge.want_watermarks():
-            timeout_ms = max(1, self.output.max_wait_ms // 4)
+            timeout_ms = min(timeout_ms, max(1, self.output.max_wait_ms // 4))
         if (hold_ms := self.merge.hold_ms) is not None:
             timeout_ms = min(timeout_ms, max(1, hold_ms))
         if self.live and self.stream.segment is not None and self.merge.boundary_ns != NEVER:

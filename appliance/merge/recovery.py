@@ -73,7 +73,11 @@ class Recovery:
         self._pages = source_pages
         self._ledger = ledger
         self._is_successor = is_successor
-        self._leftovers = leftovers_of(naming, is_successor, since_ns)
+        self._leftovers: list[str] = []
+        try:
+            self._leftovers = leftovers_of(naming, is_successor, since_ns)
+        except OSError as error:
+            log.error("what an earlier life left cannot be looked for: %s", error)
         self._recovered: dict[str, int] = {}
         self._done = threading.Event()
         self._settled = False
