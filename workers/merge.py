@@ -38,6 +38,7 @@ HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
+HORIZON_NS = 3_600_000_000_000  # a packet cannot have been captured later than this from now, whatever clock is wrong
 DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
 
 RELOAD = b"reload "
@@ -198,6 +199,8 @@ class MergeWorker:
 
     def turn(self) -> bool:
         """One step; False at the end of the stream."""
+        if self.live:
+            self.merge.horizon_ns = time.time_ns() + HORIZON_NS
         status = self.merge.fill()
         self.merge.release()
         if self.merge.out_bytes:
@@ -235,7 +238,7 @@ class MergeWorker:
             if self.draining_since is not None:
                 self.stream.drop_what_waits()
             else:
-                self.poller.poll(HELD_BACK_MS)
+                self.sleep(HELD_BACK_MS)
 
     def open(self, start_ns: int) -> bool:
         """The first segment, or one that was held back, or that could not be had."""
@@ -274,7 +277,7 @@ class MergeWorker:
             self.open(time.time_ns())
         timeout_ms = HEARTBEAT_MS
         if self.merge.want_watermarks():
-            timeout_ms = max(1, self.output.max_wait_ms // 4)
+            timeout_ms = min(timeout_ms, max(1, self.output.max_wait_ms // 4))
         if (hold_ms := self.merge.hold_ms) is not None:
             timeout_ms = min(timeout_ms, max(1, hold_ms))
         if self.live and self.stream.segment is not None and self.merge.boundary_ns != NEVER:

@@ -10,6 +10,7 @@ from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memcpy, memmove
 
 from appliance.ring.layout cimport *
+from appliance.ring.ring cimport Producer
 
 
 cdef int by_time_then_arrival(const void *left, const void *right) noexcept nogil:
@@ -176,3 +177,44 @@ cdef class ReorderTail:
         self.newest_ns = 0
         self.published_ns = 0
         self.disordered = False
+
+    # ---- the same from Python, a record at a time ----
+
+    def push(self, Producer records not None, Producer digests, const uint8_t[::1] record not None,
+             const uint8_t[::1] digest not None, uint64_t timestamp_ns):
+        cdef tail_entry *entry
+        if self.count == self.capacity:
+            return False
+        if not records.push(record):
+            return False
+        entry = self.add(timestamp_ns)
+        entry.record_bytes = record.shape[0]
+        if digests is not None and digest.shape[0] and digests.push(digest):
+            entry.digest_bytes = digest.shape[0]
+        return True
+
+    def publish(self, Producer records not None, Producer digests, uint64_t boundary_ns):
+        cdef uint64_t watermark = 0
+        cdef uint64_t record_bytes = 0, digest_bytes = 0
+        cdef uint32_t i, late = 0
+        cdef uint32_t count = self.cut(boundary_ns, &watermark)
+        if self.sort(count, &records.view, &digests.view if digests is not None else NULL) != 0:
+            raise MemoryError
+        for i in range(count):
+            record_bytes += self.entries[i].record_bytes
+            digest_bytes += self.entries[i].digest_bytes
+            late += self.entries[i].flags & ENTRY_LATE != 0
+        # Rings take promises as signed numbers; everything may be published by the largest boundary.
+        watermark = min(watermark, UINT64_MAX >> 1)
+        ring_publish(&records.view, records.view.published + record_bytes, watermark, records.words, records.word_count)
+        if digests is not None:
+            ring_publish(&digests.view, digests.view.published + digest_bytes, watermark, NULL, 0)
+        self.drop(count)
+        return count, watermark, late
+
+    def new_epoch(self):
+        self.forget_time()
+
+    @property
+    def waiting(self):
+        return self.count

@@ -60,10 +60,6 @@ class Naming(Protocol):
     def staging_path(self, sequence: int) -> str:
         """Where the file is written: a path that does not exist yet."""
 
-    def sequence_of(self, staging_path: str) -> int:
-        """The number that a leftover was given: published late, it still comes where it belongs. A new one where the
-        name does not tell."""
-
     def final_path(self, sequence: int, start_ns: int) -> str:
         """Where it is published. Taken already by the time of the rename: ask again, with the next number."""
 
@@ -107,9 +103,6 @@ class ApplianceNaming:
 
     def staging_path(self, sequence: int) -> str:
         return _free_path(os.path.join(self._work, f"{self._output}-{sequence:08d}{self._ending}"))
-
-    def sequence_of(self, staging_path: str) -> int:
-        return _number_in(staging_path, rf"{re.escape(self._output)}-(\d{{8,18}})[.].*", self)
 
     def final_path(self, sequence: int, start_ns: int) -> str:
         return os.path.join(self._ready, self._name(sequence, start_ns))
@@ -177,9 +170,6 @@ class MtracecapNaming:
     def staging_path(self, sequence: int) -> str:
         return _free_path(os.path.join(self._directory, f"tmp-{os.getpid()}-{sequence:08d}"))
 
-    def sequence_of(self, staging_path: str) -> int:
-        return _number_in(staging_path, r"tmp-\d{1,10}-(\d{8}).*", self)
-
     def final_path(self, sequence: int, start_ns: int) -> str:
         moment = time.strftime("%Y%m%d-%H%M%S", self._broken_down(start_ns // NANOSECONDS))
         return os.path.join(self._directory, f"{moment}-{sequence:08d}{self._extension}")
@@ -229,9 +219,6 @@ class SingleFileNaming:
 
     def staging_path(self, sequence: int) -> str:
         return self.stream or _free_path(os.path.join(self._directory, f"tmp-{os.getpid()}-{self._name}"))
-
-    def sequence_of(self, staging_path: str) -> int:
-        return self.next_sequence()
 
     def final_path(self, sequence: int, start_ns: int) -> str:
         """The name itself; when something took it during the run, the first free of `name.1`, `name.2`, ..."""
@@ -421,11 +408,6 @@ def _overwrite(path: str, text: bytes) -> None:
 
 
 # Directories ---------------------------------------------------------------------------------------------------------
-
-
-def _number_in(staging_path: str, pattern: str, naming: Naming) -> int:
-    match = re.fullmatch(pattern, os.path.basename(staging_path), re.ASCII)
-    return int(match[1]) if match else naming.next_sequence()
 
 
 def _free_path(path: str) -> str:

@@ -64,6 +64,9 @@ class Merge:
     boundary_ns: int
     packets_left: int
     bytes_left: int
+    horizon_ns: int
+    """No honest time is beyond it: a packet that claims to be ends no segment and makes nobody late, and a promise
+    counts up to it. Recorded files may hold any time; for live sources their owner moves it with the clock."""
     count_captured_bytes: bool
     """`bytes_left` counts packet bytes alone, not the output's."""
     next_ns: int

@@ -118,6 +118,7 @@ cdef class Merge:
     cdef bint final      # nobody is waited for any longer
     cdef uint32_t parked
     cdef uint64_t promised_ns  # what is younger is forced
+    cdef public uint64_t horizon_ns
     cdef public int64_t clock_offset_ns
     cdef uint64_t begun_ns
     cdef uint64_t start_grace_ns
@@ -133,7 +134,7 @@ cdef class Merge:
         self.out_capacity = out_bytes
         self.begun_ns = monotonic_ns()
         self.start_grace_ns = start_grace_ms * 1000000
-        self.boundary_ns = self.packets_left = self.bytes_left = UINT64_MAX
+        self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
         if self.out == NULL or self.sources == NULL:
@@ -396,7 +397,9 @@ cdef class Merge:
         return source.view.other - source.view.position > source.view.capacity / 2
 
     cdef inline uint64_t promise(self, merge_source *source) noexcept nogil:
-        return <uint64_t>source.watermark_ns if source.watermark_ns > 0 else 0
+        if source.watermark_ns < 0:
+            return 0
+        return min(<uint64_t>source.watermark_ns, self.horizon_ns)
 
     cdef bint is_overdue(self, merge_source *source) noexcept nogil:
         cdef uint64_t arrived = self.arrival_ns(source)
@@ -482,7 +485,7 @@ cdef class Merge:
             source.next_ns = stamp
             if stamp > limit_ns:
                 return S_IDLE
-            if stamp >= self.boundary_ns:
+            if self.boundary_ns <= stamp < self.horizon_ns:
                 return S_BOUNDARY
             if self.packets_left == 0 and self.segment_packets:
                 return S_LIMIT
@@ -551,7 +554,8 @@ cdef class Merge:
         if stamp > self.batch_last_ns:
             self.batch_last_ns = stamp
         if stamp >= self.last_ns:
-            self.last_ns = stamp
+            if stamp <= self.horizon_ns:
+                self.last_ns = stamp
             return
         source.late += 1
         self.late += 1

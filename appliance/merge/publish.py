@@ -118,6 +118,17 @@ def write_durably(path: str, text: str, mode: int) -> None:
         raise
 
 
+def free_name(naming: Naming, sequence: int, start_ns: int) -> tuple[int, str]:
+    """(sequence, path) for a file to be published. Nobody but us makes files there, so a name that is free stays free;
+    the rename makes sure."""
+    for _ in range(NAME_TRIES):
+        final = naming.final_path(sequence, start_ns)
+        if not os.path.lexists(final):
+            return sequence, final
+        sequence = naming.next_sequence()
+    raise InputOutputError(f"{final}: this name and {NAME_TRIES - 1} others are taken")
+
+
 class Publisher:
     """Publishes closed segments in their order, and between them keeps the retention's limits.
 
@@ -147,15 +158,16 @@ class Publisher:
         self._ledger = ledger
         self._retention = retention
         self._before = before
-        self._errors = threading.Lock()
+        self._counting = threading.Lock()
+        self._waiting = 0
         self._queue: queue.Queue[Segment | None] = queue.Queue(self.QUEUE_SEGMENTS)
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def submit(self, segment: Segment, beat: Callable[[], None]) -> None:
         """Hands a closed segment over; waits, with signs of life, while too many are waiting already."""
+        self._count_waiting(1)
         self._put(segment, beat)
-        self._page["queued_segments"] = self._queue.qsize()
 
     def finish(self, beat: Callable[[], None]) -> None:
         """Waits until everything is settled."""
@@ -165,9 +177,14 @@ class Publisher:
             beat()
 
     def count_write_error(self) -> None:
-        """The one counter that both threads of a merge worker count."""
-        with self._errors:
+        """Both threads of a merge worker count these."""
+        with self._counting:
             self._page.add("write_errors")
+
+    def _count_waiting(self, change: int) -> None:
+        with self._counting:
+            self._waiting += change
+            self._page["queued_segments"] = self._waiting
 
     def _put(self, segment: Segment | None, beat: Callable[[], None]) -> None:
         while True:
@@ -188,7 +205,7 @@ class Publisher:
             if segment is None:
                 return
             self._guarded(segment.path, functools.partial(self._settle, segment))
-            self._page["queued_segments"] = self._queue.qsize()
+            self._count_waiting(-1)
             self._retain()
 
     def _retain(self) -> None:
@@ -235,7 +252,7 @@ class Publisher:
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
         sha256, length = sync_and_hash(segment.path)
-        final = self._free_name(segment, start_ns)
+        segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
         self._ledger.begin(segment.path, segment.source_packets)
         try:
@@ -266,15 +283,6 @@ class Publisher:
             segment.closed_because,
         )
         return final
-
-    def _free_name(self, segment: Segment, start_ns: int) -> str:
-        """Nobody but us makes files here, so a name that is free stays free; the rename makes sure."""
-        for _ in range(NAME_TRIES):
-            final = self._naming.final_path(segment.sequence, start_ns)
-            if not os.path.lexists(final):
-                return final
-            segment.sequence = self._naming.next_sequence()
-        raise InputOutputError(f"{final}: this name and {NAME_TRIES - 1} others are taken")
 
     def _sidecar(self, segment: Segment, final: str, sha256: str, length: int) -> Sidecar:
         return Sidecar(

@@ -30,6 +30,7 @@ from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming, SingleFileNaming
 from appliance.merge.publish import (
     Sidecar,
+    free_name,
     rename_without_replacing,
     sync_and_hash,
     sync_directory,
@@ -72,7 +73,11 @@ class Recovery:
         self._pages = source_pages
         self._ledger = ledger
         self._is_successor = is_successor
-        self._leftovers = leftovers_of(naming, is_successor, since_ns)
+        self._leftovers: list[str] = []
+        try:
+            self._leftovers = leftovers_of(naming, is_successor, since_ns)
+        except OSError as error:
+            log.error("what an earlier life left cannot be looked for: %s", error)
         self._recovered: dict[str, int] = {}
         self._done = threading.Event()
         self._settled = False
@@ -175,7 +180,7 @@ class Recovery:
 
     def _quarantine(self, path: str, reason: str) -> None:
         self._page.add("segments_quarantined")
-        target = self._naming.quarantine_path(self._naming.next_sequence())
+        target = self._naming.quarantine_path(self._number_of(path))
         if target is not None:
             rename_without_replacing(path, target)
             write_reason(target, reason, 0, self._mode)
@@ -199,9 +204,8 @@ class Recovery:
 
     def _publish(self, path: str, found: Salvage) -> None:
         sha256, length = sync_and_hash(path)
-        sequence = self._naming.sequence_of(path)
         start_ns = found.first_ns or time.time_ns()
-        final = self._naming.final_path(sequence, start_ns)
+        sequence, final = free_name(self._naming, self._number_of(path), start_ns)
         sidecar = self._naming.sidecar_path(sequence, start_ns)
         packets = self._attribute(found)
         if sidecar is not None:
@@ -234,6 +238,11 @@ class Recovery:
         self._page.add("segments_recovered")
         self._page.add("recovered_packets", found.packets)
         log.warning("recovered %s: %d packets from a file that was not finished", final, found.packets)
+
+    def _number_of(self, path: str) -> int:
+        """The file's own number, which puts it in front of what was written later; it was never published."""
+        number = re.search(r"-(\d{8,18})(?:[.]|$)", os.path.basename(path), re.ASCII)
+        return int(number[1]) if number else self._naming.next_sequence()
 
     def _attribute(self, found: Salvage) -> dict[str, int]:
         """Packets of each source in a recovered file. A pcap file does not say: there, the sources are credited with

@@ -33,7 +33,7 @@ class RotationPolicy:
         if not self.rotate_seconds:
             return NEVER
         period = self.rotate_seconds * NANOSECONDS
-        return (timestamp_ns // period + 1) * period
+        return min((timestamp_ns // period + 1) * period, NEVER)
 
     @property
     def max_packets(self) -> int:

@@ -174,8 +174,11 @@ class SegmentOpener:
             self._naming.give_back(sequence)
 
     def _start(self) -> tuple[int, str, Sink]:
-        sequence = self._naming.next_sequence()
-        path = self._naming.staging_path(sequence)
+        try:
+            sequence = self._naming.next_sequence()
+            path = self._naming.staging_path(sequence)
+        except OSError as error:
+            raise CannotCreateError(f"{error.filename}: {error.strerror}") from error
         try:
             fd = open_stream(path) if self.is_stream else create_exclusively(path, self._mode)
         except OSError as error:

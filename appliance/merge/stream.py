@@ -150,6 +150,8 @@ class OutputStream:
             return True
         if time.monotonic() < self._retry_at:
             return False
+        if start_ns > self._merge.horizon_ns:
+            start_ns = time.time_ns()
         try:
             self.segment = segment = self._opener.open(start_ns)
         except NoReaderError as error:
@@ -198,12 +200,15 @@ class OutputStream:
         if room != NEVER and not self._settings.count_captured_bytes:
             room = max(0, room - self.segment.bytes - len(self._statistics(self._interfaces)))
         # A batch that waits to be written may hold late packets: the segment's time is that of its newest.
-        boundary_ns = policy.boundary_after(max(start_ns, self._merge.batch_last_ns))
+        newest_ns = min(self._merge.batch_last_ns, self._merge.horizon_ns)
+        boundary_ns = policy.boundary_after(max(start_ns, newest_ns))
         self._merge.begin_segment(boundary_ns, policy.max_packets, room)
 
     def rotate(self, reason: str) -> None:
         """Closes the open segment and opens the next one, for the records that wait now."""
         position = self._merge.next_ns or time.time_ns()
+        if position > self._merge.horizon_ns:
+            position = time.time_ns()
         if reason == TIME and position < self._merge.boundary_ns:
             # Forced: some source is silent, or its records come late. The next segment must not end where this one did.
             position = max(self._merge.boundary_ns, time.time_ns() if self._settings.live else 0)

@@ -235,7 +235,8 @@ class Lab:
 
     def argv(self, command: Sequence[Word], namespace: str | None = None) -> list[str]:
         """The command as it runs in the namespace; `ip netns exec` becomes it, so the process id is the command's."""
-        return ["ip", "netns", "exec", namespace or self.namespace, *_words(command)]
+        # Not `ip netns exec`: that mounts a /sys of its own, which is refused where / is no mount point (a plain chroot).
+        return ["nsenter", f"--net=/run/netns/{namespace or self.namespace}", *_words(command)]
 
     def popen(self, command: Sequence[Word], *, namespace: str | None = None, **options: Any) -> subprocess.Popen[Any]:
         """Starts a command in the namespace; options as for subprocess.Popen. The lab ends it at the latest."""
