@@ -91,6 +91,7 @@ class OutputStream:
         self._late_before = page["late_packets"]
         self._forced_before = page["forced_packets"]
         self._retry_at = 0.0
+        self._failed_at = -REOPEN_S
         self._said = ""
         merge.count_captured_bytes = settings.count_captured_bytes
         merge.hold()
@@ -315,8 +316,15 @@ class OutputStream:
             failure = self._abandon()
             if not self._outlives_failures:
                 raise InputOutputError(failure)
-        self._retry_at = time.monotonic() + REOPEN_S
+            self._slow_down()
         return False
+
+    def _slow_down(self) -> None:
+        """One failure is answered at once; failures that follow each other must not make a file each."""
+        now = time.monotonic()
+        if now - self._failed_at < REOPEN_S:
+            self._retry_at = now + REOPEN_S
+        self._failed_at = now
 
     def _note_consumed(self, pending: Sequence[tuple[int, int]]) -> None:
         for i, page in enumerate(self._source_pages):

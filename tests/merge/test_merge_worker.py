@@ -176,8 +176,8 @@ def test_a_held_packet_goes_soon_after_max_wait(make: Make) -> None:
     now = time.time_ns()
     started = time.monotonic()
     worker.publish(0, packet(now))
-    wait_until(lambda: worker.page["written_packets"] == 1, "it is written", interval_s=0.002)
-    assert 0.09 < time.monotonic() - started < 1
+    wait_until(lambda: worker.page["written_packets"] == 1, "it is written")
+    assert time.monotonic() - started > 0.1
     assert worker.page["forced_packets"] == 1
 
 
