@@ -225,7 +225,7 @@ class Lab:
 
     def ip(self, *words: str, namespace: str | None = None) -> str:
         """Runs `ip` in the namespace (the lab's own by default); returns what it printed."""
-        command = ["ip", "-n", namespace or self.namespace, *words]
+        command = self.argv(["ip", *words], namespace)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -235,7 +235,7 @@ class Lab:
 
     def argv(self, command: Sequence[Word], namespace: str | None = None) -> list[str]:
         """The command as it runs in the namespace; nsenter becomes it, so the process id is the command's."""
-        # Not by `ip netns exec`, which mounts a /sys of its own: that is refused where / is no mount point (a chroot).
+        # Neither `ip netns exec` nor `ip -n`: they mount a /sys of their own, which a plain chroot (no mount) refuses.
         return ["nsenter", f"--net=/run/netns/{namespace or self.namespace}", *_words(command)]
 
     def popen(self, command: Sequence[Word], *, namespace: str | None = None, **options: Any) -> subprocess.Popen[Any]:
