@@ -178,4 +178,5 @@ class WorkerLog(multiprocessing_logging.MultiProcessingHandler):  # type: ignore
         if not self._is_closed:
             self._is_closed = True
             self.queue._reader.close()
+            self.queue._writer.close()
             logging.Handler.close(self)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import pwd
+import resource
 import signal
 import socket
 import struct
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from appliance.counters import STATES, CounterPage, CounterPages
-from appliance.errors import ApplianceError, MissingInputError, MissingPermissionError
+from appliance.errors import ApplianceError, CannotCreateError, MissingInputError, MissingPermissionError
 
 if TYPE_CHECKING:
     from appliance.config import Config
@@ -39,6 +41,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 DRAIN = b"drain"  # supervisor to worker: finish what you have, then end
 ROTATE = b"rotate"
+SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS)
 EXIT_CRASHED = 70  # EX_SOFTWARE: an error that is ours
 
 
@@ -94,6 +97,11 @@ def run_worker(main: Callable[[WorkerContext], int], context: WorkerContext, wor
     except ApplianceError as error:
         log.error("%s", error)
         status = error.exit_code
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            log.critical("a fault of the program itself", exc_info=True)
+        else:
+            log.error("the machine is short of what is needed: %s", error)
     except BaseException:
         log.critical("a fault of the program itself", exc_info=True)
     finally:
@@ -129,6 +137,18 @@ def close_descriptors(keep: Iterable[int]) -> None:
         if int(name) not in kept:
             with contextlib.suppress(OSError):
                 os.close(int(name))
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raises our limit of open files as far as `wanted`. CannotCreateError: more than this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise CannotCreateError(
+            f"{wanted} open files are needed, {hard} are allowed; raise the limit (ulimit -n, LimitNOFILE= of a unit)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def set_process_name(name: str) -> None:

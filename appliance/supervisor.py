@@ -27,7 +27,7 @@ from appliance import logs, wiring
 from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
-from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError
+from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
@@ -62,6 +62,11 @@ def run(config: Config, options: RunOptions | None = None) -> int:
         # The last thing before the workers start: the kernel's rings bridge about a second.
         wired.open_sources()
         drop_privileges(config.service.user, wired.kept_capabilities)
+    except OSError as error:
+        wired.undo()
+        raise CannotCreateError(
+            f"the service cannot start: {error}; see the limits of memory and open files (memory_bytes, ulimit -a)"
+        ) from error
     except BaseException:
         wired.undo()
         raise
@@ -234,14 +239,41 @@ class Supervisor:
     # ---- lives and deaths ----
 
     def start(self, worker: Worker) -> None:
-        parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """The next life. That the machine refuses one (memory, open files) is as if it had died at once."""
         worker.lives += 1
+        try:
+            self.spawn(worker)
+        except OSError as error:
+            self.failed(worker, f"cannot be started ({error.strerror})")
+
+    def spawn(self, worker: Worker) -> None:
+        with contextlib.ExitStack() as undo:
+            parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(parent.close)
+            undo.callback(child.close)
+            worker_log = logs.WorkerLog(self.handler)
+            undo.callback(worker_log.close)
+            process = self.fork(worker, child, worker_log)
+            undo.callback(process.kill)
+            assert process.pid is not None
+            pidfd = os.pidfd_open(process.pid)
+            undo.pop_all()
+        child.close()
+        worker_log.forget_writing_end()
+        worker.process, worker.channel, worker.log, worker.pidfd = process, parent, worker_log, pidfd
+        if self.stopping_since is not None and worker.role == "capture":
+            self.say(worker, DRAIN)  # what its predecessor left in the kernel's ring
+        self.selector.register(pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
+        self.selector.register(parent, selectors.EVENT_READ, lambda: self.hear(worker))
+        self.selector.register(worker_log, selectors.EVENT_READ, lambda: self.hear_log(worker))
+
+    def fork(self, worker: Worker, channel: socket.socket, worker_log: logs.WorkerLog) -> BaseProcess:
         main, parts = self.wired.parts(worker.name, worker.lives)
         context = WorkerContext(
             name=worker.name,
             pages=self.wired.pages,
             page=self.wired.pages[worker.name],
-            channel=child,
+            channel=channel,
             topology=self.wired.topology,
             config=self.config,
             parts=parts,
@@ -250,22 +282,11 @@ class Supervisor:
         )
         context.set_state("starting")
         context.beat()
-        worker.log = logs.WorkerLog(self.handler)
         process = multiprocessing.get_context("fork").Process(
-            target=run_worker, args=(main, context, worker.log), name=worker.name
+            target=run_worker, args=(main, context, worker_log), name=worker.name
         )
         process.start()
-        child.close()
-        worker.log.forget_writing_end()
-        worker.process = process
-        worker.channel = parent
-        assert process.pid is not None
-        worker.pidfd = os.pidfd_open(process.pid)
-        if self.stopping_since is not None and worker.role == "capture":
-            self.say(worker, DRAIN)  # what its predecessor left in the kernel's ring
-        self.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
-        self.selector.register(worker.channel, selectors.EVENT_READ, lambda: self.hear(worker))
-        self.selector.register(worker.log, selectors.EVENT_READ, lambda: self.hear_log(worker))
+        return process
 
     def start_due(self, now: float) -> None:
         for worker in self.workers.values():
@@ -278,7 +299,8 @@ class Supervisor:
     def reap(self, worker: Worker) -> None:
         """A worker's process is over: orderly, with an error that a restart cannot mend, or by a crash."""
         process = worker.process
-        assert process is not None
+        if process is None:
+            return
         process.join()
         status = process.exitcode
         self.forget(worker)
@@ -293,11 +315,14 @@ class Supervisor:
             self.crashed(worker, status)
 
     def crashed(self, worker: Worker, status: int | None) -> None:
-        how = f"was ended by signal {-status}" if status is not None and status < 0 else "crashed"
-        now = time.monotonic()
         if self.stopping_since is not None and worker.role == "monitor":
             worker.ended = True
             return
+        self.failed(worker, f"was ended by signal {-status}" if status is not None and status < 0 else "crashed")
+
+    def failed(self, worker: Worker, how: str) -> None:
+        """A life is over before its time: the next one after a pause, or none when there were too many."""
+        now = time.monotonic()
         worker.deaths.append(now)
         service = self.config.service
         while worker.deaths and now - worker.deaths[0] > service.restart_window_s:
@@ -366,8 +391,7 @@ class Supervisor:
                 worker.channel.send(message, socket.MSG_DONTWAIT)
 
     def hear(self, worker: Worker) -> None:
-        assert worker.channel is not None
-        while True:
+        while worker.channel is not None:  # one look at the selector may tell of a death first, and then of words
             try:
                 message = worker.channel.recv(4096, socket.MSG_DONTWAIT)
             except OSError:
@@ -480,11 +504,7 @@ class Supervisor:
                 worker.ended = True
 
     def end(self) -> None:
-        for worker in self.workers.values():
-            if worker.process is not None:
-                worker.process.kill()
-                worker.process.join()
-                self.forget(worker)
+        self.await_workers()
         snapshot: Snapshot = self.wired.view.snapshot()
         for row in snapshot.interfaces:
             log.info("%s", identity_line(row))
@@ -492,6 +512,20 @@ class Supervisor:
             print(live_line(snapshot), flush=True)
         signal.set_wakeup_fd(-1)
         self.wired.close()
+
+    def await_workers(self) -> None:
+        """There are some only after a fault of ours. They drain when their channel closes, as if we had been killed."""
+        left = [worker for worker in self.workers.values() if worker.process is not None]
+        for worker in left:
+            if worker.channel is not None:
+                worker.channel.close()
+        deadline = time.monotonic() + self.config.service.drain_timeout_s
+        for worker in left:
+            assert worker.process is not None
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            self.forget(worker)
 
 
 def backoff_s(deaths: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import multiprocessing
 import os
 import secrets
@@ -42,6 +43,7 @@ from appliance.prepare import Preparation, check_files, check_linktypes, check_o
 from appliance.process import (
     CAP_NET_RAW,
     WorkerContext,
+    allow_open_files,
     check_user,
     close_descriptors,
     drop_privileges,
@@ -50,6 +52,12 @@ from appliance.process import (
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
+log = logging.getLogger(__name__)
+
+# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
+# room for what is open for a moment only.
+BASE_OPEN_FILES = 64
+OPEN_FILES_A_WORKER = 10
 RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
 
@@ -108,6 +116,7 @@ class Wiring:
             check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
+        allow_open_files(BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(plan.workers))
         file_interfaces = check_files(plan)
         preparation = Preparation()
         namings: dict[str, Naming] = {}
@@ -359,9 +368,12 @@ class Wiring:
         """A producer is gone for good: its rings end here."""
         source = self.source_of(worker)
         rings = self.rings[source.label]
-        Producer(rings.ring_fd, self.generation, self.merge_wakes[source.output]).end()
-        if rings.digest_fd >= 0:
-            Producer(rings.digest_fd, self.generation, self.meter_wake).end()
+        for fd, consumer in ((rings.ring_fd, self.merge_wakes[source.output]), (rings.digest_fd, self.meter_wake)):
+            if fd >= 0:
+                try:
+                    Producer(fd, self.generation, consumer).end()
+                except OSError as error:  # no room to map it: the consumer waits for drain_timeout_s, and then ends
+                    log.error("%s: its ring cannot be ended: %s", source.label, error)
 
     def known_linktypes(self, planned: PlannedOutput) -> list[tuple[str, int]]:
         found = []

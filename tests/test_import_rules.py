@@ -12,6 +12,7 @@ import pytest
 # A module belongs to the longest name here that it begins with. What lies at the bottom may be imported by all.
 BOTTOM = {
     "appliance.config",
+    "appliance.console",
     "appliance.counters",
     "appliance.errors",
     "appliance.formats",
@@ -23,6 +24,7 @@ BOTTOM = {
 MAY_IMPORT: dict[str, set[str]] = {
     # The bottom knows only itself, but for the URIs: a plain parser, which the configuration checks its values with.
     "appliance.config": {"appliance.capture.uri"},
+    "appliance.console": set(),
     "appliance.counters": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
@@ -53,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.cli": {"appliance", "workers"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
+    "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
+    "appliance.lab": set(),
 }
 # Packages of others with traps of their own, and where those are met: nobody else imports them.
 ADAPTERS: dict[str, set[str]] = {

@@ -19,7 +19,7 @@ from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
 from appliance.capture.filesource import FileCapture
 from appliance.capture.opener import OpenedInterface
-from appliance.capture.pcap_live import PcapCapture
+from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
 from appliance.process import DRAIN, WorkerContext, set_capabilities
@@ -261,9 +261,13 @@ class LibpcapWorker:
             if self.capture.step() == 0:
                 self.sleep()
         self.context.set_state("draining")
-        # libpcap cannot be told to accept nothing more: what is there now is the end.
+        # libpcap cannot be told to accept nothing more: the end is the first pause of two block time-outs.
         deadline = time.monotonic() + LIBPCAP_DRAIN_S
-        while self.capture.step() and time.monotonic() < deadline:
+        poller = select.poll()
+        poller.register(self.capture.fileno(), select.POLLIN)
+        while (self.capture.step() or poller.poll(DRAIN_BLOCK_TIMEOUTS * BLOCK_TIMEOUT_MS)) and (
+            time.monotonic() < deadline
+        ):
             self.context.beat()
         self.records.end()
         if self.digests is not None:

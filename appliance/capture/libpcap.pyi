@@ -25,7 +25,7 @@ class PacketSink:
         """The consumers' requests for a watermark are answered by the next publish."""
 
 class LibpcapHandle:
-    """An activated, non-blocking handle: immediate mode, nanoseconds where libpcap has them.
+    """An activated, non-blocking handle: 64 MiB of buffer, packets within 10 ms, nanoseconds where libpcap has them.
 
     Raises MissingInputError (no such interface), MissingPermissionError, InputOutputError.
     """

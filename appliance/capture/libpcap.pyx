@@ -37,7 +37,7 @@ cdef extern from "pcap/pcap.h" nogil:
     pcap_t *pcap_create(const char *source, char *errbuf)
     int pcap_set_snaplen(pcap_t *handle, int snaplen)
     int pcap_set_promisc(pcap_t *handle, int promisc)
-    int pcap_set_immediate_mode(pcap_t *handle, int immediate)
+    int pcap_set_timeout(pcap_t *handle, int timeout_ms)
     int pcap_set_buffer_size(pcap_t *handle, int length)
     int pcap_set_tstamp_precision(pcap_t *handle, int precision)
     int pcap_get_tstamp_precision(pcap_t *handle)
@@ -59,7 +59,8 @@ cdef enum:
     NETMASK_UNKNOWN = 0xFFFFFFFF
     DLT_RAW = 12
     LINKTYPE_RAW = 101
-    BUFFER_BYTES = 16777216
+    BUFFER_BYTES = 67108864
+    BLOCK_TIMEOUT_MS = 10
     BATCH_PACKETS = 4096
 
 
@@ -219,7 +220,8 @@ cdef class LibpcapHandle:
             raise MissingInputError(f"interface {interface}: {error.decode(errors='replace')}")
         pcap_set_snaplen(self.handle, snaplen)
         pcap_set_promisc(self.handle, promiscuous)
-        pcap_set_immediate_mode(self.handle, 1)
+        # Not immediate mode: that has one slot for the longest packet each, 64 packets in all of this buffer.
+        pcap_set_timeout(self.handle, BLOCK_TIMEOUT_MS)
         pcap_set_buffer_size(self.handle, BUFFER_BYTES)
         pcap_set_tstamp_precision(self.handle, PCAP_TSTAMP_PRECISION_NANO)
         self.activate()

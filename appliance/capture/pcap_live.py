@@ -19,10 +19,11 @@ from appliance.errors import ConfigError, InputOutputError, MissingInputError, M
 from appliance.ring.ring import Producer
 
 SNAPLEN_MAX = 262144
-BUFFER_BYTES = 16 << 20
+BUFFER_BYTES = 64 << 20
+BLOCK_TIMEOUT_MS = 10  # immediate mode would have room for 64 packets only
 LINKTYPE_RAW = 101
 DLT_RAW = 12
-SETTLE_NS = 20_000_000  # between a packet's stamp and our reading it, on a busy machine
+SETTLE_NS = 40_000_000  # between a packet's stamp and our reading it: the block time-out, and a busy machine
 _U32 = 1 << 32
 
 
@@ -53,8 +54,7 @@ class PypcapHandle:
                 interface,
                 snaplen=SNAPLEN_MAX,
                 promisc=promiscuous,
-                timeout_ms=10,
-                immediate=True,
+                timeout_ms=BLOCK_TIMEOUT_MS,
                 timestamp_in_ns=True,
                 buffer_size=BUFFER_BYTES,
             )

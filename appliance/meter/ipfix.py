@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the package's own source, from Python 3.12 on
-    import ipfix.ie  # type: ignore[import-untyped]
-    import ipfix.template  # type: ignore[import-untyped]
+    import ipfix.ie
+    import ipfix.template
 
 TEMPLATE_SET_ID = 2
 OPTIONS_TEMPLATE_SET_ID = 3

@@ -234,8 +234,9 @@ class Lab:
     # Processes
 
     def argv(self, command: Sequence[Word], namespace: str | None = None) -> list[str]:
-        """The command as it runs in the namespace; `ip netns exec` becomes it, so the process id is the command's."""
-        return ["ip", "netns", "exec", namespace or self.namespace, *_words(command)]
+        """The command as it runs in the namespace; nsenter becomes it, so the process id is the command's."""
+        # Not by `ip netns exec`, which mounts a /sys of its own: that is refused where / is no mount point (a chroot).
+        return ["nsenter", f"--net=/run/netns/{namespace or self.namespace}", *_words(command)]
 
     def popen(self, command: Sequence[Word], *, namespace: str | None = None, **options: Any) -> subprocess.Popen[Any]:
         """Starts a command in the namespace; options as for subprocess.Popen. The lab ends it at the latest."""

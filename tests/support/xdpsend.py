@@ -21,10 +21,10 @@ import json
 import os
 import platform
 import signal
+import socket
 import struct
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -255,7 +255,7 @@ class XdpSender:
 
 
 def _ifindex(interface: str) -> int:
-    return int(Path(f"/sys/class/net/{interface}/ifindex").read_text())
+    return socket.if_nametoindex(interface)
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from support.service import Service
 pytestmark = [requires_root, requires_tool("capinfos", "tshark", "lz4", "nfcapd", "nfdump")]
 
 COLLECTOR_PORT = 4739
-RATE = 15_000
+RATE = 25_000
 FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
 
 

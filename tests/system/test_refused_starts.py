@@ -200,6 +200,20 @@ def test_rings_that_do_not_fit_into_memory_bytes(lab: Lab, directory: Path, outp
     assert_refused(lab, directory, config, 78, "memory_bytes")
 
 
+@requires_tool("prlimit")
+def test_too_few_open_files(lab: Lab, directory: Path, output: Path) -> None:
+    lab.veth("a")
+    said = assert_refused(lab, directory, plain(output), 73, "open files", prefix=("prlimit", "--nofile=40:40"))
+    assert "40 are allowed" in said
+
+
+@requires_tool("prlimit")
+def test_too_little_memory_for_the_rings(lab: Lab, directory: Path, output: Path) -> None:
+    lab.veth("a")
+    config = plain(output, {"uri": "ring:a", "ring_bytes": 1 << 30, "kernel_ring_bytes": 1 << 20})
+    assert_refused(lab, directory, config, 73, "memory_bytes", prefix=("prlimit", f"--as={1 << 30}"))
+
+
 def test_link_types_that_do_not_fit_into_one_pcap(lab: Lab, directory: Path, output: Path) -> None:
     lab.veth("a")
     lab.run(["ip", "tuntap", "add", "dev", "t", "mode", "tun"])

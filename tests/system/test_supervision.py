@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -70,3 +71,20 @@ def test_an_idle_service_sleeps(lab: Lab, directory: Path) -> None:
     share = (cpu_seconds(pids) - before) / (time.monotonic() - started)
     assert service.stop() == 0
     assert share < 0.10, f"{share:.1%} of a core while nothing happens"
+
+
+@requires_tool("prlimit")
+def test_a_worker_that_the_machine_has_no_room_for_is_tried_again_until_the_limit(lab: Lab, directory: Path) -> None:
+    """Less address space than a worker needs: some worker cannot start, the others are not harmed, the end is named."""
+    a, pa = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], service={"restart_limit": 2})
+    sent = lab.send([pa], frames=500, rate=10_000)
+    service.wait_at_rest({"a": 500})
+    # From now on the supervisor may open nothing more: a new life of the monitor cannot begin.
+    held = len(os.listdir(f"/proc/{service.process.pid}/fd"))
+    subprocess.run(["prlimit", f"--pid={service.process.pid}", f"--nofile={held - 3}:{held - 3}"], check=True)
+    os.kill(service.pids()["monitor"], signal.SIGKILL)
+    assert service.wait() == 69
+    assert "monitor cannot be started (Too many open files), 3 times within 60 s: giving up" in service.log
+    assert "Traceback" not in service.log
+    service.check(sent.sent_by_id)
