@@ -313,14 +313,18 @@ class OutputStream:
             if self._put(data):
                 self._count_written(pending)
                 return True
-            failure = self._abandon()
+            segment = self.segment
+            assert segment is not None
+            failure = segment.failure
+            self._abandon(segment)
             if not self._outlives_failures:
                 raise InputOutputError(failure)
-            self._slow_down()
+            if not (segment.packets and segment.sink.keeps_whole_writes):
+                self._slow_down()
         return False
 
     def _slow_down(self) -> None:
-        """One failure is answered at once; failures that follow each other must not make a file each."""
+        """One failure is answered at once; failures that follow each other must not make a useless file each."""
         now = time.monotonic()
         if now - self._failed_at < REOPEN_S:
             self._retry_at = now + REOPEN_S
@@ -354,21 +358,17 @@ class OutputStream:
         self._page.add("written_bytes", len(data))
         return True
 
-    def _abandon(self) -> str:
-        """The open segment cannot be written on; says why. What a plain file holds is whole and is published as it is,
-        and a segment without a packet is not worth a file."""
-        segment = self.segment
-        assert segment is not None
-        failure = segment.failure
+    def _abandon(self, segment: Segment) -> None:
+        """The open segment cannot be written on. What a plain file holds is whole and is published as it is, and a
+        segment without a packet is not worth a file."""
         self.failed = True
         if segment.packets:
             self.close(WRITE_ERROR)
-            return failure
+            return
         self._merge.hold()
         self.segment = None
         self._page["segment_opened_ns"] = 0
         self._opener.discard(segment)
-        return failure
 
     def _count_written(self, pending: Sequence[tuple[int, int]]) -> None:
         segment = self.segment

@@ -358,7 +358,6 @@ def test_a_compressor_that_always_fails_costs_packets_and_no_flood_of_files(make
     assert life.files() == []
     assert len(life.files("quarantine")) <= 2
     assert balance_of(page, total) == total - page["consumed_packets"], "the rest is in the ring"
-    assert page["dropped_writer_packets"] > 0
     assert life.staged() == []
 
 
