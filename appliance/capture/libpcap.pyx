@@ -99,7 +99,8 @@ cdef class PacketSink:
         if data.shape[0]:
             self.copy(timestamp_ns, &data[0], <uint32_t>data.shape[0], original_length)
 
-    cdef void copy(self, uint64_t timestamp_ns, const uint8_t *data, uint32_t captured, uint32_t original) noexcept nogil:
+    cdef void copy(self, uint64_t timestamp_ns, const uint8_t *data, uint32_t captured,
+                   uint32_t original) noexcept nogil:
         cdef uint32_t padded, length
         cdef uint8_t *room
         self.read_packets += 1
@@ -246,12 +247,13 @@ cdef class LibpcapHandle:
 
     def set_filter(self, str text):
         cdef bpf_program program
-        if pcap_compile(self.handle, &program, text.encode(), 1, NETMASK_UNKNOWN) != 0:
-            raise ConfigError(f"filter {text!r} on {self.interface}: {pcap_geterr(self.handle).decode(errors='replace')}")
-        status = pcap_setfilter(self.handle, &program)
-        pcap_freecode(&program)
+        cdef int status = pcap_compile(self.handle, &program, text.encode(), 1, NETMASK_UNKNOWN)
+        if status == 0:
+            status = pcap_setfilter(self.handle, &program)
+            pcap_freecode(&program)
         if status != 0:
-            raise ConfigError(f"filter {text!r} on {self.interface}: {pcap_geterr(self.handle).decode(errors='replace')}")
+            reason = pcap_geterr(self.handle).decode(errors="replace")
+            raise ConfigError(f"filter {text!r} on {self.interface}: {reason}")
 
     def fileno(self):
         return pcap_get_selectable_fd(self.handle)

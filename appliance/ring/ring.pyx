@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The two ends of a ring. The inline functions of ring.h do the work; here they get memory, checks and a Python face."""
+"""The two ends of a ring. The inline functions of ring.h do the work; here they get memory and a Python face."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, strerror
