@@ -8,10 +8,12 @@ files       decoded straight into the ring (appliance.capture.replay)
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import select
 import socket
+import struct
 import time
 from dataclasses import dataclass
 
@@ -34,6 +36,8 @@ REOPEN_EVERY_S = 0.25  # whether it is back, while it is not
 DRAIN_BLOCK_TIMEOUTS = 2
 DRAIN_STALLED_S = 1.0  # the kernel says that packets wait, and hands none over
 LIBPCAP_DRAIN_S = 2.0
+SIOCGIFFLAGS = 0x8913
+IFF_UP = 1
 
 
 @dataclass(frozen=True)
@@ -230,11 +234,14 @@ def name_exists(name: str) -> bool:
 
 
 def is_up(ifindex: int) -> bool:
+    """By the kernel's word (netdevice(7)): /sys may show another network namespace than ours."""
     try:
-        with open(f"/sys/class/net/{socket.if_indextoname(ifindex)}/flags") as flags:
-            return bool(int(flags.read(), 16) & 1)  # IFF_UP
-    except (OSError, ValueError):
-        return True  # sysfs of another namespace: what the socket says is what counts
+        name = socket.if_indextoname(ifindex)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            answer = fcntl.ioctl(sock, SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
+    except OSError:
+        return False
+    return bool(struct.unpack_from("H", answer, 16)[0] & IFF_UP)
 
 
 class LibpcapWorker:
