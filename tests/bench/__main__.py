@@ -14,12 +14,22 @@ from types import ModuleType
 
 from bench import pictures, report
 from bench.context import Bench, Progress, machine, scratch_directory
-from bench.measure import MeasureError
 from bench.results import RowResult
 
 PROJECT = Path(__file__).parents[2]
 OUTPUT = PROJECT / "build" / "bench"
-ROWS = ("offline-merge", "offline-flows", "idle")
+ROWS = (
+    "offline-merge",
+    "offline-flows",
+    "ipfix-pack",
+    "live-many",
+    "live-one",
+    "live-meter",
+    "idle",
+    "latency",
+    "scaling",
+    "stages",
+)
 EXIT_INTERRUPTED = 130
 
 
@@ -100,7 +110,7 @@ def measure(name: str, bench: Bench) -> RowResult:
         return RowResult(name, module.TITLE, error="needs root: it makes network namespaces and captures live")
     try:
         result: RowResult = module.run_row(bench)
-    except (MeasureError, OSError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         result = RowResult(name, module.TITLE, error=f"{type(error).__name__}: {error}")
     bench.progress.clear()
     return result

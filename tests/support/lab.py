@@ -306,6 +306,7 @@ class Lab:
         rate: float = 0.0,
         sizes: Iterable[int] = (60,),
         flows: int | None = None,
+        first_sequence: int = 0,
         cpu: int | None = None,
     ) -> Sender:
         """As `start_sender` for benches: from the kernel where that is possible (1-2 M frames/s), else through sockets.
@@ -320,6 +321,7 @@ class Lab:
         if module == "support.xdpsend":
             command += [word for receiver, _ in pairs for word in ("--receiver", receiver)]
         command += ["--frames", str(frames), "--rate", str(rate), "--sizes", format_sizes(tuple(sizes))]
+        command += ["--first-sequence", str(first_sequence)]
         command += [] if flows is None else ["--udp", "--flows", str(flows)]
         return self._start_module(command, None)
 

@@ -92,16 +92,17 @@ needs_live_frames = pytest.mark.skipif(
 @pytest.mark.parametrize("rate", [0.0, 30_000.0])
 @pytest.mark.parametrize("shape", [Shape((100,)), Shape(IMIX_SIZES), Shape((90, 300), udp=True, flows=50_001)])
 def test_frames_sent_from_the_kernel_are_the_same_frames(tmp_path: Path, shape: Shape, rate: float) -> None:
-    count = 3000
+    count, first = 3000, 44_000
     with Lab() as lab:
         pairs = [lab.veth("a"), lab.veth("b")]
         tcpdump = start_tcpdump(lab, "b", tmp_path / "b.pcap", count)
         flows = shape.flows if shape.udp else None
-        report = lab.start_fast_sender(pairs, frames=count, rate=rate, sizes=shape.sizes, flows=flows).report()
+        options = {"sizes": shape.sizes, "flows": flows, "first_sequence": first}
+        report = lab.start_fast_sender(pairs, frames=count, rate=rate, **options).report()
         assert tcpdump.wait(10) == 0
-    check_numbered([tmp_path / "b.pcap"]).assert_exact({1: report.sent_by_id[1]})
+    check_numbered([tmp_path / "b.pcap"]).assert_exact({1: report.sent_by_id[1]}, first)
     frames = [bytes(packet.data) for packet in packets(tmp_path / "b.pcap")]
-    assert frames == [numbered_frame(1, number, shape) for number in range(count)]
+    assert frames == [numbered_frame(1, number, shape) for number in range(first, first + count)]
     assert rate == 0 or report.seconds >= 0.9 * 2 * count / rate
 
 

@@ -283,14 +283,17 @@ class PassProgram:
 class XdpSender:
     """Numbered frames, round robin over the interfaces, which are numbered as they stand."""
 
-    def __init__(self, interfaces: list[str], shape: Shape, frames: int, rate_pps: float) -> None:
-        """`frames` per interface, `rate_pps` of all together (0: the limit)."""
+    def __init__(
+        self, interfaces: list[str], shape: Shape, frames: int, rate_pps: float, first_sequence: int = 0
+    ) -> None:
+        """`frames` per interface, from number `first_sequence` on; `rate_pps` of all together (0: the limit)."""
         if not 1 <= len(interfaces) <= _MAXIMUM_INTERFACES or len(shape.sizes) > _MAXIMUM_SIZES:
             raise ValueError(f"1 to {_MAXIMUM_INTERFACES} interfaces, up to {_MAXIMUM_SIZES} sizes")
         if shape.vlan is not None or max(shape.sizes) > MAXIMUM_BYTES:
             raise ValueError(f"no VLAN tag, and no more than {MAXIMUM_BYTES} bytes")
         self.interfaces = interfaces
         self.total = frames * len(interfaces)
+        self._first = first_sequence * len(interfaces)
         self.rate_pps = rate_pps
         largest = Template(0, max(shape.sizes), shape)
         self._frame = ctypes.create_string_buffer(largest.frame, largest.size)
@@ -318,7 +321,9 @@ class XdpSender:
         signal.signal(signal.SIGALRM, lambda _number, _frame: None)
         stop.then = lambda: signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
         started_ns = time.monotonic_ns()
-        _STATE.pack_into(self._value, 0, 0, started_ns, interval, self.total)
+        # Frame 0 would have been due so much earlier.
+        origin_ns = started_ns - (self._first * interval >> 16)
+        _STATE.pack_into(self._value, 0, self._first, origin_ns, interval, self._first + self.total)
         self._map_access(_MAP_UPDATE)
         try:
             while (left := self.total - self.sent) > 0 and not stop.wanted:
@@ -335,7 +340,7 @@ class XdpSender:
     def sent(self) -> int:
         """Frames redirected so far, of all interfaces."""
         self._map_access(_MAP_LOOKUP)
-        return int(_STATE.unpack_from(self._value)[0])
+        return int(_STATE.unpack_from(self._value)[0]) - self._first
 
     def sent_by_interface(self) -> dict[str, int]:
         rounds, rest = divmod(self.sent, len(self.interfaces))
@@ -373,6 +378,7 @@ def main() -> int:
     parser.add_argument("--sizes", type=parse_sizes, default=(MINIMUM_BYTES,), help="bytes, comma-separated, or imix")
     parser.add_argument("--udp", action="store_true")
     parser.add_argument("--flows", type=int, default=1)
+    parser.add_argument("--first-sequence", type=int, default=0)
     arguments = parser.parse_args()
     stop = Stop()
     frames = arguments.frames or UNLIMITED // _MAXIMUM_INTERFACES
@@ -380,12 +386,12 @@ def main() -> int:
     with contextlib.ExitStack() as receivers:
         for name in arguments.receiver:
             receivers.enter_context(PassProgram(name))
-        sender = XdpSender(arguments.interfaces, shape, frames, arguments.rate)
+        sender = XdpSender(arguments.interfaces, shape, frames, arguments.rate, arguments.first_sequence)
         seconds = sender.run(stop)
     report = {
         "sent": sender.sent_by_interface(),
         "ids": {name: i for i, name in enumerate(sender.interfaces)},
-        "first_sequence": 0,
+        "first_sequence": arguments.first_sequence,
         "retries": 0,
         "seconds": seconds,
         "rate_pps": sender.sent / seconds,
