@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numpy", reason="an extra of the benchmark")
+
+from support.lab import requires_root, wait_until
 
 from bench.__main__ import ROWS, measure
 from bench.context import Bench, scratch_directory
@@ -119,3 +125,28 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
     paths = draw([RowResult("t", "A row", [table, nothing])], tmp_path, "a machine")
     assert [path.name for path in paths] == ["t.png", "t-2.png", "t-3.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+@requires_root
+def test_an_interrupt_leaves_no_namespace_no_process_and_no_data(tmp_path: Path, project: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "--rows", "latency", "--scratch", str(tmp_path / "scratch")]
+    command += ["--json", str(tmp_path / "bench.json"), "--pictures", str(tmp_path)]
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(project / "tests")}, stdout=subprocess.PIPE, text=True
+    )
+    namespaces = Path("/run/netns")
+
+    def ours() -> list[Path]:
+        return list(namespaces.glob(f"lab-{process.pid}-*")) if namespaces.is_dir() else []
+
+    try:
+        wait_until(lambda: bool(ours()) or process.poll() is not None, "a laboratory", 30.0)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, output
+    assert ours() == []
+    assert not list((tmp_path / "scratch").iterdir())
