@@ -329,9 +329,10 @@ class FileWorker:
         return status
 
     def sleep(self, capture: FileCapture, wait_ms: int) -> None:
-        self.records.sleeps(True)
+        for_room = capture.waits_for_room
+        self.records.sleeps(True, for_room=for_room)
         if self.digests is not None:
-            self.digests.sleeps(True)
+            self.digests.sleeps(True, for_room=for_room)
         if capture.must_wait:
             self.poller.poll(min(wait_ms, HEARTBEAT_MS))
         self.records.sleeps(False)

@@ -324,6 +324,39 @@ def test_only_a_sleeping_consumer_is_woken() -> None:
     os.close(event)
 
 
+def test_a_producer_that_sleeps_for_room_is_woken_when_half_of_the_ring_is_free() -> None:
+    fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
+    block = record(b"x" * 8000)
+    while producer.push(block):
+        pass
+    producer.publish(1)
+    producer.sleeps(True, for_room=True)
+    consumer.refresh()
+    while consumer.unread_bytes > CAPACITY // 2:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(event)
+        assert consumer.pop() is not None
+        consumer.release()
+    assert os.eventfd_read(event) == 1
+    os.close(fd)
+    os.close(event)
+
+
+def test_a_producer_that_waits_for_packets_is_not_woken_by_room() -> None:
+    fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
+    producer.push(record(b"x"))
+    producer.publish(1)
+    producer.sleeps(True)
+    assert consumer.pop() is not None
+    consumer.release()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(event)
+    os.close(fd)
+    os.close(event)
+
+
 def test_a_request_for_the_watermark_wakes_a_sleeping_producer_and_is_answered_once() -> None:
     fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
     producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
