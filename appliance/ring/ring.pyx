@@ -177,7 +177,8 @@ cdef class Producer:
         return bool(ring_watermark_wanted(&self.view))
 
     def sleeps(self, bint sleeping, *, bint for_room=False):
-        ring_producer_sleeps(&self.view, (RING_SLEEPS_FOR_ROOM if for_room else RING_SLEEPS) if sleeping else RING_AWAKE)
+        cdef uint32_t how = RING_SLEEPS_FOR_ROOM if for_room else RING_SLEEPS
+        ring_producer_sleeps(&self.view, how if sleeping else RING_AWAKE)
 
     @property
     def free_bytes(self):
