@@ -22,6 +22,7 @@ from typing import Any
 from appliance import config as configuration, supervisor
 from appliance.capture import uri as capture_uri
 from appliance.config import MAX_SNAPLEN, MIB, Config
+from appliance.console import rewritten_line, size_text
 from appliance.errors import (
     ApplianceError,
     CannotCreateError,
@@ -30,7 +31,6 @@ from appliance.errors import (
     MissingPermissionError,
     UsageError,
 )
-from appliance.console import rewritten_line, size_text
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import STANDARD_OUTPUT, MtracecapNaming, SingleFileNaming, prepare_directories
 from appliance.monitor.view import Snapshot
