@@ -6,6 +6,7 @@ import collections
 import ctypes
 import os
 import pathlib
+import resource
 import struct
 import subprocess
 
@@ -308,6 +309,20 @@ def test_the_memory_of_a_ring_is_allocated_and_cannot_change_its_size() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
     os.close(fd)
+
+
+def test_the_first_lap_costs_few_page_faults() -> None:
+    capacity = 16 << 20
+    fd = memory.allocate(capacity, "test")
+    initialise(fd, capacity, GENERATION)
+    producer = Producer(fd, GENERATION)
+    block = record(b"x" * 1000)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    while producer.push(block):
+        pass
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    os.close(fd)
+    assert faults < capacity // 4096 // 4
 
 
 def test_only_a_sleeping_consumer_is_woken() -> None:
