@@ -11,7 +11,15 @@ from libc.string cimport memcpy, memset
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
+cdef extern from *:
+    """
+    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
+    """
+    void prefetch(const void* p) noexcept nogil
+
 cdef enum:
+    AHEAD = 8  # packets whose headers are fetched ahead
     MAX_LAYERS = 16
     METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
 
@@ -551,6 +559,12 @@ cdef uint32_t digest_packet(
     return DIGEST_MIN_BYTES
 
 
+cdef inline uint32_t status_of_flags(uint32_t flags) noexcept nogil:
+    if flags & 3 == 1:
+        return DIGEST_INCOMING
+    return DIGEST_OUTGOING if flags & 3 == 2 else 0
+
+
 cdef uint32_t status_of_options(const uint8_t* options, uint64_t length) noexcept nogil:
     """Direction out of an Enhanced Packet Block's epb_flags option (draft-ietf-opsawg-pcapng, 4.3.1)."""
     cdef uint64_t i = 0
@@ -564,9 +578,7 @@ cdef uint32_t status_of_options(const uint8_t* options, uint64_t length) noexcep
             return 0
         if code == 2 and value_length == 4:
             memcpy(&value, options + i, 4)
-            if value & 3 == 1:
-                return DIGEST_INCOMING
-            return DIGEST_OUTGOING if value & 3 == 2 else 0
+            return status_of_flags(value)
         i += (value_length + 3) & 0x1FFFC
     return 0
 
@@ -619,6 +631,40 @@ cdef bint digest_records(
                 batch.digests += written != 0
         batch.consumed_bytes += head[1]
     return True
+
+
+cdef uint64_t digest_references(
+    const PacketReference* packets,
+    uint64_t count,
+    const uint16_t* linktypes,
+    uint32_t linktype_count,
+    uint32_t source,
+    uint8_t* out,
+    uint64_t out_room,
+    uint64_t* ignored,
+    DigestBatch* batch,
+) noexcept nogil:
+    cdef const PacketReference* p
+    cdef uint64_t i
+    cdef uint32_t written
+    memset(batch, 0, sizeof(DigestBatch))
+    for i in range(count):
+        if out_room - batch.written_bytes < DIGEST_MAX_BYTES:
+            return i
+        p = &packets[i]
+        if i + AHEAD < count:
+            prefetch(packets[i + AHEAD].data)
+        batch.packets += 1
+        if p.interface >= linktype_count:
+            ignored[IGNORED_LINK_TYPE] += 1
+            continue
+        written = digest_packet(
+            p.data, p.captured, p.original, linktypes[p.interface], source, <uint64_t>p.timestamp_ns,
+            status_of_flags(p.flags), out + batch.written_bytes, ignored,
+        )
+        batch.written_bytes += written
+        batch.digests += written != 0
+    return count
 
 
 # ---- for Python: tests, and tools that look at single packets ----
