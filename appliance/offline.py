@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +222,7 @@ class _Merged:
 
 
 def _ring(name: str) -> tuple[Producer, Consumer]:
-    generation = secrets.randbits(63)
+    generation = int.from_bytes(os.urandom(7))
     fd = allocate(DIGEST_RING_BYTES, os.path.basename(name))
     try:
         initialise(fd, DIGEST_RING_BYTES, generation)
