@@ -71,6 +71,7 @@ class RunOptions:
     config_path: str = ""  # for reloading
     figures: bool = False  # a line of live figures on standard output, every few seconds
     announce: Callable[[Config], None] | None = None  # called once everything runs
+    watch: Callable[[Snapshot], None] | None = None  # called about twice a second with the figures
     naming: Callable[[Output], Naming] | None = None  # None: ApplianceNaming
     count_captured_bytes: bool = False  # rotate_bytes counts packet bytes alone
     watch_file: str = ""  # no further file is opened before this one exists

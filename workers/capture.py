@@ -24,7 +24,7 @@ from appliance.capture.opener import OpenedInterface
 from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
-from appliance.process import DRAIN, WorkerContext, set_capabilities
+from appliance.process import DRAIN, WorkerContext, populate_in_background, set_capabilities
 from appliance.ring.ring import Producer
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def main(context: WorkerContext) -> int:
     records = Producer(parts.ring_fd, parts.generation, parts.merge_wake_fd)
     digests = Producer(parts.digest_fd, parts.generation, parts.meter_wake_fd) if parts.digest_fd >= 0 else None
     source = parts.interface.source
+    if source.is_live:
+        populate_in_background(ring.mapping for ring in (records, digests) if ring is not None)
     if source.scheme == "ring":
         LiveWorker(context, parts, records, digests).run()
         return 0
@@ -108,11 +110,13 @@ class LiveWorker:
             snaplen=self.parts.interface.snaplen,
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
+            block_timeout_ms=self.parts.interface.block_timeout_ms,
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, select.POLLIN)
         self.poller.register(self.parts.wake_fd, select.POLLIN)
         self.poller.register(self.context.channel, select.POLLIN)
+        self.polls_packets = True
         self.context.page["interface_up"] = int(is_up(opened.ifindex))
 
     def run(self) -> None:
@@ -138,12 +142,19 @@ class LiveWorker:
         if self.digests is not None:
             self.digests.sleeps(True)
         if not self.capture.is_ready:
+            self.poll_packets(not self.capture.holds_block)
             timeout_ms = REOPEN_EVERY_S * 1000 if self.is_gone else HEARTBEAT_MS
             for fd, event in self.poller.poll(min(timeout_ms, self.capture.sleep_ms)):
                 self.handle(fd, event)
         self.records.sleeps(False)
         if self.digests is not None:
             self.digests.sleeps(False)
+
+    def poll_packets(self, wanted: bool) -> None:
+        """The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep."""
+        if wanted != self.polls_packets:
+            self.polls_packets = wanted
+            self.poller.modify(self.opened.fd, select.POLLIN if wanted else 0)  # errors are told in both cases
 
     def handle(self, fd: int, event: int) -> None:
         if fd == self.parts.wake_fd:

@@ -28,7 +28,7 @@ from appliance.merge.retention import Limits, Retention
 from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
-from appliance.process import DRAIN, ROTATE, WorkerContext
+from appliance.process import DRAIN, ROTATE, WorkerContext, populate_in_background
 from appliance.ring.ring import Consumer
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,8 @@ class MergeWorker:
             self.recovery.unsettled,
             parts.is_successor,
         )
+        if self.live:
+            populate_in_background(consumer.mapping for consumer in self.consumers)
         self.poller = select.poll()
         self.poller.register(parts.wake_fd, select.POLLIN)
         self.poller.register(context.channel, select.POLLIN)

@@ -17,7 +17,7 @@ from appliance.counters import IGNORED_REASONS
 from appliance.merge import order
 from appliance.meter.metering import Metering
 from appliance.meter.settings import MeterSettings
-from appliance.process import DRAIN, WorkerContext
+from appliance.process import DRAIN, WorkerContext, populate_in_background
 from appliance.ring.ring import Consumer
 
 OUT_BYTES = 256 << 10
@@ -64,8 +64,11 @@ class MeterWorker:
         self.context = context
         self.parts = parts
         self.live = all(source.live for source in parts.sources)
+        consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
+        if self.live:
+            populate_in_background(consumer.mapping for consumer in consumers)
         self.merge = order.Merge(
-            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            consumers,
             [source.live for source in parts.sources],
             sink=order.SINK_DIGESTS,
             max_wait_ms=parts.max_wait_ms,

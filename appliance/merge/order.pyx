@@ -48,9 +48,11 @@ cdef enum:
 
 cdef enum:
     MARKS = 64
-    UNMAPPED = 0xFFFFFFFF
-    SAME_EPOCH_NS = 25000000
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
+
+# Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
+cdef uint32_t UNMAPPED = 0xFFFFFFFF
+cdef int64_t SAME_EPOCH_NS = 25000000
 
 cdef struct mark:  # everything before `position` had arrived here by `arrived_ns` (CLOCK_MONOTONIC)
     uint64_t position

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import os
+import resource
 import pathlib
 import struct
 import subprocess
@@ -307,6 +308,17 @@ def test_the_memory_of_a_ring_is_allocated_and_cannot_change_its_size() -> None:
     assert os.fstat(fd).st_blocks * 512 >= CAPACITY
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
+    os.close(fd)
+
+
+def test_a_populated_ring_costs_no_page_faults_any_more() -> None:
+    fd = new_ring()
+    producer = Producer(fd, GENERATION)
+    producer.mapping.populate()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    while producer.push(record(b"x" * 1000)):
+        pass
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < CAPACITY // 4096 // 2
     os.close(fd)
 
 
