@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import ctypes
 import os
-import resource
 import pathlib
+import resource
 import struct
 import subprocess
 
