@@ -38,7 +38,7 @@ cdef struct Flow:
     uint64_t last_ns  # stream time of the newest packet
     uint64_t start_ns  # stream time at which the current record began
     Direction[2] directions  # FORWARD, REVERSE
-    uint64_t flow_id
+    uint64_t flow_id  # 0: a free place in the pool
     uint32_t hash
     uint32_t bucket  # of the wheel; kept right in the first flow of a list only
     uint32_t previous  # flow number + 1; 0: none
