@@ -23,15 +23,19 @@ from appliance.ring.layout cimport *
 
 cdef extern from *:
     """
+    #include <string.h>
     #include <sys/mman.h>
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
     static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
     static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
     static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
+    /* Anonymous memory of our own: it reads as zeros afterwards. */
+    static inline void give_back(void *p, size_t n) { if (madvise(p, n, MADV_DONTNEED)) memset(p, 0, n); }
     """
     void prefetch(const void* p) noexcept nogil
     void prefetch_for_write(const void* p) noexcept nogil
     void prefer_huge_pages(void* p, size_t n) noexcept nogil
+    void give_back(void* p, size_t n) noexcept nogil
 
 cdef enum:
     GROUP = 16  # digests whose memory is fetched ahead
@@ -39,6 +43,8 @@ cdef enum:
     RECORDS_AHEAD = 2048  # octets: the digests themselves come out of another processor's cache
     SECRETS = 14  # of 64 bits, for hash_key
     EVICTION_SAMPLE = 16
+    HUGE_PAGE_BYTES = 2097152
+    FIRST_SLOTS = 4096  # of the index; it doubles when half of them are taken
     WHEEL_BUCKETS = 8192
     WHEEL_DUE = WHEEL_BUCKETS  # the list that is being worked off
     MIN_TICK_SHIFT = 20  # about 1 ms
@@ -104,19 +110,38 @@ cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
     return (keys[0] + <uint32_t>words) * (keys[1] + (words >> 32))
 
 
+cdef size_t whole_pages(size_t length) noexcept nogil:
+    return (length + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+
+
 cdef void* map_memory(size_t length) except NULL:
-    """Zeroed memory that costs nothing until it is touched."""
-    cdef void* memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    """Zeroed memory on a huge page's border that costs nothing until it is touched; see unmap_memory."""
+    cdef size_t mapped = whole_pages(length) + HUGE_PAGE_BYTES
+    cdef void* memory = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    cdef size_t before
     if memory == MAP_FAILED:
         raise MemoryError(f"the flow table's {length} bytes cannot be mapped")
-    prefer_huge_pages(memory, length)
-    return memory
+    before = whole_pages(<uintptr_t>memory) - <uintptr_t>memory
+    if before:
+        munmap(memory, before)
+    if before < HUGE_PAGE_BYTES:
+        munmap(<uint8_t*>memory + before + whole_pages(length), HUGE_PAGE_BYTES - before)
+    prefer_huge_pages(<uint8_t*>memory + before, length)  # the last one whole would be more than was asked for
+    return <uint8_t*>memory + before
+
+
+cdef void unmap_memory(void* memory, size_t length) noexcept:
+    if memory != NULL:
+        munmap(memory, whole_pages(length))
 
 
 @cython.final
 cdef class FlowTable:
     cdef Flow* flows
-    cdef Slot* slots
+    cdef Slot* slots  # the index, in one of the two rooms
+    cdef Slot* slot_room
+    cdef Slot* other_slot_room
+    cdef uint64_t most_slots
     cdef FlowRow* row_buffer
     cdef uint32_t* wheel  # heads of the buckets' lists, and of WHEEL_DUE
     cdef uint64_t[SECRETS] secrets
@@ -143,6 +168,8 @@ cdef class FlowTable:
             raise ValueError("time-outs must be above 0 and below 146 years")
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
+        self.most_slots = slots
+        slots = min(slots, <uint64_t>FIRST_SLOTS)
         self.max_flows = max_flows
         self.hand_step = <uint32_t>(<uint64_t>max_flows * 618 // 1000 + 1)
         while gcd(self.hand_step, max_flows) != 1:
@@ -162,19 +189,18 @@ cdef class FlowTable:
         memcpy(self.secrets, <const char*>secrets, sizeof(self.secrets))
         self.zero_ends = pair(0, &self.secrets[2]) + pair(0, &self.secrets[6])
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
-        self.slots = <Slot*>map_memory(slots * sizeof(Slot))
+        self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
+        self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
+        self.slots = self.room_of_slots(slots)
         self.row_buffer = <FlowRow*>map_memory(<size_t>row_capacity * sizeof(FlowRow))
         self.wheel = <uint32_t*>map_memory((WHEEL_BUCKETS + 1) * sizeof(uint32_t))
 
     def __dealloc__(self):
-        if self.flows != NULL:
-            munmap(self.flows, <size_t>self.max_flows * sizeof(Flow))
-        if self.slots != NULL:
-            munmap(self.slots, (<size_t>self.slot_mask + 1) * sizeof(Slot))
-        if self.row_buffer != NULL:
-            munmap(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
-        if self.wheel != NULL:
-            munmap(self.wheel, (WHEEL_BUCKETS + 1) * sizeof(uint32_t))
+        unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
+        unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
+        unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
+        unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
+        unmap_memory(self.wheel, (WHEEL_BUCKETS + 1) * sizeof(uint32_t))
 
     # ---- the key ----
 
@@ -254,6 +280,26 @@ cdef class FlowTable:
             i = (i + 1) & self.slot_mask
         self.slots[i].hash = hash
         self.slots[i].flow = number + 1
+
+    cdef Slot* room_of_slots(self, uint64_t count) noexcept nogil:
+        """The largest index and each quarter of one stand in one room, the sizes between in the other."""
+        cdef Slot* room = self.slot_room
+        while count < self.most_slots:
+            count *= 2
+            room = self.other_slot_room if room == self.slot_room else self.slot_room
+        return room
+
+    cdef void double_index(self) noexcept nogil:
+        """A small index stays in the cache, so it grows with the flows."""
+        cdef Slot* old = self.slots
+        cdef uint32_t count = self.slot_mask + 1
+        cdef uint32_t i
+        self.slots = self.room_of_slots(2 * <uint64_t>count)
+        self.slot_mask = 2 * count - 1
+        for i in range(count):
+            if old[i].flow != 0:
+                self.index_flow(old[i].flow - 1, old[i].hash)
+        give_back(old, count * sizeof(Slot))
 
     cdef void unindex_flow(self, uint32_t number, uint32_t hash) noexcept nogil:
         """Closes the gap by moving later slots of the same run back, so that no markers of deletion pile up."""
@@ -398,6 +444,8 @@ cdef class FlowTable:
         elif d.tcp_flags & TCP_SYN:
             flow.biflow_direction = 2
         self.next_flow_id += 1
+        if 2 * (self.used + 1) > self.slot_mask + 1 and self.slot_mask + 1 < self.most_slots:
+            self.double_index()
         self.index_flow(number, a.hash)
         self.arm(flow, self.now_ns + min(self.idle_ns, self.active_ns))
         self.used += 1
@@ -728,7 +776,7 @@ cdef class FlowTable:
     @property
     def memory_bytes(self):
         return (
-            <size_t>self.max_flows * sizeof(Flow) + (<size_t>self.slot_mask + 1) * sizeof(Slot)
+            <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
         )
 
