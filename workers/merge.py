@@ -291,7 +291,9 @@ class MergeWorker:
         self.sleep(timeout_ms)
 
     def gather(self) -> None:
-        """Lets packets come together without being woken for each batch, as long as nothing is due."""
+        """Lets packets come together without being woken for each batch, as long as nothing is due and there is room."""
+        if any(consumer.mapping.used_bytes > consumer.mapping.capacity // 4 for consumer in self.consumers):
+            return
         timeout_ms = min(GATHER_MS, max(1, self.output.max_wait_ms // 4))
         if (hold_ms := self.merge.hold_ms) is not None:
             timeout_ms = min(timeout_ms, hold_ms)
