@@ -291,7 +291,7 @@ class MergeWorker:
         self.sleep(timeout_ms)
 
     def gather(self) -> None:
-        """Lets packets come together without being woken for each batch, as long as nothing is due and there is room."""
+        """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
         if any(consumer.mapping.used_bytes > consumer.mapping.capacity // 4 for consumer in self.consumers):
             return
         timeout_ms = min(GATHER_MS, max(1, self.output.max_wait_ms // 4))
