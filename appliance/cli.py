@@ -24,6 +24,17 @@ from appliance.console import (
     size_text,
 )
 from appliance.errors import EXIT_USAGE, ApplianceError, MissingPermissionError, UsageError
+from appliance.start import (
+    ACTIVE_TIMEOUT_S,
+    EXIT_INTERRUPTED,
+    FEWEST_FLOWS,
+    IDLE_TIMEOUT_S,
+    MAX_FLOWS,
+    SHORTEST_TIMEOUT_S,
+    exit_status,
+    flows as meter_flows,
+    reader_left,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -32,11 +43,8 @@ if TYPE_CHECKING:
     from appliance.monitor.view import Snapshot
     from appliance.plan import Plan
 
-DEBUG_VARIABLE = "APPLIANCE_DEBUG"
 SYSTEM_CONFIG = Path("/etc/appliance/appliance.toml")
 QUICKSTART_SOCKET = Path("var/control.sock")  # config/quickstart.toml, relative to where it was started
-EXIT_FAULT = os.EX_SOFTWARE  # 70: a fault of the program itself
-EXIT_INTERRUPTED = 130
 EXIT_FINDINGS = 1  # the command did its work, and found something wrong
 
 # click's UsageError. typer had click as a dependency, and brings a copy of its own since 0.29: this name fits both.
@@ -64,47 +72,25 @@ Socket = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
-def main() -> None:
-    """The console script `appliance`."""
-    sys.exit(run_command(sys.argv[1:]))
-
-
 def run_command(arguments: list[str]) -> int:
     """Runs one command line; returns its exit status. Whatever goes wrong is one message."""
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = app(arguments, prog_name="appliance", standalone_mode=False)
-        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except _UsageError as error:
         message = error.format_message().rstrip(".")
         print(f"appliance: {message}; see {_help_command(error)}", file=sys.stderr)
         return EXIT_USAGE
-    except ApplianceError as error:
-        print(f"appliance: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return _reader_left()
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # click makes this of it when it comes first
-            return _reader_left()
+            return reader_left()
         raise
-    except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        print(
-            f"appliance: a fault of the program itself: {type(error).__name__}: {error}; "
-            f"{DEBUG_VARIABLE}=1 shows where",
-            file=sys.stderr,
-        )
-        return EXIT_FAULT
-
-
-def _reader_left() -> int:
-    """The reader of our output (head, less) has seen enough. Python must not try to flush it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _show_version(wanted: bool) -> None:
@@ -461,43 +447,19 @@ def flows(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Capture files, compressed or not.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The IPFIX file to make.")],
     idle_timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="A flow ends after this long without a packet.")
-    ] = 30,
+        float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow ends after this long without a packet.")
+    ] = IDLE_TIMEOUT_S,
     active_timeout_s: Annotated[
-        float, typer.Option(min=0.001, help="A flow that goes on is reported this often.")
-    ] = 300,
-    max_flows: Annotated[int, typer.Option(min=64, help="Flows in the table at once.")] = 1_000_000,
+        float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow that goes on is reported this often.")
+    ] = ACTIVE_TIMEOUT_S,
+    max_flows: Annotated[int, typer.Option(min=FEWEST_FLOWS, help="Flows in the table at once.")] = MAX_FLOWS,
     as_json: AsJson = False,
 ) -> int:
     """Meter capture files into an IPFIX file.
 
     Several files are metered together, in the order of time.
     """
-    import dataclasses
-
-    from appliance.meter.settings import MeterSettings
-    from appliance.offline import meter_files
-
-    settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
-    with progress("metering", "packets") as advance:
-        counts = meter_files([str(file) for file in files], str(output), settings, lambda packets: advance(packets, 0))
-    if as_json:
-        print_json(dataclasses.asdict(counts))
-    else:
-        ignored = joined([f"{count} {reason}" for reason, count in counts.ignored.items() if count])
-        print(
-            f"{output}: {counts.flows} flow records of {counts.metered_packets} packets and {counts.metered_octets} IP "
-            f"octets; {counts.packets} packets read, not metered: {ignored}"
-        )
-    return _tell_damage(counts.damage)
-
-
-def _tell_damage(damage: list[str]) -> int:
-    from appliance.errors import FormatError
-
-    for text in damage:
-        print(f"appliance: {text}", file=sys.stderr)
-    return FormatError.exit_code if damage else 0
+    return meter_flows([str(file) for file in files], str(output), idle_timeout_s, active_timeout_s, max_flows, as_json)
 
 
 @app.command()

@@ -108,6 +108,21 @@ def progress(what: str, unit: Literal["bytes", "packets"]) -> Iterator[Progress]
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
+@contextlib.contextmanager
+def rewritten_line() -> Iterator[Callable[[str], None]]:
+    """One line on standard error that is written over again and again, and gone at the end; nothing at all in a pipe.
+
+    Without a thread, unlike `progress`: for a process that forks.
+    """
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    try:
+        yield lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def size_text(count: float | None) -> str:
     """Bytes in binary units."""
     if count is None:

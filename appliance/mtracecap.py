@@ -22,6 +22,7 @@ from typing import Any
 from appliance import config as configuration, supervisor
 from appliance.capture import uri as capture_uri
 from appliance.config import MAX_SNAPLEN, MIB, Config
+from appliance.console import rewritten_line, size_text
 from appliance.errors import (
     ApplianceError,
     CannotCreateError,
@@ -32,6 +33,7 @@ from appliance.errors import (
 )
 from appliance.merge.compressor import compressor_argv
 from appliance.merge.naming import STANDARD_OUTPUT, MtracecapNaming, SingleFileNaming, prepare_directories
+from appliance.monitor.view import Snapshot
 from appliance.wiring import RunOptions
 
 log = logging.getLogger(__name__)
@@ -470,14 +472,24 @@ def _as_user(name: str) -> Iterator[None]:
 
 def run(job: Job) -> int:
     """Hands the job to the engine; returns its exit status."""
-    options = RunOptions(
-        naming=lambda _output: job.naming,
-        count_captured_bytes=True,  # -S counts packets' bytes, as 0.4 does
-        watch_file=job.watch_file,
-        strict=True,
-        resolution_of_inputs=job.config.outputs[0].format == "pcap",
-    )
-    return supervisor.run(job.config, options)
+    with rewritten_line() as show:
+        options = RunOptions(
+            watch=(lambda snapshot: show(progress_text(snapshot))) if sys.stderr.isatty() else None,
+            naming=lambda _output: job.naming,
+            count_captured_bytes=True,  # -S counts packets' bytes, as 0.4 does
+            watch_file=job.watch_file,
+            strict=True,
+            resolution_of_inputs=job.config.outputs[0].format == "pcap",
+        )
+        return supervisor.run(job.config, options)
+
+
+def progress_text(snapshot: Snapshot) -> str:
+    """What a terminal shows while the job runs."""
+    packets = sum(row.written_packets for row in snapshot.interfaces)
+    lost = sum(row.lost_packets for row in snapshot.interfaces)
+    size = sum(row.written_bytes for row in snapshot.outputs)
+    return f"{packets:,} packets, {size_text(size)} written" + (f", {lost:,} lost" if lost else "")
 
 
 if __name__ == "__main__":

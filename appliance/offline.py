@@ -1,21 +1,22 @@
 """Metering of capture files, without a service: the files' packets in the order of time, into one IPFIX file.
 
-    each file -> FileCapture -> digest ring -> Merge (by time) -> Metering -> IPFIX
+    each file -> DigestFile [-> digest ring -> Merge (by time)] -> batches of digests -> Metering -> IPFIX
 
-The parts are those of the live path, in one process; packets themselves are only looked at, never copied on.
+One file needs no merge. A thread makes the next batches while the last one is metered: both work without the GIL.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
-from appliance.capture.filesource import FileCapture
-from appliance.config import Interface
-from appliance.counters import CAPTURE_FIELDS, EXPORT_FIELDS, IGNORED_REASONS, METER_FIELDS, CounterPages
+from appliance.capture.digestfile import DigestFile
+from appliance.counters import EXPORT_FIELDS, IGNORED_REASONS, METER_FIELDS, CounterPages
 from appliance.errors import FormatError, UsageError
 from appliance.merge import order
 from appliance.meter.metering import Metering
@@ -23,9 +24,9 @@ from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Consumer, Producer, initialise
 
-PACKET_RING_BYTES = 2 << 20  # the longest record and a batch
 DIGEST_RING_BYTES = 1 << 20
-OUT_BYTES = 256 << 10
+BATCH_BYTES = 256 << 10  # of digests: stays in the cache between the two threads
+BATCHES = 4
 MAX_FILES = 256  # all are open at once, with their rings
 
 
@@ -56,59 +57,39 @@ def meter_files(
     """
     if not 0 < len(paths) <= MAX_FILES:
         raise UsageError(f"{len(paths)} files; between 1 and {MAX_FILES} are metered together")
-    pages = CounterPages(
-        [(f"file/{i}", CAPTURE_FIELDS) for i in range(len(paths))]
-        + [("meter", METER_FIELDS), ("export", EXPORT_FIELDS)]
-    )
     inputs: list[_Input] = []
     try:
-        inputs += (_Input(path, pages, i) for i, path in enumerate(paths))
-        return _meter(inputs, pages, destination, settings, progress)
+        inputs += (_Input(path, i) for i, path in enumerate(paths))
+        return _meter(inputs, destination, settings, progress)
     finally:
         for one in inputs:
             one.close()
 
 
 def _meter(
-    inputs: Sequence[_Input],
-    pages: CounterPages,
-    destination: str,
-    settings: MeterSettings,
-    progress: Callable[[int], None],
+    inputs: Sequence[_Input], destination: str, settings: MeterSettings, progress: Callable[[int], None]
 ) -> FlowCounts:
-    merge = order.Merge(
-        [one.digest_consumer for one in inputs],
-        [False] * len(inputs),
-        sink=order.SINK_DIGESTS,
-        max_wait_ms=1,
-        out_bytes=OUT_BYTES,
-    )
+    pages = CounterPages([("meter", METER_FIELDS), ("export", EXPORT_FIELDS)])
+    page = pages["meter"]
     metering = Metering(
         with_export(settings, destination),
-        pages["meter"],
+        page,
         [pages["export"]],
-        ignored_packets=lambda: sum(sum(one.ignored().values()) for one in inputs),
+        ignored_packets=lambda: sum(sum(one.ignored) for one in inputs),
     )
-    while (status := merge.fill()) != order.ENDED or merge.out_bytes:
-        if merge.out_bytes:
-            metering.feed(merge.output_address, merge.out_bytes)
-            merge.emptied()
-        merge.release()
-        if status == order.CONTROL:
-            merge.control_done()
-        elif status == order.IDLE:
-            for one in inputs:
-                one.step()
-            progress(sum(one.packets for one in inputs))
+    fill = inputs[0].fill if len(inputs) == 1 else _Merged(inputs).fill
+    for batch in _ahead(fill):
+        metering.feed(batch.address, batch.length)
         metering.service(time.monotonic())
+        progress(page["observed_packets"])
     metering.finish()
-    page = pages["meter"]
+    ignored = [sum(counts) for counts in zip(*(one.ignored for one in inputs), strict=True)]
     return FlowCounts(
         packets=sum(one.packets for one in inputs),
         metered_packets=page["metered_packets"],
         metered_octets=page["metered_octets"],
-        ignored={reason: sum(one.ignored()[reason] for one in inputs) for reason in IGNORED_REASONS},
-        late_packets=merge.late,
+        ignored=dict(zip(IGNORED_REASONS, ignored, strict=True)),
+        late_packets=page["late_packets"],
         flows=pages["export"]["flow_records"],
         damage=[one.damage for one in inputs if one.damage],
     )
@@ -127,64 +108,124 @@ def with_export(settings: MeterSettings, destination: str) -> MeterSettings:
     )
 
 
-class _Input:
-    """One capture file and the ring of its digests."""
+class _Batch:
+    """Memory for digests, aligned as a ring's records are. `length` octets of it are full."""
 
-    def __init__(self, path: str, pages: CounterPages, index: int) -> None:
-        self._page = pages[f"file/{index}"]
-        self._descriptors: list[int] = []
-        self.damage = ""
-        self._ended = False
+    def __init__(self) -> None:
+        self._memory = (ctypes.c_uint64 * (BATCH_BYTES // 8))()
+        self.address = ctypes.addressof(self._memory)
+        self.length = 0
+
+
+def _ahead(fill: Callable[[int, int], int]) -> Iterator[_Batch]:
+    """The batches that `fill(address, room)` makes on a thread of its own, until one is empty. Each is valid until the
+    next one is asked for. What `fill` raises, this raises."""
+    free: SimpleQueue[_Batch] = SimpleQueue()
+    full: SimpleQueue[_Batch | BaseException] = SimpleQueue()
+
+    def work() -> None:
         try:
-            packet_fd, generation = self._ring(PACKET_RING_BYTES, path)
-            digest_fd, digest_generation = self._ring(DIGEST_RING_BYTES, path)
-            self._packets = Producer(packet_fd, generation)
-            self._packet_consumer = Consumer(packet_fd, generation)
-            self._digests = Producer(digest_fd, digest_generation)
-            self.digest_consumer = Consumer(digest_fd, digest_generation)
-            # The file's first bytes decide what it is, whatever the scheme says.
-            self._capture = FileCapture(Interface(uri=f"pcapfile:{path}"), self._packets, self._digests, self._page)
-        except BaseException:
-            self._close_descriptors()
-            raise
+            batch = free.get()
+            while length := fill(batch.address, BATCH_BYTES):
+                batch.length = length
+                full.put(batch)
+                batch = free.get()
+            batch.length = 0
+            full.put(batch)
+        except BaseException as error:
+            full.put(error)
 
-    def _ring(self, capacity: int, path: str) -> tuple[int, int]:
-        fd, generation = allocate(capacity, os.path.basename(path)), secrets.randbits(63)
-        self._descriptors.append(fd)
-        initialise(fd, capacity, generation)
-        return fd, generation
+    for _ in range(BATCHES):
+        free.put(_Batch())
+    # A daemon: an interrupt must not wait for a pipe that gives nothing.
+    threading.Thread(target=work, name="digests", daemon=True).start()
+    while True:
+        batch = full.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        if not batch.length:
+            return
+        yield batch
+        free.put(batch)
+
+
+class _Input:
+    """One capture file as digests."""
+
+    def __init__(self, path: str, number: int) -> None:
+        self.path = path
+        self.damage = ""
+        self._file = DigestFile(path, number)
 
     @property
     def packets(self) -> int:
-        return self._page["read_packets"]
+        return self._file.read_packets
 
-    def ignored(self) -> dict[str, int]:
-        return {reason: self._page[f"ignored_{reason}_packets"] for reason in IGNORED_REASONS}
+    @property
+    def ignored(self) -> list[int]:
+        return self._file.ignored
 
-    def step(self) -> None:
-        """One batch further, if there is room for its digests."""
-        if self._ended:
-            return
+    def fill(self, address: int, room: int) -> int:
+        """Digests for at most `room` octets at `address`; 0: the file is over, whole or damaged."""
+        if self.damage:
+            return 0
         try:
-            self._capture.step()
+            return self._file.fill(address, room)
         except FormatError as error:
             self.damage = str(error)
-            self._end()
-            return
-        self._packet_consumer.refresh()
-        self._packet_consumer.skip_to_head()
-        if self._capture.ended:
-            self._end()
-
-    def _end(self) -> None:
-        self._ended = True
-        self._digests.end()
+            return 0
 
     def close(self) -> None:
-        self._capture.close()
-        self._close_descriptors()
+        self._file.close()
 
-    def _close_descriptors(self) -> None:
-        for fd in self._descriptors:
-            os.close(fd)
-        self._descriptors.clear()
+
+class _Merged:
+    """Several files' digests in the order of time, each through a ring of its own."""
+
+    def __init__(self, inputs: Sequence[_Input]) -> None:
+        self._sources = [(one, *_ring(one.path)) for one in inputs]
+        self._merge = order.Merge(
+            [consumer for _, _, consumer in self._sources],
+            [False] * len(inputs),
+            sink=order.SINK_DIGESTS,
+            max_wait_ms=1,
+            out_bytes=BATCH_BYTES // 2,
+        )
+
+    def fill(self, address: int, room: int) -> int:
+        """As DigestFile.fill, over all files."""
+        merge = self._merge
+        status = order.IDLE
+        while status != order.ENDED:
+            status = merge.fill()
+            if status == order.IDLE:
+                self._refill()
+            if length := merge.out_bytes:
+                if length > room:
+                    raise ValueError(f"{length} octets of digests, and room for {room}")
+                ctypes.memmove(address, merge.output_address, length)
+                merge.emptied()
+                merge.release()
+                return length
+        return 0
+
+    def _refill(self) -> None:
+        """Into every ring that has room for half of it: a file that others wait for has."""
+        for one, producer, _ in self._sources:
+            room = producer.free_bytes
+            if room >= DIGEST_RING_BYTES // 2:
+                length = one.fill(producer.reserve(room), room)
+                producer.advance(length)
+                producer.publish(0)
+                if not length:
+                    producer.end()
+
+
+def _ring(name: str) -> tuple[Producer, Consumer]:
+    generation = int.from_bytes(os.urandom(7))
+    fd = allocate(DIGEST_RING_BYTES, os.path.basename(name))
+    try:
+        initialise(fd, DIGEST_RING_BYTES, generation)
+        return Producer(fd, generation), Consumer(fd, generation)
+    finally:
+        os.close(fd)

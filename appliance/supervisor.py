@@ -450,6 +450,8 @@ class Supervisor:
         if self.watchdog_s and now >= self.next_watchdog and self.all_beat():
             self.next_watchdog = now + self.watchdog_s
             self.notifier.notify("WATCHDOG=1")
+        if self.wired.options.watch is not None and self.ready:
+            self.wired.options.watch(self.wired.view.snapshot())
         if now >= self.next_status:
             self.next_status = now + STATUS_EVERY_S
             snapshot = self.wired.view.snapshot()

@@ -17,14 +17,13 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import workers.capture
 import workers.merge
-import workers.meter
-import workers.monitor
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
@@ -34,10 +33,10 @@ from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
+from appliance.monitor.listener import open_listener
 from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
-from appliance.monitor.web import open_listener
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_files, check_linktypes, check_output
 from appliance.process import (
@@ -51,6 +50,10 @@ from appliance.process import (
 )
 from appliance.ring import memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
+
+if TYPE_CHECKING:
+    import workers.meter
+    import workers.monitor
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class RunOptions:
     config_path: str = ""  # for reloading
     figures: bool = False  # a line of live figures on standard output, every few seconds
     announce: Callable[[Config], None] | None = None  # called once everything runs
+    watch: Callable[[Snapshot], None] | None = None  # called about twice a second with the figures
     naming: Callable[[Output], Naming] | None = None  # None: ApplianceNaming
     count_captured_bytes: bool = False  # rotate_bytes counts packet bytes alone
     watch_file: str = ""  # no further file is opened before this one exists
@@ -116,6 +120,7 @@ class Wiring:
             check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
+        load_workers(plan)
         allow_open_files(BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(plan.workers))
         file_interfaces = check_files(plan)
         preparation = Preparation()
@@ -397,6 +402,15 @@ def run_opener(channel: socket.socket, user: str) -> None:
     drop_privileges(user, (CAP_NET_RAW,))
     with contextlib.suppress(OSError):
         serve(channel)
+
+
+def load_workers(plan: Plan) -> None:
+    """The code of the workers that not every run has: a third of a start's time. Before the user is changed, because
+    another one may not be able to read our files."""
+    if plan.meter is not None:
+        import_module("workers.meter")
+    if plan.monitor:
+        import_module("workers.monitor")
 
 
 def needs_host(config: Config) -> bool:

@@ -19,13 +19,13 @@ import pytest
 from monitor.forked import Worker
 from monitor.pages import make_appliance
 
-from appliance import cli
+from appliance import cli, start
 from appliance.cli import run_command
 from appliance.console import Table, duration_text, print_table, rate_text, size_text
 from appliance.monitor.view import Snapshot
 
 COMMANDS = ("run", "check-config", "status", "rotate", "top", "interfaces", "doctor", "flows", "verify", "version")
-APPLIANCE = [sys.executable, "-c", "from appliance.cli import main; main()"]
+APPLIANCE = [sys.executable, "-c", "from appliance.start import main; main()"]
 
 
 def udp_pcap(path: Path, sources: int, packets: int, start_s: int = 1_700_000_000) -> Path:
@@ -118,7 +118,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_fault_of_the_program_is_one_line_and_70(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.delenv(start.DEBUG_VARIABLE, raising=False)
     monkeypatch.setattr(cli, "_version", lambda: 1 // 0)
     assert run_command(["version"]) == 70
     error = capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_a_fault_of_the_program_is_one_line_and_70(
 
 
 def test_a_fault_shows_where_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    monkeypatch.setenv(start.DEBUG_VARIABLE, "1")
     monkeypatch.setattr(cli, "_version", lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         run_command(["version"])

@@ -111,7 +111,7 @@ def test_a_wheel_brings_the_commands_the_configuration_and_the_service_files(whe
     scripts = configparser.ConfigParser()
     scripts.read_string(wheel.read(entry_points).decode())
     assert dict(scripts["console_scripts"]) == {
-        "appliance": "appliance.cli:main",
+        "appliance": "appliance.start:main",
         "mtracecap": "appliance.mtracecap:main",
     }
 

@@ -108,11 +108,13 @@ class LiveWorker:
             snaplen=self.parts.interface.snaplen,
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
+            block_timeout_ms=self.parts.interface.block_timeout_ms,
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, select.POLLIN)
         self.poller.register(self.parts.wake_fd, select.POLLIN)
         self.poller.register(self.context.channel, select.POLLIN)
+        self.polls_packets = True
         self.context.page["interface_up"] = int(is_up(opened.ifindex))
 
     def run(self) -> None:
@@ -138,12 +140,19 @@ class LiveWorker:
         if self.digests is not None:
             self.digests.sleeps(True)
         if not self.capture.is_ready:
+            self.poll_packets(not self.capture.holds_block)
             timeout_ms = REOPEN_EVERY_S * 1000 if self.is_gone else HEARTBEAT_MS
             for fd, event in self.poller.poll(min(timeout_ms, self.capture.sleep_ms)):
                 self.handle(fd, event)
         self.records.sleeps(False)
         if self.digests is not None:
             self.digests.sleeps(False)
+
+    def poll_packets(self, wanted: bool) -> None:
+        """The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep."""
+        if wanted != self.polls_packets:
+            self.polls_packets = wanted
+            self.poller.modify(self.opened.fd, select.POLLIN if wanted else 0)  # errors are told in both cases
 
     def handle(self, fd: int, event: int) -> None:
         if fd == self.parts.wake_fd:
@@ -329,9 +338,10 @@ class FileWorker:
         return status
 
     def sleep(self, capture: FileCapture, wait_ms: int) -> None:
-        self.records.sleeps(True)
+        for_room = capture.waits_for_room
+        self.records.sleeps(True, for_room=for_room)
         if self.digests is not None:
-            self.digests.sleeps(True)
+            self.digests.sleeps(True, for_room=for_room)
         if capture.must_wait:
             self.poller.poll(min(wait_ms, HEARTBEAT_MS))
         self.records.sleeps(False)

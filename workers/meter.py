@@ -23,6 +23,7 @@ from appliance.ring.ring import Consumer
 OUT_BYTES = 256 << 10
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
+REST_MS = 10  # under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry
 STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
 
 
@@ -64,8 +65,10 @@ class MeterWorker:
         self.context = context
         self.parts = parts
         self.live = all(source.live for source in parts.sources)
+        consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
+        self.rings = [consumer.mapping for consumer in consumers]
         self.merge = order.Merge(
-            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            consumers,
             [source.live for source in parts.sources],
             sink=order.SINK_DIGESTS,
             max_wait_ms=parts.max_wait_ms,
@@ -90,8 +93,10 @@ class MeterWorker:
         self.metering.finish()
 
     def turn(self) -> bool:
+        crowded = any(ring.used_bytes > ring.capacity // 4 for ring in self.rings)
         status = self.merge.fill()
-        if self.merge.out_bytes:
+        fed = self.merge.out_bytes > 0
+        if fed:
             self.metering.feed(self.merge.output_address, self.merge.out_bytes)
             self.merge.emptied()
         self.merge.release()
@@ -100,7 +105,7 @@ class MeterWorker:
         elif status == order.CONTROL:
             self.merge.control_done()  # interfaces are the packet ring's matter
         elif status == order.IDLE:
-            return self.idle()
+            return self.idle(may_rest=self.live and fed and not crowded)
         self.metering.service(time.monotonic())
         return status != order.ENDED
 
@@ -110,7 +115,8 @@ class MeterWorker:
         self.clock_offset_ns = offset_ns
         self.merge.next_epoch()
 
-    def idle(self) -> bool:
+    def idle(self, may_rest: bool) -> bool:
+        """`may_rest`: there was traffic, and room for that of a rest."""
         now = time.monotonic()
         if watermark := self.merge.watermark:
             self.metering.advance(watermark)
@@ -121,18 +127,25 @@ class MeterWorker:
             self.next_ask = now + STREAM_TIME_EVERY_S
             self.merge.want_all_watermarks()
         holding = self.merge.want_watermarks()
-        self.sleep(max(1, self.parts.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
+        if may_rest:
+            self.poller().poll(REST_MS)
+        else:
+            self.sleep(max(1, self.parts.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
         return True
+
+    def poller(self) -> select.poll:
+        poller = select.poll()
+        poller.register(self.context.channel, select.POLLIN)
+        for fd, events in self.metering.poll_events():
+            poller.register(fd, events)
+        return poller
 
     def sleep(self, timeout_ms: int, now: float) -> None:
         deadline = self.metering.next_deadline_s()
         if deadline < math.inf:
             timeout_ms = min(timeout_ms, max(1, int((deadline - now) * 1000) + 1))
-        poller = select.poll()
+        poller = self.poller()
         poller.register(self.parts.wake_fd, select.POLLIN)
-        poller.register(self.context.channel, select.POLLIN)
-        for fd, events in self.metering.poll_events():
-            poller.register(fd, events)
         self.merge.sleeps(True)
         if not self.merge.has_news:
             poller.poll(timeout_ms)

@@ -28,8 +28,8 @@ HEARTBEAT_S = 1.0
 class MonitorParts:
     """What a monitor worker needs besides its context.
 
-    The supervisor opens both sockets (web.open_listener, control.open_control_socket) before it forks: an address that
-    is taken is then an error at the start, and a restarted monitor finds the clients that wait. -1: there is none.
+    The supervisor opens both sockets (listener.open_listener, control.open_control_socket) before it forks: an address
+    that is taken is then an error at the start, and a restarted monitor finds the clients that wait. -1: there is none.
     """
 
     listener_fd: int

@@ -30,6 +30,7 @@ class LiveCapture:
         snaplen: int,
         ifindex: int,
         reorder_us: int,
+        block_timeout_ms: int = 1,
         step_ms: int = 50,
     ) -> None: ...
     def pump(self) -> int:
@@ -45,3 +46,5 @@ class LiveCapture:
     """There is something to do at once: look here between announcing a sleep and sleeping."""
     sleep_ms: int
     """The longest sleep that does not delay a held tail or an owed watermark."""
+    holds_block: bool
+    """A block is not given back yet. So long the kernel calls the socket readable: sleep by `sleep_ms` alone."""

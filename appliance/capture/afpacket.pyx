@@ -175,6 +175,7 @@ cdef class LiveCapture:
     cdef uint32_t snaplen
     cdef int ifindex
     cdef uint64_t reorder_ns
+    cdef uint64_t held_ms           # how long a sleep may be while a block is held
     cdef uint64_t step_ns
     cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
@@ -182,7 +183,8 @@ cdef class LiveCapture:
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
-                  uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t step_ms=50):
+                  uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
+                  uint64_t step_ms=50):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -194,6 +196,7 @@ cdef class LiveCapture:
         self.snaplen = snaplen
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
+        self.held_ms = max(reorder_us // 1000 + 1, block_timeout_ms)
         self.step_ns = step_ms * 1000000
         self.tail = ReorderTail()
         self.page = <uint64_t *><uint64_t>page.address
@@ -356,9 +359,14 @@ cdef class LiveCapture:
     @property
     def sleep_ms(self):
         """How long a sleep may be: short while a tail waits for its time or a watermark is owed."""
-        if self.tail.count:
-            return self.reorder_ns // 1000000 + 1
-        return 2 if self.owes_watermark else 1000
+        if self.owes_watermark:
+            return 2
+        return self.held_ms if self.held or self.tail.count else 1000
+
+    @property
+    def holds_block(self):
+        """A block is walked and not given back yet: its last packets wait for their time."""
+        return self.held != 0
 
     cdef bint differs(self, int64_t offset) noexcept nogil:
         cdef int64_t change = offset - self.clock_offset
@@ -559,6 +567,7 @@ cdef class LiveCapture:
             watermark = older_by(self.tail.newest_ns, self.reorder_ns)
         if cut == 0:
             self.promise(watermark)
+            self.give_back_blocks()  # of a block that a predecessor had published, nothing is in the tail
             return
         self.tail.sort(cut, &self.records.view, &self.digests.view if self.digests is not None else NULL)
         self.count(cut, &record_bytes, &digest_bytes)

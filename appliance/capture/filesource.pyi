@@ -18,6 +18,8 @@ class FileCapture:
     """Everything is published."""
     must_wait: bool
     """There is no room, or the recorded time has not come: a sleep is in order."""
+    waits_for_room: bool
+    """What the last `step` waited for was room in a ring."""
     def step(self) -> int:
         """One batch further. Returns 0, or for how many ms there may be nothing to do."""
     def close(self) -> None: ...

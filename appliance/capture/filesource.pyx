@@ -71,9 +71,13 @@ cdef class FileCapture:
         """There is (still) no room for what comes next: look here between announcing a sleep and sleeping."""
         if self.batch_bytes:
             return ring_free_bytes(&self.digests.view) < self.digest_room()
-        if self.wait_ms != WAIT_MS:
+        if not self.waits_for_room:
             return True  # for the recorded time
         return ring_free_bytes(&self.records.view) < self.needed_room + RECORD_COUNTERS_BYTES
+
+    @property
+    def waits_for_room(self):
+        return self.batch_bytes != 0 or self.wait_ms == WAIT_MS
 
     cdef uint64_t digest_room(self):
         return min(<uint64_t>65536, self.digests.view.capacity // 2)

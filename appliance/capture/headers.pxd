@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from appliance.formats.record cimport PacketReference
+
 # Why a packet is not metered: the order of counters.IGNORED_REASONS.
 cdef enum:
     IGNORED_NOT_IP = 0
@@ -40,6 +42,20 @@ cdef bint digest_records(
     uint64_t record_bytes,
     const uint16_t* linktypes,
     uint32_t linktype_count,
+    uint8_t* out,
+    uint64_t out_room,
+    uint64_t* ignored,
+    DigestBatch* batch,
+) noexcept nogil
+
+# The same for packets that still lie in their reader's buffer; every digest gets the interface `source`. Returns how
+# many references were taken: all, or as many as `out` has room for the digests of.
+cdef uint64_t digest_references(
+    const PacketReference* packets,
+    uint64_t count,
+    const uint16_t* linktypes,
+    uint32_t linktype_count,
+    uint32_t source,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,

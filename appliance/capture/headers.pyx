@@ -11,8 +11,28 @@ from libc.string cimport memcpy, memset
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
+cdef extern from *:
+    """
+    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
+
+    /* Not memset: gcc makes a string instruction of it here, which costs as much as all the parsing. */
+    typedef uint64_t sixteen_octets __attribute__((vector_size(16), aligned(4), may_alias));
+    static inline void clear_digest(void *digest)
+    {
+        sixteen_octets *at = (sixteen_octets *)digest;
+        const sixteen_octets zero = {0, 0};
+        at[0] = zero, at[1] = zero, at[2] = zero, at[3] = zero;
+        at[4] = zero, at[5] = zero, at[6] = zero, at[7] = zero;
+    }
+    """
+    void prefetch(const void* p) noexcept nogil
+    void clear_digest(void* digest) noexcept nogil
+
 cdef enum:
+    AHEAD = 8  # packets whose headers are fetched ahead
     MAX_LAYERS = 16
+    PLAIN_OCTETS = 54  # Ethernet, IPv4 and TCP without options
     METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
 
     # pcap link types (https://www.tcpdump.org/linktypes.html)
@@ -494,19 +514,97 @@ cdef void parse_transport(Cursor* c, digest* d) noexcept nogil:
         set_payload(c, d, 0)
 
 
-cdef int parse_packet(Cursor* c, digest* d, uint16_t linktype) noexcept nogil:
-    cdef int result = parse_link(c, d, linktype)
+cdef int parse_packet(const uint8_t* packet, uint32_t captured_length, uint32_t original_length, digest* d,
+                      uint16_t linktype) noexcept nogil:
+    cdef Cursor c = Cursor(packet, 0, captured_length, original_length, 0, ETHERTYPE_NONE)
+    cdef int result = parse_link(&c, d, linktype)
     if result == METERED:
-        result = parse_to_ip(c, d)
+        result = parse_to_ip(&c, d)
     if result != METERED:
         return result
-    result = parse_ipv4(c, d) if c.ethertype == ETHERTYPE_IPV4 else parse_ipv6(c, d)
+    result = parse_ipv4(&c, d) if c.ethertype == ETHERTYPE_IPV4 else parse_ipv6(&c, d)
     if result == METERED:
         if d.ip_version == 4 and d.protocol == PROTOCOL_AH and not d.status & DIGEST_LATER_FRAGMENT:
-            result = parse_extension_headers(c, d, c.offset)
+            result = parse_extension_headers(&c, d, c.offset)
     if result == METERED:
-        parse_transport(c, d)
+        parse_transport(&c, d)
     return result
+
+
+cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest* d) noexcept nogil:
+    """Most packets: Ethernet, IPv4 without options and not fragmented, TCP or UDP, all their headers captured. What the
+    steps above would have written, in a third of the time; False, and nothing written: it is not one of these."""
+    cdef uint32_t total, fragment, header_octets = 8
+    if captured_length < PLAIN_OCTETS or be16(p + 12) != ETHERTYPE_IPV4 or p[14] != 0x45:
+        return False
+    total = be16(p + 16)
+    fragment = be16(p + 20)
+    if total < PLAIN_OCTETS - 14 or fragment & 0x3FFF or (p[23] != PROTOCOL_TCP and p[23] != PROTOCOL_UDP):
+        return False
+    memcpy(d.destination_mac, p, 6)
+    memcpy(d.source_mac, p + 6, 6)
+    d.ip_version = 4
+    d.tos = p[15]
+    d.ip_octets = total
+    d.fragment_id = be16(p + 18)
+    d.ttl = p[22]
+    d.protocol = p[23]
+    memcpy(d.source_address, p + 26, 4)
+    memcpy(d.destination_address, p + 30, 4)
+    d.source_port = be16(p + 34)
+    d.destination_port = be16(p + 36)
+    d.status |= DIGEST_LINK_ADDRESSES | DIGEST_PORTS | (DIGEST_DONT_FRAGMENT if fragment & 0x4000 else 0)
+    if d.protocol == PROTOCOL_TCP:
+        d.tcp_sequence = be32(p + 38)
+        d.tcp_acknowledgement = be32(p + 42)
+        d.tcp_flags = be16(p + 46) & 0x0FFF
+        d.tcp_window = be16(p + 48)
+        d.status |= DIGEST_TCP
+        header_octets = (p[46] >> 4) * 4
+        if header_octets < 20 or 20 + header_octets > total:
+            d.status |= DIGEST_CUT_TRANSPORT
+            return True
+    d.payload_offset = <uint16_t>(34 + header_octets)
+    d.payload_octets = total - 20 - header_octets
+    return True
+
+
+cdef inline uint32_t digest_by(
+    bint plain,
+    const uint8_t* packet,
+    uint32_t captured_length,
+    uint32_t original_length,
+    uint16_t linktype,
+    uint32_t interface,
+    uint64_t timestamp_ns,
+    uint32_t status,
+    uint8_t* out,
+    uint64_t* ignored,
+) noexcept nogil:
+    """digest_packet; without `plain` by all the steps, whatever the packet is."""
+    cdef digest* d = <digest*>out
+    cdef int result
+    if original_length < captured_length:
+        original_length = captured_length
+    clear_digest(out)
+    d.status = <uint16_t>(status & DIGEST_CALLER_STATUS)
+    if captured_length < original_length:
+        d.status |= DIGEST_TRUNCATED
+    if not (plain and linktype == LINKTYPE_ETHERNET and parse_plain(packet, captured_length, d)):
+        result = parse_packet(packet, captured_length, original_length, d, linktype)
+        if result != METERED:
+            ignored[result] += 1
+            return 0
+    d.type = RECORD_DIGEST
+    d.length = DIGEST_MIN_BYTES
+    d.interface = interface
+    d.timestamp_high = <uint32_t>(timestamp_ns >> 32)
+    d.timestamp_low = <uint32_t>timestamp_ns
+    d.version = DIGEST_VERSION
+    d.original_length = original_length
+    d.captured_length = captured_length
+    d.length_again = DIGEST_MIN_BYTES
+    return DIGEST_MIN_BYTES
 
 
 cdef uint32_t digest_packet(
@@ -520,35 +618,14 @@ cdef uint32_t digest_packet(
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil:
-    cdef digest* d = <digest*>out
-    cdef Cursor c
-    cdef int result
-    if original_length < captured_length:
-        original_length = captured_length
-    memset(out, 0, DIGEST_MIN_BYTES)
-    d.status = <uint16_t>(status & DIGEST_CALLER_STATUS)
-    if captured_length < original_length:
-        d.status |= DIGEST_TRUNCATED
-    c.packet = packet
-    c.offset = 0
-    c.end = captured_length
-    c.wire_end = original_length
-    c.layers = 0
-    c.ethertype = ETHERTYPE_NONE
-    result = parse_packet(&c, d, linktype)
-    if result != METERED:
-        ignored[result] += 1
-        return 0
-    d.type = RECORD_DIGEST
-    d.length = DIGEST_MIN_BYTES
-    d.interface = interface
-    d.timestamp_high = <uint32_t>(timestamp_ns >> 32)
-    d.timestamp_low = <uint32_t>timestamp_ns
-    d.version = DIGEST_VERSION
-    d.original_length = original_length
-    d.captured_length = captured_length
-    d.length_again = DIGEST_MIN_BYTES
-    return DIGEST_MIN_BYTES
+    return digest_by(True, packet, captured_length, original_length, linktype, interface, timestamp_ns, status, out,
+                     ignored)
+
+
+cdef inline uint32_t status_of_flags(uint32_t flags) noexcept nogil:
+    if flags & 3 == 1:
+        return DIGEST_INCOMING
+    return DIGEST_OUTGOING if flags & 3 == 2 else 0
 
 
 cdef uint32_t status_of_options(const uint8_t* options, uint64_t length) noexcept nogil:
@@ -564,9 +641,7 @@ cdef uint32_t status_of_options(const uint8_t* options, uint64_t length) noexcep
             return 0
         if code == 2 and value_length == 4:
             memcpy(&value, options + i, 4)
-            if value & 3 == 1:
-                return DIGEST_INCOMING
-            return DIGEST_OUTGOING if value & 3 == 2 else 0
+            return status_of_flags(value)
         i += (value_length + 3) & 0x1FFFC
     return 0
 
@@ -621,12 +696,49 @@ cdef bint digest_records(
     return True
 
 
+cdef uint64_t digest_references(
+    const PacketReference* packets,
+    uint64_t count,
+    const uint16_t* linktypes,
+    uint32_t linktype_count,
+    uint32_t source,
+    uint8_t* out,
+    uint64_t out_room,
+    uint64_t* ignored,
+    DigestBatch* batch,
+) noexcept nogil:
+    cdef const PacketReference* p
+    cdef uint64_t i
+    cdef uint32_t written
+    memset(batch, 0, sizeof(DigestBatch))
+    for i in range(count):
+        if out_room - batch.written_bytes < DIGEST_MAX_BYTES:
+            return i
+        p = &packets[i]
+        if i + AHEAD < count:
+            prefetch(packets[i + AHEAD].data)
+        batch.packets += 1
+        if p.interface >= linktype_count:
+            ignored[IGNORED_LINK_TYPE] += 1
+            continue
+        written = digest_by(
+            True, p.data, p.captured, p.original, linktypes[p.interface], source, <uint64_t>p.timestamp_ns,
+            status_of_flags(p.flags), out + batch.written_bytes, ignored,
+        )
+        batch.written_bytes += written
+        batch.digests += written != 0
+    return count
+
+
 # ---- for Python: tests, and tools that look at single packets ----
 
 IGNORED = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
 
 
-def parse(const unsigned char[::1] packet not None, int linktype, original_length=None, captured_length=None):
+def parse(
+    const unsigned char[::1] packet not None, int linktype, original_length=None, captured_length=None,
+    *, bint plain=True,
+):
     cdef uint64_t[IGNORED_REASON_COUNT] ignored
     cdef digest d
     cdef uint32_t captured = packet.shape[0] if captured_length is None else captured_length
@@ -635,7 +747,7 @@ def parse(const unsigned char[::1] packet not None, int linktype, original_lengt
     if captured > packet.shape[0]:
         raise ValueError(f"captured_length {captured} exceeds the {packet.shape[0]} octets given")
     memset(ignored, 0, sizeof(ignored))
-    if not digest_packet(data, captured, original, <uint16_t>linktype, 0, 0, 0, <uint8_t*>&d, ignored):
+    if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, <uint8_t*>&d, ignored):
         for i in range(IGNORED_REASON_COUNT):
             if ignored[i]:
                 return {"ignored": IGNORED[i]}

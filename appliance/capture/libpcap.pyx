@@ -54,9 +54,10 @@ cdef extern from "pcap/pcap.h" nogil:
     const char *pcap_statustostr(int error)
     void pcap_close(pcap_t *handle)
 
+cdef uint32_t NETMASK_UNKNOWN = 0xFFFFFFFF
+
 cdef enum:
     REASONS = 5
-    NETMASK_UNKNOWN = 0xFFFFFFFF
     DLT_RAW = 12
     LINKTYPE_RAW = 101
     BUFFER_BYTES = 67108864

@@ -58,6 +58,7 @@ cdef inline void tally_packet(Tally *tally, int64_t timestamp_ns, uint32_t captu
 
 
 cdef class Decoder:
+    cdef readonly bint by_reference  # packets go out as PacketReference, without a copy; interfaces do not go out
     cdef SourceInterface *table
     cdef uint32_t table_capacity
     cdef readonly uint32_t interface_count

@@ -22,6 +22,11 @@ NEVER_NS: int
 INTERFACES_MAX: int
 
 class Decoder:
+    def __init__(self, by_reference: bool = False) -> None:
+        """`by_reference`: the destination gets a PacketReference (record.pxd) for each packet, which points into the
+        source, and nothing else: neither packets nor interfaces."""
+
+    by_reference: bool
     packets: int
     bytes: int
     """Sum of the original lengths."""

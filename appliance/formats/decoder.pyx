@@ -22,7 +22,8 @@ INTERFACES_MAX = 65536  # per file, all its sections together: what keeps the ta
 
 cdef class Decoder:
 
-    def __cinit__(self):
+    def __cinit__(self, bint by_reference=False):
+        self.by_reference = by_reference
         self.interfaces = []
         self.damage = ""
         self.tally.oldest_ns = INT64_MAX
@@ -81,6 +82,8 @@ cdef class Decoder:
         cdef SourceInterface *entry
         if self.interface_count >= INTERFACES_MAX:
             return self.damaged(f"it describes more than {INTERFACES_MAX} interfaces")
+        if self.by_reference:
+            record_bytes = 0
         if <size_t> (span.out_end - span.out) < record_bytes:
             span.needed_room = record_bytes
             return OUTPUT_FULL

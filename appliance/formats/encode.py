@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from appliance.errors import FormatError
 
@@ -190,6 +189,8 @@ def options(region: memoryview, byte_order: str) -> Iterator[tuple[int, memoryvi
 
 def application_name() -> str:
     """What shb_userappl says: `capture-appliance 1.2.3`."""
+    from importlib.metadata import PackageNotFoundError, version  # costs more than all of this module
+
     try:
         return f"capture-appliance {version('capture-appliance')}"
     except PackageNotFoundError:  # run from a source tree

@@ -7,7 +7,7 @@ from appliance.formats.decoder cimport (
     DAMAGED, GO_ON, HEADER, NEED_INPUT, NOT_YET, OUTPUT_FULL, PACKET_MAX_BYTES, Decoder, Span, Step, Tally,
     tally_packet,
 )
-from appliance.formats.record cimport NS_PER_S, packet_record, padded
+from appliance.formats.record cimport NS_PER_S, PacketReference, packet_record, padded
 from appliance.ring.layout cimport RECORD_PACKET_MIN, record_u32
 
 import struct
@@ -48,6 +48,7 @@ cdef class PcapDecoder(Decoder):
     cdef Step run(self, Span *span) noexcept nogil:
         cdef Tally tally = self.tally
         cdef bint swapped = self.swapped
+        cdef bint by_reference = self.by_reference
         cdef Lengths lengths = self.lengths
         cdef const uint8_t *source = span.source
         cdef uint8_t *out = span.out
@@ -75,7 +76,7 @@ cdef class PcapDecoder(Decoder):
             if span.source_end - source < header_bytes + captured:
                 step = NEED_INPUT
                 break
-            record_bytes = RECORD_PACKET_MIN + padded(captured)
+            record_bytes = sizeof(PacketReference) if by_reference else RECORD_PACKET_MIN + padded(captured)
             if span.out_end - out < record_bytes:
                 span.needed_room = record_bytes
                 step = OUTPUT_FULL
@@ -85,7 +86,12 @@ cdef class PcapDecoder(Decoder):
                 span.next_ns = timestamp_ns
                 step = NOT_YET
                 break
-            packet_record(out, 0, timestamp_ns, captured, original, source + header_bytes, 0)
+            if by_reference:
+                (<PacketReference *> out)[0] = PacketReference(
+                    source + header_bytes, timestamp_ns, 0, captured, original, 0,
+                )
+            else:
+                packet_record(out, 0, timestamp_ns, captured, original, source + header_bytes, 0)
             tally_packet(&tally, timestamp_ns, captured, original)
             source += header_bytes + captured
             out += record_bytes

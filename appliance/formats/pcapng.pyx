@@ -8,7 +8,7 @@ from appliance.formats.decoder cimport (
     DAMAGED, GO_ON, HEADER, NEED_INPUT, NOT_YET, OUTPUT_FULL, PACKET_MAX_BYTES, Decoder, SourceInterface, Span, Step,
     Tally, tally_packet, ticks_to_ns,
 )
-from appliance.formats.record cimport packet_record, padded
+from appliance.formats.record cimport PacketReference, packet_record, padded
 from appliance.ring.layout cimport RECORD_MAX_BYTES, RECORD_PACKET_DATA, RECORD_PACKET_MIN, record_set_u32, record_u32
 
 import struct
@@ -134,6 +134,8 @@ cdef class PcapngDecoder(Decoder):
         room = RECORD_PACKET_MIN + padded(packet.captured)
         if packet.options_bytes:
             room += packet.options_bytes + 4
+        if self.by_reference:
+            room = sizeof(PacketReference)
         if <size_t> (span.out_end - span.out) < room:
             span.needed_room = room
             return OUTPUT_FULL
@@ -148,15 +150,38 @@ cdef class PcapngDecoder(Decoder):
             tally.packets += 1
             tally.bytes += packet.original
             tally.captured_bytes += packet.captured
+        interface.packets += 1
+        span.source += length
+        if self.by_reference:
+            (<PacketReference *> span.out)[0] = PacketReference(
+                packet.data, timestamp_ns, number, packet.captured, packet.original, self.flags(&packet, block_type),
+            )
+            span.out += sizeof(PacketReference)
+            return GO_ON
         if packet.options_bytes:
             options_bytes = copy_options(span.out + RECORD_PACKET_DATA + padded(packet.captured), packet.options,
                                          packet.options_bytes, block_type, self.swapped)
             self.dropped_options += options_bytes == 0
         packet_record(span.out, number, timestamp_ns, packet.captured, packet.original, packet.data, options_bytes)
-        interface.packets += 1
         span.out += RECORD_PACKET_MIN + padded(packet.captured) + options_bytes
-        span.source += length
         return GO_ON
+
+    cdef uint32_t flags(self, const Packet *packet, uint32_t block_type) noexcept nogil:
+        """A packet's epb_flags, 0 without them or in a broken list: of the options that a record would have."""
+        cdef uint8_t[OPTIONS_MAX_BYTES + 4] listed
+        cdef uint32_t offset = 0, options_bytes
+        cdef uint16_t code, length
+        if packet.options_bytes == 0:
+            return 0
+        options_bytes = copy_options(listed, packet.options, packet.options_bytes, block_type, self.swapped)
+        self.dropped_options += options_bytes == 0
+        while offset < options_bytes:
+            code = load16(listed + offset, False)
+            length = load16(listed + offset + 2, False)
+            if code == OPT_FLAGS:
+                return record_u32(listed + offset + 4)
+            offset += 4 + padded(length)
+        return 0
 
     cdef inline bint dissect(self, Packet *packet, const uint8_t *block, uint32_t block_type,
                              uint32_t length) noexcept nogil:

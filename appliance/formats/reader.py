@@ -42,14 +42,19 @@ class Filled:
 class CaptureReader:
     """One capture file, read from its beginning to its end. `counts` has the packets, times and interfaces so far."""
 
-    def __init__(self, path: str | os.PathLike[str], observer: Observer | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], observer: Observer | None = None, *, by_reference: bool = False
+    ) -> None:
         """Opens the file ("-" is standard input) and recognises it by its first bytes.
 
         Raises MissingInputError, MissingPermissionError or InputOutputError when it cannot be read, and FormatError
         when it is nothing that is read here. `observer` gets each piece of the file as it is on disk.
+
+        With `by_reference`, `fill` gives a PacketReference (record.pxd) for each packet and nothing else: they point
+        into this reader's buffer, and are valid until the next `fill`.
         """
         self.stream = InputStream(path, observer)
-        self.counts = _DECODERS[self.stream.format]()
+        self.counts = _DECODERS[self.stream.format](by_reference)
         self._buffer = bytearray(RECORD_MAX_BYTES + READ_BYTES)
         self._view = memoryview(self._buffer)
         self._address = _address(self._buffer)

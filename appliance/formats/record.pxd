@@ -12,6 +12,16 @@ cdef enum:
     PCAP_PACKET_HEADER_BYTES = 16
 
 
+# A packet where it lies in its reader's buffer, for who only looks at packets. Gone with the next piece of the file.
+cdef struct PacketReference:
+    const uint8_t *data
+    int64_t timestamp_ns
+    uint32_t interface
+    uint32_t captured
+    uint32_t original
+    uint32_t flags  # epb_flags; 0 when the packet has none
+
+
 cdef inline uint32_t padded(uint32_t length) noexcept nogil:
     return (length + 3) & ~<uint32_t> 3
 

@@ -6,16 +6,12 @@ everything before the damage, and then raises DamagedStreamError.
 
 from __future__ import annotations
 
-import bz2
 import enum
-import lzma
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Protocol
 
-import lz4.frame
-import zstandard
+# The packages that unpack are imported by the first file that needs them: most files are plain.
 
 PIECE_BYTES = 262_144
 # The largest window or dictionary that a decompressor may allocate: what `zstd` and `xz -9` accept by themselves.
@@ -93,7 +89,7 @@ class Unpacker:
         piece, self._pending = self._pending, b""
         try:
             data = member.decompress(piece, room)
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, RuntimeError, EOFError) as error:
+        except _damages() as error:
             raise DamagedStreamError(f"the {self.compression} stream is damaged ({error})") from error
         if member.eof:
             self._pending = bytes(member.unused_data or b"")
@@ -131,10 +127,22 @@ class Unpacker:
         self._pending = self._pending[count:]
 
 
+def _damages() -> tuple[type[Exception], ...]:
+    """What the packages raise for a damaged stream."""
+    import lzma
+    import zlib
+
+    import zstandard
+
+    return (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, RuntimeError, EOFError)
+
+
 class _GzipMember:
     """zlib's object with the manners of the others."""
 
     def __init__(self) -> None:
+        import zlib
+
         self._object = zlib.decompressobj(wbits=31)
 
     @property
@@ -170,6 +178,8 @@ class _ZstdFrame:
     """
 
     def __init__(self) -> None:
+        import zstandard
+
         self._object = zstandard.ZstdDecompressor(max_window_size=DECODER_MEMORY_BYTES).decompressobj()
         self._input = b""
         self._offset = 0  # of the next part in `_input`
@@ -237,12 +247,31 @@ class _ZstdFrame:
         return int(low | high << 16)
 
 
+def _lz4_frame() -> Member:
+    import lz4.frame
+
+    frame: Member = lz4.frame.LZ4FrameDecompressor()
+    return frame
+
+
+def _xz_stream() -> Member:
+    import lzma
+
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=DECODER_MEMORY_BYTES)
+
+
+def _bz2_stream() -> Member:
+    import bz2
+
+    return bz2.BZ2Decompressor()
+
+
 _MEMBERS: dict[str, Callable[[], Member]] = {
     "gz": _GzipMember,
-    "lz4": lz4.frame.LZ4FrameDecompressor,
+    "lz4": _lz4_frame,
     "zst": _ZstdFrame,
-    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=DECODER_MEMORY_BYTES),
-    "bz2": bz2.BZ2Decompressor,
+    "xz": _xz_stream,
+    "bz2": _bz2_stream,
 }
 
 

@@ -48,9 +48,11 @@ cdef enum:
 
 cdef enum:
     MARKS = 64
-    UNMAPPED = 0xFFFFFFFF
-    SAME_EPOCH_NS = 25000000
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
+
+# Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
+cdef uint32_t UNMAPPED = 0xFFFFFFFF
+cdef int64_t SAME_EPOCH_NS = 25000000
 
 cdef struct mark:  # everything before `position` had arrived here by `arrived_ns` (CLOCK_MONOTONIC)
     uint64_t position
@@ -83,9 +85,15 @@ cdef uint64_t monotonic_ns() noexcept nogil:
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
 
 
+cdef struct front:  # what the ordering looks at most, dense: the oldest record of a source that has one
+    uint64_t next_ns
+    uint32_t source
+
+
 cdef class Merge:
     """See order.pyi."""
     cdef merge_source *sources
+    cdef front *fronts
     cdef readonly uint32_t source_count
     cdef list consumers
     cdef uint8_t *out
@@ -137,7 +145,8 @@ cdef class Merge:
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
-        if self.out == NULL or self.sources == NULL:
+        self.fronts = <front *>calloc(max(1, self.source_count), sizeof(front))
+        if self.out == NULL or self.sources == NULL or self.fronts == NULL:
             raise MemoryError
         for i in range(self.source_count):
             consumer = self.consumers[i]
@@ -150,6 +159,7 @@ cdef class Merge:
             for i in range(self.source_count):
                 free(self.sources[i].interface_map)
         free(self.sources)
+        free(self.fronts)
         free(self.out)
 
     # ---- the stream ----
@@ -200,7 +210,10 @@ cdef class Merge:
                 return S_BOUNDARY if self.is_over() else S_IDLE
             if self.held:
                 return S_BOUNDARY
-            status = self.copy_run(best, limit_ns, limit_position)
+            if self.sources[best].next_ns <= self.promised_ns:
+                status = self.copy_promised()
+            else:
+                status = self.copy_run(&self.sources[best], best, limit_ns, limit_position)
             if status != S_IDLE:
                 return status
 
@@ -467,8 +480,48 @@ cdef class Merge:
 
     # ---- copying ----
 
-    cdef int copy_run(self, uint32_t index, uint64_t limit_ns, uint64_t limit_position) noexcept nogil:
-        cdef merge_source *source = &self.sources[index]
+    cdef int copy_promised(self) noexcept nogil:
+        """Everything that no source can get before any longer, run by run, without looking at the rings again: until
+        one of the sources has to be looked at."""
+        cdef uint32_t count = self.collect_fronts()
+        cdef uint32_t i, best
+        cdef uint64_t oldest_ns, limit_ns
+        cdef merge_source *source
+        cdef int status
+        while True:
+            best = 0
+            oldest_ns = self.fronts[0].next_ns
+            limit_ns = self.promised_ns
+            for i in range(1, count):
+                if self.fronts[i].next_ns < oldest_ns:
+                    best = i
+                    # The one that was the oldest so far stands before it: at the same time, that one goes first.
+                    limit_ns = oldest_ns - 1 if oldest_ns - 1 < self.promised_ns else self.promised_ns
+                    oldest_ns = self.fronts[i].next_ns
+                elif self.fronts[i].next_ns < limit_ns:
+                    limit_ns = self.fronts[i].next_ns
+            if oldest_ns > self.promised_ns:
+                return S_IDLE
+            source = &self.sources[self.fronts[best].source]
+            status = self.copy_run(source, self.fronts[best].source, limit_ns, source.view.other)
+            if status != S_IDLE or source.state != HAS_RECORD:
+                return status
+            self.fronts[best].next_ns = source.next_ns
+
+    cdef uint32_t collect_fronts(self) noexcept nogil:
+        cdef uint32_t i
+        cdef uint32_t count = 0
+        for i in range(self.source_count):
+            if self.sources[i].state == HAS_RECORD:
+                self.fronts[count].next_ns = self.sources[i].next_ns
+                self.fronts[count].source = i
+                count += 1
+        return count
+
+    cdef int copy_run(self, merge_source *source, uint32_t index, uint64_t limit_ns,
+                      uint64_t limit_position) noexcept nogil:
+        """Records of one source up to a time and a position. IDLE: the source has a record that is younger (its state
+        and `next_ns` say so), or it has to be looked at."""
         cdef ring_view *view = source.view
         cdef const uint8_t *record
         cdef uint32_t length, cost
@@ -478,13 +531,14 @@ cdef class Merge:
             length = record_check(record, view.other - view.position)
             if length == 0:
                 self.give_up(source)
-                return S_IDLE
+                break
             if not self.is_wanted(record_u32(record), length):
-                return S_IDLE  # look() knows what to do with it
+                break  # look() knows what to do with it
             stamp = record_timestamp_ns(record)
-            source.next_ns = stamp
             if stamp > limit_ns:
+                source.next_ns = stamp
                 return S_IDLE
+            source.next_ns = stamp
             if self.boundary_ns <= stamp < self.horizon_ns:
                 return S_BOUNDARY
             if self.packets_left == 0 and self.segment_packets:
@@ -500,6 +554,7 @@ cdef class Merge:
                 self.packets_left -= 1 if self.packets_left else 0
                 self.bytes_left -= cost if cost < self.bytes_left else self.bytes_left
             view.position += length
+        source.state = IS_EMPTY  # as far as is known here
         return S_IDLE
 
     cdef inline uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:

@@ -85,8 +85,18 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def sync_file(path: str) -> int:
+    """fsync; returns the file's bytes. Never tried twice: after a failed sync the pages may be gone."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
 def sync_and_hash(path: str) -> tuple[str, int]:
-    """fsync, then (sha256, bytes). The sync is never tried twice: after a failed one the pages may be gone."""
+    """`sync_file`, then (sha256, bytes)."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -251,7 +261,10 @@ class Publisher:
         start_ns = segment.start_ns
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
-        sha256, length = sync_and_hash(segment.path)
+        if self._naming.sidecar_path(segment.sequence, start_ns) is None:
+            sha256, length = "", sync_file(segment.path)  # nowhere to write the hash
+        else:
+            sha256, length = sync_and_hash(segment.path)
         segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
         self._ledger.begin(segment.path, segment.source_packets)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 UDP_MESSAGE_BYTES = 1400
 STREAM_MESSAGE_BYTES = 16384
+FILE_MESSAGE_BYTES = 65535  # nobody waits for a message of a file, and each has its price
 RETRY_FIRST_S = 1.0
 RETRY_LONGEST_S = 60.0  # RFC 7011, 10.4.4: at most one attempt a minute, once a collector stays away
 CONNECT_TIMEOUT_S = 10.0
@@ -498,7 +499,7 @@ class FileExporter(Exporter):
 
     @property
     def default_message_bytes(self) -> int:
-        return STREAM_MESSAGE_BYTES
+        return FILE_MESSAGE_BYTES
 
     def __init__(
         self,

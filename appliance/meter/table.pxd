@@ -29,15 +29,16 @@ cdef struct FlowKey:
     uint32_t interface  # 0 when interfaces are not in the key
     uint8_t protocol
     uint8_t ip_version
-    uint8_t state  # STATE_*; neither hashed nor compared
+    uint8_t state  # bits STATE_*; neither hashed nor compared
     uint8_t forward_is_low  # the forward direction goes from low to high; neither hashed nor compared
 
-# A lookup touches the first line, a packet the first and one direction's; the second is for birth and end.
+# A lookup touches the first line, a packet the first and one direction's; the last is for birth and end.
 cdef struct Flow:
     FlowKey key
     uint64_t last_ns  # stream time of the newest packet
     uint64_t start_ns  # stream time at which the current record began
-    uint64_t flow_id
+    Direction[2] directions  # FORWARD, REVERSE
+    uint64_t flow_id  # 0: a free place in the pool
     uint32_t hash
     uint32_t bucket  # of the wheel; kept right in the first flow of a list only
     uint32_t previous  # flow number + 1; 0: none
@@ -52,8 +53,6 @@ cdef struct Flow:
     uint8_t[6] source_mac
     uint8_t[6] destination_mac
     uint8_t[12] unused
-    Direction forward
-    Direction reverse
 
 # What leaves the table.
 cdef struct FlowRow:

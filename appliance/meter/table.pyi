@@ -1,6 +1,6 @@
 """A bounded table of bidirectional flows, in compiled code without the GIL, driven by stream time alone.
 
-Memory: 256 octets a flow, 16 to 32 for its index, and the row buffer; mapped at once, taken when first used.
+Memory: 256 octets a flow, 24 to 48 for its index, and the row buffer; mapped at once, taken when first used.
 
 A flow ends when it was silent for the idle time-out (flowEndReason 1), when FIN came from both sides or RST from one
 and then nothing for the linger time (3), when the table is flushed (4), or when a new flow needs its place (5). At the

@@ -23,24 +23,37 @@ from appliance.ring.layout cimport *
 
 cdef extern from *:
     """
+    #include <string.h>
     #include <sys/mman.h>
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
     static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
     static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
+    /* Anonymous memory of our own: it reads as zeros afterwards. */
+    static inline void give_back(void *p, size_t n) { if (madvise(p, n, MADV_DONTNEED)) memset(p, 0, n); }
     """
+    void prefetch(const void* p) noexcept nogil
     void prefetch_for_write(const void* p) noexcept nogil
     void prefer_huge_pages(void* p, size_t n) noexcept nogil
+    void give_back(void* p, size_t n) noexcept nogil
 
 cdef enum:
     GROUP = 16  # digests whose memory is fetched ahead
+    FLUSH_AHEAD = 8
+    RECORDS_AHEAD = 2048  # octets: the digests themselves come out of another processor's cache
     SECRETS = 14  # of 64 bits, for hash_key
     EVICTION_SAMPLE = 16
+    HUGE_PAGE_BYTES = 2097152
+    FIRST_SLOTS = 4096  # of the index; it doubles when half of them are taken
     WHEEL_BUCKETS = 8192
     WHEEL_DUE = WHEEL_BUCKETS  # the list that is being worked off
     MIN_TICK_SHIFT = 20  # about 1 ms
 
-    STATE_OPEN = 0
     STATE_CLOSED = 1  # FIN both ways, or RST
+    STATE_EMPTY = 2  # no packet since its last record
+
+    FORWARD = 0
+    REVERSE = 1
 
     TCP_FIN = 0x01
     TCP_SYN = 0x02
@@ -63,7 +76,7 @@ cdef struct Slot:
 cdef struct Arrival:  # a digest on its way into the table
     FlowKey key
     uint32_t hash
-    bint from_low
+    uint32_t from_low  # 1 or 0
     const digest* packet  # NULL: of a version that is not known here
     uint64_t end  # offset behind its record
 
@@ -92,23 +105,48 @@ cdef struct Counters:
     uint64_t[6] ended  # by flowEndReason
 
 
+cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
+    """Two words of 32 bits under their two keys."""
+    return (keys[0] + <uint32_t>words) * (keys[1] + (words >> 32))
+
+
+cdef size_t whole_pages(size_t length) noexcept nogil:
+    return (length + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+
+
 cdef void* map_memory(size_t length) except NULL:
-    """Zeroed memory that costs nothing until it is touched."""
-    cdef void* memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    """Zeroed memory on a huge page's border that costs nothing until it is touched; see unmap_memory."""
+    cdef size_t mapped = whole_pages(length) + HUGE_PAGE_BYTES
+    cdef void* memory = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    cdef size_t before
     if memory == MAP_FAILED:
         raise MemoryError(f"the flow table's {length} bytes cannot be mapped")
-    prefer_huge_pages(memory, length)
-    return memory
+    before = whole_pages(<uintptr_t>memory) - <uintptr_t>memory
+    if before:
+        munmap(memory, before)
+    if before < HUGE_PAGE_BYTES:
+        munmap(<uint8_t*>memory + before + whole_pages(length), HUGE_PAGE_BYTES - before)
+    prefer_huge_pages(<uint8_t*>memory + before, length)  # the last one whole would be more than was asked for
+    return <uint8_t*>memory + before
+
+
+cdef void unmap_memory(void* memory, size_t length) noexcept:
+    if memory != NULL:
+        munmap(memory, whole_pages(length))
 
 
 @cython.final
 cdef class FlowTable:
     cdef Flow* flows
-    cdef Slot* slots
+    cdef Slot* slots  # the index, in one of the two rooms
+    cdef Slot* slot_room
+    cdef Slot* other_slot_room
+    cdef uint64_t most_slots
     cdef FlowRow* row_buffer
     cdef uint32_t* wheel  # heads of the buckets' lists, and of WHEEL_DUE
     cdef uint64_t[SECRETS] secrets
-    cdef uint32_t max_flows, used, high_water, free_list, hand, hand_step, slot_mask
+    cdef uint64_t zero_ends
+    cdef uint32_t max_flows, used, high_water, flushed, free_list, hand, hand_step, slot_mask
     cdef uint32_t row_capacity, rows_ready
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
@@ -130,6 +168,8 @@ cdef class FlowTable:
             raise ValueError("time-outs must be above 0 and below 146 years")
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
+        self.most_slots = slots
+        slots = min(slots, <uint64_t>FIRST_SLOTS)
         self.max_flows = max_flows
         self.hand_step = <uint32_t>(<uint64_t>max_flows * 618 // 1000 + 1)
         while gcd(self.hand_step, max_flows) != 1:
@@ -147,52 +187,55 @@ cdef class FlowTable:
         self.next_flow_id = 1
         secrets = os.urandom(sizeof(self.secrets))
         memcpy(self.secrets, <const char*>secrets, sizeof(self.secrets))
+        self.zero_ends = pair(0, &self.secrets[2]) + pair(0, &self.secrets[6])
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
-        self.slots = <Slot*>map_memory(slots * sizeof(Slot))
+        self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
+        self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
+        self.slots = self.room_of_slots(slots)
         self.row_buffer = <FlowRow*>map_memory(<size_t>row_capacity * sizeof(FlowRow))
         self.wheel = <uint32_t*>map_memory((WHEEL_BUCKETS + 1) * sizeof(uint32_t))
 
     def __dealloc__(self):
-        if self.flows != NULL:
-            munmap(self.flows, <size_t>self.max_flows * sizeof(Flow))
-        if self.slots != NULL:
-            munmap(self.slots, (<size_t>self.slot_mask + 1) * sizeof(Slot))
-        if self.row_buffer != NULL:
-            munmap(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
-        if self.wheel != NULL:
-            munmap(self.wheel, (WHEEL_BUCKETS + 1) * sizeof(uint32_t))
+        unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
+        unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
+        unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
+        unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
+        unmap_memory(self.wheel, (WHEEL_BUCKETS + 1) * sizeof(uint32_t))
 
     # ---- the key ----
 
     cdef inline uint32_t hash_key(self, const FlowKey* key) noexcept nogil:
-        """Multilinear hashing with secret keys: two different keys meet with a probability of 2^-32, whoever chose
+        """Multilinear-HM hashing with secret keys: two different keys meet with a probability of 2^-32, whoever chose
         them (Lemire and Kaser 2014, Strongly universal string hashing is fast). The last step is a bijection of 64
         bits that breaks the linearity, so that ranges of addresses and ports spread over the slots."""
         cdef const uint64_t* k = self.secrets
         cdef uint64_t total = k[12]
-        total += k[0] * <uint32_t>key.ends[0] + k[1] * (key.ends[0] >> 32)
-        total += k[2] * <uint32_t>key.ends[1] + k[3] * (key.ends[1] >> 32)
-        total += k[4] * <uint32_t>key.ends[2] + k[5] * (key.ends[2] >> 32)
-        total += k[6] * <uint32_t>key.ends[3] + k[7] * (key.ends[3] >> 32)
-        total += k[8] * <uint32_t>key.ports_vlans + k[9] * (key.ports_vlans >> 32)
-        total += k[10] * key.interface + k[11] * ((<uint64_t>key.ip_version << 8) | key.protocol)
+        total += pair(key.ends[0], &k[0]) + pair(key.ends[2], &k[4])
+        if key.ip_version == 4:  # the other halves are zero: their sum is a constant
+            total += self.zero_ends
+        else:
+            total += pair(key.ends[1], &k[2]) + pair(key.ends[3], &k[6])
+        total += pair(key.ports_vlans, &k[8])
+        total += (k[10] + key.interface) * (k[11] + ((<uint64_t>key.ip_version << 8) | key.protocol))
         total ^= total >> 32
         total *= k[13] | 1
         return <uint32_t>(total >> 32)
 
     cdef inline void take_in(self, Arrival* a, const digest* d) noexcept nogil:
+        """Without branches that depend on the direction: that is a coin's toss for every packet."""
         cdef uint64_t[4] ends
         cdef uint64_t ports_vlans = 0
-        cdef int low
+        cdef uint32_t low, from_low
         memcpy(ends, d.source_address, 32)  # the destination stands behind it
         # Any order will do that both directions agree on.
         if ends[0] != ends[2]:
-            a.from_low = ends[0] < ends[2]
+            from_low = ends[0] < ends[2]
         elif ends[1] != ends[3]:
-            a.from_low = ends[1] < ends[3]
+            from_low = ends[1] < ends[3]
         else:
-            a.from_low = d.source_port <= d.destination_port
-        low = 0 if a.from_low else 2
+            from_low = d.source_port <= d.destination_port
+        low = 2 - 2 * from_low
+        a.from_low = from_low
         a.packet = d
         a.key.ends[0] = ends[low]
         a.key.ends[1] = ends[low + 1]
@@ -200,25 +243,23 @@ cdef class FlowTable:
         a.key.ends[3] = ends[3 - low]
         if self.vlan_in_key:
             ports_vlans = (<uint64_t>(d.vlan_inner & 0x0FFF) << 48) | (<uint64_t>(d.vlan_outer & 0x0FFF) << 32)
-        if a.from_low:
-            ports_vlans |= (<uint64_t>d.destination_port << 16) | d.source_port
-        else:
-            ports_vlans |= (<uint64_t>d.source_port << 16) | d.destination_port
+        ports_vlans |= <uint64_t>d.source_port << (8 * low)
+        ports_vlans |= <uint64_t>d.destination_port << (16 - 8 * low)
         a.key.ports_vlans = ports_vlans
         a.key.interface = d.interface if self.interface_in_key else 0
         a.key.protocol = d.protocol
         a.key.ip_version = d.ip_version
-        a.key.state = STATE_OPEN
-        a.key.forward_is_low = a.from_low
+        a.key.state = STATE_EMPTY
+        a.key.forward_is_low = from_low
         a.hash = self.hash_key(&a.key)
 
     @staticmethod
     cdef inline bint same_key(const FlowKey* a, const FlowKey* b) noexcept nogil:
         return (
-            a.ends[0] == b.ends[0] and a.ends[1] == b.ends[1] and a.ends[2] == b.ends[2] and a.ends[3] == b.ends[3]
-            and a.ports_vlans == b.ports_vlans and a.interface == b.interface
-            and a.protocol == b.protocol and a.ip_version == b.ip_version
-        )
+            (a.ends[0] ^ b.ends[0]) | (a.ends[1] ^ b.ends[1]) | (a.ends[2] ^ b.ends[2]) | (a.ends[3] ^ b.ends[3])
+            | (a.ports_vlans ^ b.ports_vlans) | (a.interface ^ b.interface)
+            | (a.protocol ^ b.protocol) | (a.ip_version ^ b.ip_version)
+        ) == 0
 
     # ---- the index ----
 
@@ -239,6 +280,26 @@ cdef class FlowTable:
             i = (i + 1) & self.slot_mask
         self.slots[i].hash = hash
         self.slots[i].flow = number + 1
+
+    cdef Slot* room_of_slots(self, uint64_t count) noexcept nogil:
+        """The largest index and each quarter of one stand in one room, the sizes between in the other."""
+        cdef Slot* room = self.slot_room
+        while count < self.most_slots:
+            count *= 2
+            room = self.other_slot_room if room == self.slot_room else self.slot_room
+        return room
+
+    cdef void double_index(self) noexcept nogil:
+        """A small index stays in the cache, so it grows with the flows."""
+        cdef Slot* old = self.slots
+        cdef uint32_t count = self.slot_mask + 1
+        cdef uint32_t i
+        self.slots = self.room_of_slots(2 * <uint64_t>count)
+        self.slot_mask = 2 * count - 1
+        for i in range(count):
+            if old[i].flow != 0:
+                self.index_flow(old[i].flow - 1, old[i].hash)
+        give_back(old, count * sizeof(Slot))
 
     cdef void unindex_flow(self, uint32_t number, uint32_t hash) noexcept nogil:
         """Closes the gap by moving later slots of the same run back, so that no markers of deletion pile up."""
@@ -261,13 +322,13 @@ cdef class FlowTable:
 
     cdef inline uint64_t deadline_ns(self, const Flow* flow, int* reason) noexcept nogil:
         cdef uint64_t deadline
-        if flow.key.state == STATE_CLOSED:
+        if flow.key.state & STATE_CLOSED:
             deadline = flow.last_ns + self.linger_ns
             reason[0] = END_OF_FLOW
         else:
             deadline = flow.last_ns + self.idle_ns
             reason[0] = END_IDLE
-        if flow.start_ns + self.active_ns < deadline and flow.forward.packets + flow.reverse.packets != 0:
+        if flow.start_ns + self.active_ns < deadline and not flow.key.state & STATE_EMPTY:
             deadline = flow.start_ns + self.active_ns
             reason[0] = END_ACTIVE
         return deadline
@@ -383,6 +444,8 @@ cdef class FlowTable:
         elif d.tcp_flags & TCP_SYN:
             flow.biflow_direction = 2
         self.next_flow_id += 1
+        if 2 * (self.used + 1) > self.slot_mask + 1 and self.slot_mask + 1 < self.most_slots:
+            self.double_index()
         self.index_flow(number, a.hash)
         self.arm(flow, self.now_ns + min(self.idle_ns, self.active_ns))
         self.used += 1
@@ -396,6 +459,7 @@ cdef class FlowTable:
         self.write_row(flow, reason)
         self.disarm(flow)
         self.unindex_flow(number, flow.hash)
+        flow.flow_id = 0
         flow.next = self.free_list
         self.free_list = number + 1
         self.used -= 1
@@ -403,7 +467,8 @@ cdef class FlowTable:
     cdef void split(self, Flow* flow) noexcept nogil:
         """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
         self.write_row(flow, END_ACTIVE)
-        memset(&flow.forward, 0, 2 * sizeof(Direction))
+        memset(flow.directions, 0, sizeof(flow.directions))
+        flow.key.state |= STATE_EMPTY
 
     cdef void evict(self) noexcept nogil:
         """Makes room: the first flow that the hand meets which has ended or is a single packet, else of EVICTION_SAMPLE
@@ -430,23 +495,24 @@ cdef class FlowTable:
         cdef int reason
         if self.deadline_ns(flow, &reason) <= self.now_ns:
             return reason
-        return END_OF_FLOW if flow.key.state == STATE_CLOSED else otherwise
+        return END_OF_FLOW if flow.key.state & STATE_CLOSED else otherwise
 
     @staticmethod
     cdef inline int worth(const Flow* flow) noexcept nogil:
-        cdef uint64_t packets = flow.forward.packets + flow.reverse.packets
-        if packets == 0 or flow.key.state == STATE_CLOSED:
+        cdef uint64_t forward = flow.directions[FORWARD].packets
+        cdef uint64_t reverse = flow.directions[REVERSE].packets
+        if flow.key.state & (STATE_EMPTY | STATE_CLOSED):
             return 0
-        if packets == 1:
+        if forward + reverse == 1:
             return 1
-        if flow.key.protocol == PROTOCOL_TCP and (flow.forward.packets == 0 or flow.reverse.packets == 0):
+        if flow.key.protocol == PROTOCOL_TCP and (forward == 0 or reverse == 0):
             return 2
         return 3
 
     cdef void write_row(self, const Flow* flow, int reason) noexcept nogil:
         cdef FlowRow* row = &self.row_buffer[self.rows_ready]
-        cdef const Direction* f = &flow.forward
-        cdef const Direction* r = &flow.reverse
+        cdef const Direction* f = &flow.directions[FORWARD]
+        cdef const Direction* r = &flow.directions[REVERSE]
         cdef int source = 0 if flow.key.forward_is_low else 2
         cdef uint16_t low_port = <uint16_t>flow.key.ports_vlans
         cdef uint16_t high_port = <uint16_t>(flow.key.ports_vlans >> 16)
@@ -483,13 +549,13 @@ cdef class FlowTable:
 
     cdef inline void count(self, Flow* flow, const Arrival* a) noexcept nogil:
         cdef const digest* d = a.packet
-        cdef bint forward = a.from_low == flow.key.forward_is_low
-        cdef Direction* x = &flow.forward if forward else &flow.reverse
+        cdef Direction* x = &flow.directions[a.from_low ^ flow.key.forward_is_low]
         cdef uint64_t time_ns = min((<uint64_t>d.timestamp_high << 32) | d.timestamp_low, MAX_TIME_NS)
         cdef uint16_t length = <uint16_t>min(d.ip_octets, <uint32_t>0xFFFF)
         cdef uint8_t flags = <uint8_t>d.tcp_flags
-        if flow.forward.packets + flow.reverse.packets == 0:
+        if flow.key.state & STATE_EMPTY:
             flow.start_ns = self.now_ns
+            flow.key.state ^= STATE_EMPTY
         if x.packets == 0:
             x.first_ns = time_ns
             x.last_ns = time_ns
@@ -518,14 +584,15 @@ cdef class FlowTable:
         self.counts.metered_packets += 1
         self.counts.metered_octets += d.ip_octets
         self.counts.active_flow_packets += 1
-        if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and flow.key.state == STATE_OPEN:
+        if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)
 
     cdef void close_tcp(self, Flow* flow, uint8_t flags) noexcept nogil:
         """FIN both ways or RST ends the flow after a short wait, for the last acknowledgement and for repeats."""
         cdef int reason
-        if flags & TCP_RST or flow.forward.tcp_flags & flow.reverse.tcp_flags & TCP_FIN:
-            flow.key.state = STATE_CLOSED
+        cdef uint8_t both = flow.directions[FORWARD].tcp_flags & flow.directions[REVERSE].tcp_flags
+        if flags & TCP_RST or both & TCP_FIN:
+            flow.key.state |= STATE_CLOSED
             self.disarm(flow)
             self.arm(flow, self.deadline_ns(flow, &reason))
 
@@ -549,7 +616,7 @@ cdef class FlowTable:
             else:
                 self.end(flow, reason)
                 flow = NULL
-        if flow != NULL and flow.key.state == STATE_CLOSED and d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
+        if flow != NULL and flow.key.state & STATE_CLOSED and d.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN:
             self.end(flow, END_OF_FLOW)  # the ports are used again
             flow = NULL
         if flow == NULL:
@@ -569,6 +636,8 @@ cdef class FlowTable:
         group.count = 0
         while group.count < GROUP and source.offset < source.length:
             r = source.records + source.offset
+            prefetch(r + RECORDS_AHEAD)
+            prefetch(r + RECORDS_AHEAD + 64)
             if source.length - source.offset >= RECORD_PREFIX_BYTES + 4:
                 memcpy(head, r, 8)
             else:
@@ -590,14 +659,20 @@ cdef class FlowTable:
                 prefetch_for_write(&self.slots[a.hash & self.slot_mask])
 
     cdef inline void fetch(self, const Group* group) noexcept nogil:
-        cdef uint32_t flow
+        """The flows that have their hashes, on the way into the cache: most likely those that `find` will find."""
+        cdef Flow* flow
+        cdef uint32_t slot, hash
         cdef int i
         for i in range(group.count):
-            flow = self.slots[group.arrivals[i].hash & self.slot_mask].flow
-            if flow != 0:
-                prefetch_for_write(&self.flows[flow - 1])
-                prefetch_for_write(&self.flows[flow - 1].forward)
-                prefetch_for_write(&self.flows[flow - 1].reverse)
+            hash = group.arrivals[i].hash
+            slot = hash & self.slot_mask
+            while self.slots[slot].flow != 0 and self.slots[slot].hash != hash:
+                slot = (slot + 1) & self.slot_mask
+            if self.slots[slot].flow != 0:
+                flow = &self.flows[self.slots[slot].flow - 1]
+                prefetch_for_write(flow)
+                prefetch_for_write(&flow.directions[FORWARD])
+                prefetch_for_write(&flow.directions[REVERSE])
 
     cdef uint64_t run(self, Input* source) noexcept nogil:
         """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
@@ -624,6 +699,14 @@ cdef class FlowTable:
                     return done
                 done = current.arrivals[i].end
             turn = (turn + 1) % 3
+
+    cdef inline void fetch_to_end(self, const Flow* flow) noexcept nogil:
+        """A flow that `end` comes to soon, and its slot."""
+        prefetch_for_write(&self.slots[flow.hash & self.slot_mask])
+        prefetch_for_write(flow + FLUSH_AHEAD)
+        prefetch_for_write(&(flow + FLUSH_AHEAD).directions[FORWARD])
+        prefetch_for_write(&(flow + FLUSH_AHEAD).directions[REVERSE])
+        prefetch_for_write(&(flow + FLUSH_AHEAD).flow_id)
 
     # ---- for Python ----
 
@@ -652,13 +735,20 @@ cdef class FlowTable:
         self.stepped_ns += delta_ns
 
     def flush(self):
-        cdef uint32_t bucket
+        """In the order of the pool, so that the processor sees what comes next."""
         cdef Flow* flow
         with nogil:
-            for bucket in range(WHEEL_BUCKETS + 1):
-                while self.wheel[bucket] != 0 and self.rows_ready < self.row_capacity:
-                    flow = &self.flows[self.wheel[bucket] - 1]
+            while self.used != 0 and self.rows_ready < self.row_capacity:
+                if self.flushed >= self.high_water:
+                    self.flushed = 0
+                flow = &self.flows[self.flushed]
+                self.flushed += 1
+                if self.flushed + FLUSH_AHEAD < self.high_water:
+                    self.fetch_to_end(flow + FLUSH_AHEAD)
+                if flow.flow_id != 0:
                     self.end(flow, self.reason_now(flow, END_FORCED))
+        if self.used == 0:
+            self.flushed = 0
         return self.used == 0
 
     @property
@@ -686,7 +776,7 @@ cdef class FlowTable:
     @property
     def memory_bytes(self):
         return (
-            <size_t>self.max_flows * sizeof(Flow) + (<size_t>self.slot_mask + 1) * sizeof(Slot)
+            <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
         )
 

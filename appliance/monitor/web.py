@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import json
-import os
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from appliance.errors import CannotCreateError, MissingPermissionError
+from appliance.monitor.listener import BACKLOG
 from appliance.monitor.metrics import SnapshotCollector
 from appliance.monitor.page import CONTENT_SECURITY_POLICY, PAGE
 from appliance.monitor.view import Snapshot
@@ -34,34 +31,8 @@ MAX_CONNECTIONS = 64
 EXCHANGE_TIMEOUT_S = 5.0  # from a connection or a request's first byte to the last byte of the response
 KEEP_ALIVE_TIMEOUT_S = 5
 MAX_HEADER_BYTES = 16384
-BACKLOG = 512
 
 Count = Callable[[str], None]  # called with "scrapes" or "rejected_connections"
-
-
-def open_listener(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. CannotCreateError, MissingPermissionError: why not, with the address."""
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    listener: socket.socket | None = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        return listener
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise MissingPermissionError(
-                f"monitor.listen {where}: user {os.geteuid()} may not listen there; choose a port above 1023"
-            ) from None
-        hint = "another service has it; stop that one, or set monitor.listen to a free port"
-        if error.errno != errno.EADDRINUSE:
-            hint = "set monitor.listen to an address of this host"
-        raise CannotCreateError(f"monitor.listen {where}: {error.strerror}; {hint}") from None
 
 
 def application(take: Callable[[], Snapshot], count: Count) -> Starlette:

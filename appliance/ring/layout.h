@@ -17,6 +17,11 @@
 #define RING_HEADER_BYTES 4096u
 #define RING_COMMIT_WORDS 30u
 
+/* What a sleeping producer wants to be woken for. */
+#define RING_AWAKE 0u
+#define RING_SLEEPS 1u          /* the consumer wants a watermark */
+#define RING_SLEEPS_FOR_ROOM 2u /* that, or there is room again */
+
 /* What the producer must find again after its death, written before the head that it belongs to.
  * Two slots in turn: the slot whose `head` equals the ring's head is the valid one. `words` belong to the producer. */
 struct ring_commit {
@@ -41,7 +46,7 @@ struct ring_header {
     uint64_t head;         /* bytes published */
     int64_t watermark_ns;  /* promise: no later record is older than this */
     uint32_t ended;        /* 1: nothing will follow (orderly end) */
-    uint32_t producer_sleeping;
+    uint32_t producer_sleeping; /* RING_AWAKE, ... */
     uint8_t pad1[104];
     struct ring_commit commit[2];
     /* written by the consumer */

@@ -6,6 +6,9 @@ cdef extern from "layout.h" nogil:
     const uint32_t RING_VERSION
     const uint32_t RING_HEADER_BYTES
     const uint32_t RING_COMMIT_WORDS
+    const uint32_t RING_AWAKE
+    const uint32_t RING_SLEEPS
+    const uint32_t RING_SLEEPS_FOR_ROOM
     const uint32_t COMMIT_WORD_PUBLISHED
     const uint32_t RECORD_PACKET
     const uint32_t RECORD_INTERFACE
@@ -70,6 +73,6 @@ cdef extern from "ring.h" nogil:
     const uint8_t *ring_at(const ring_view *view, uint64_t position)
     int ring_release(ring_view *view, uint64_t position)
     void ring_consumer_sleeps(ring_view *view, uint32_t sleeping)
-    void ring_producer_sleeps(ring_view *view, uint32_t sleeping)
+    void ring_producer_sleeps(ring_view *view, uint32_t how)
     int ring_want_watermark(ring_view *view)
     int ring_watermark_wanted(ring_view *view)

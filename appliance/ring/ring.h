@@ -6,6 +6,7 @@
  *
  * Sleeping. Who goes to sleep stores its flag, then a sequentially consistent fence, then looks once more; who
  * publishes stores its position, then the same fence, then looks at the flag. One of the two always sees the other.
+ * A producer that waits for packets is woken for a watermark only; one that waits for room also when half is free.
  *
  * The other side is hostile: its position is checked each time, and a record's length is loaded once and checked
  * before it is used.
@@ -47,12 +48,24 @@ static inline uint64_t ring_free_bytes(struct ring_view *view)
     return used > view->capacity ? 0 : view->capacity - used; /* a tail ahead of us is corrupt: no room, ever */
 }
 
+/* On the first lap each page costs a fault. One by reading maps the 64 KiB around it (fault-around of shared memory),
+ * one by writing maps a single page: so each new 64 KiB are read from before they are written to. */
+static inline void ring_touch(const uint8_t *at, uint64_t bytes)
+{
+    uintptr_t end = (uintptr_t)at + bytes;
+
+    if (((uintptr_t)at ^ end) >> 16)
+        (void)*(const volatile uint8_t *)(end & ~(uintptr_t)0xffff);
+}
+
 /* Contiguous room for `bytes` at the write position, or NULL when the ring is full. */
 static inline uint8_t *ring_reserve(struct ring_view *view, uint64_t bytes)
 {
     if (view->capacity - (view->position - view->other) < bytes && ring_free_bytes(view) < bytes)
         return NULL;
-    return view->data + (view->position & (view->capacity - 1));
+    uint8_t *at = view->data + (view->position & (view->capacity - 1));
+    ring_touch(at, bytes);
+    return at;
 }
 
 static inline void ring_advance(struct ring_view *view, uint64_t bytes)
@@ -194,13 +207,16 @@ static inline const uint8_t *ring_at(const struct ring_view *view, uint64_t posi
     return view->data + (position & (view->capacity - 1));
 }
 
-/* Gives everything up to `position` back to the producer. Returns 1 when it sleeps and must be woken. */
+/* Gives everything up to `position` back to the producer. Returns 1 when it sleeps for room and must be woken: when
+ * half of the ring is free, so that one wake is worth its price. */
 static inline int ring_release(struct ring_view *view, uint64_t position)
 {
     RING_STORE_RELEASE(&view->header->tail, position);
     view->published = position;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    if (!RING_LOAD_RELAXED(&view->header->producer_sleeping))
+    if (RING_LOAD_RELAXED(&view->header->producer_sleeping) != RING_SLEEPS_FOR_ROOM)
+        return 0;
+    if (RING_LOAD_RELAXED(&view->header->head) - position > view->capacity / 2)
         return 0;
     return (int)__atomic_exchange_n(&view->header->producer_sleeping, 0u, __ATOMIC_RELAXED);
 }
@@ -211,9 +227,10 @@ static inline void ring_consumer_sleeps(struct ring_view *view, uint32_t sleepin
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
-static inline void ring_producer_sleeps(struct ring_view *view, uint32_t sleeping)
+/* `how`: RING_AWAKE, RING_SLEEPS or RING_SLEEPS_FOR_ROOM. */
+static inline void ring_producer_sleeps(struct ring_view *view, uint32_t how)
 {
-    RING_STORE_RELAXED(&view->header->producer_sleeping, sleeping);
+    RING_STORE_RELAXED(&view->header->producer_sleeping, how);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 

@@ -61,8 +61,11 @@ class Producer:
         """Nothing will follow."""
     def watermark_wanted(self) -> bool:
         """Whether the consumer waits for a fresh watermark; asking takes the request down."""
-    def sleeps(self, sleeping: bool) -> None:
-        """True before a sleep: look at `free_bytes` and `watermark_wanted` once more afterwards. False after it."""
+    def sleeps(self, sleeping: bool, *, for_room: bool = False) -> None:
+        """True before a sleep: look at `free_bytes` and `watermark_wanted` once more afterwards. False after it.
+
+        The consumer wakes a sleeping producer when it wants a watermark; with `for_room` also when it gives memory back
+        and half of the ring is free then."""
     def set_commit_word(self, index: int, value: int) -> None:
         """Sets one of the 30 words that are stored with the next publish."""
 

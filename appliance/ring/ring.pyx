@@ -176,8 +176,9 @@ cdef class Producer:
     def watermark_wanted(self):
         return bool(ring_watermark_wanted(&self.view))
 
-    def sleeps(self, bint sleeping):
-        ring_producer_sleeps(&self.view, sleeping)
+    def sleeps(self, bint sleeping, *, bint for_room=False):
+        cdef uint32_t how = RING_SLEEPS_FOR_ROOM if for_room else RING_SLEEPS
+        ring_producer_sleeps(&self.view, how if sleeping else RING_AWAKE)
 
     @property
     def free_bytes(self):

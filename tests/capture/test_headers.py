@@ -386,3 +386,22 @@ def test_real_and_damaged_captures_never_read_behind_a_packet() -> None:
                 assert all(other == first for other in others), f"{path.name} packet {number} cut at {length}"
                 checked += 1
     assert checked > 10_000
+
+
+@settings(max_examples=2000)
+@given(
+    st.sampled_from([packet for linktype, packet in SEEDS.values() if linktype == ETHERNET]),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=3),
+    st.integers(0, 120),
+    st.integers(0, 120),
+)
+def test_the_short_way_for_common_packets_gives_what_the_long_one_gives(
+    packet: bytes, changes: list[tuple[int, int]], captured: int, longer: int
+) -> None:
+    changed = bytearray(packet)
+    for at, value in changes:
+        if at < len(changed):
+            changed[at] = value
+    captured = min(captured or len(changed), len(changed))
+    short = headers.parse(changed, ETHERNET, captured + longer, captured)
+    assert short == headers.parse(changed, ETHERNET, captured + longer, captured, plain=False)

@@ -281,9 +281,24 @@ def test_memory_stays_below_the_bound_under_five_times_as_many_flows() -> None:
     rng = random.Random(1)
     for _ in range(10):
         feed_quietly(table, digests(Packet(source=rng.randbytes(4)) for _ in range(10_000)))
-    assert table.memory_bytes < 20_000 * (FLOW_BYTES + 32) + 4096 * ROW_BYTES + (1 << 17)
+    assert table.memory_bytes < 20_000 * (FLOW_BYTES + 48) + 4096 * ROW_BYTES + (1 << 17)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     assert grown < table.memory_bytes + (24 << 20)  # the packets of one batch, made by the test
+
+
+@pytest.mark.parametrize("max_flows", [10_000, 100_000])
+def test_flows_are_found_again_while_the_index_grows(max_flows: int) -> None:
+    table = make_table(max_flows=max_flows)
+    for _ in range(2):  # the second round finds the index grown, and empty
+        packets = [Packet(source=i.to_bytes(4, "big")) for i in range(10_000)]
+        for first in range(0, 10_000, 500):  # each new flow, then one packet more for all before it
+            feed_quietly(table, digests(packets[first : first + 500]))
+            feed_quietly(table, digests(packets[:first:50]))
+        assert table.active_flows == 10_000
+        rows = flush(table)
+        expected = [1 + (19 - i // 500 if i % 50 == 0 else 0) for i in range(10_000)]
+        found = {int.from_bytes(row["source_address"], "big"): row["forward"]["packets"] for row in rows}
+        assert [found[i] for i in range(10_000)] == expected
 
 
 def feed_quietly(table: Any, records: bytes) -> None:

@@ -15,7 +15,7 @@ from monitor.pages import Appliance
 
 from appliance.config import Config, Interface
 from appliance.monitor.control import open_control_socket
-from appliance.monitor.web import open_listener
+from appliance.monitor.listener import open_listener
 from appliance.process import WorkerContext
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Producer, initialise

@@ -23,8 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.errors import CannotCreateError
 from appliance.monitor import web
+from appliance.monitor.listener import open_listener
 from appliance.monitor.view import ExportInfo, Snapshot
-from appliance.monitor.web import MAX_CONNECTIONS, WebServer, application, open_listener
+from appliance.monitor.web import MAX_CONNECTIONS, WebServer, application
 
 
 class Site:

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import os
 import pathlib
+import resource
 import struct
 import subprocess
 
@@ -310,6 +311,20 @@ def test_the_memory_of_a_ring_is_allocated_and_cannot_change_its_size() -> None:
     os.close(fd)
 
 
+def test_the_first_lap_costs_few_page_faults() -> None:
+    capacity = 16 << 20
+    fd = memory.allocate(capacity, "test")
+    initialise(fd, capacity, GENERATION)
+    producer = Producer(fd, GENERATION)
+    block = record(b"x" * 1000)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    while producer.push(block):
+        pass
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    os.close(fd)
+    assert faults < capacity // 4096 // 4
+
+
 def test_only_a_sleeping_consumer_is_woken() -> None:
     fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
     producer, consumer = Producer(fd, GENERATION, event), Consumer(fd, GENERATION)
@@ -320,6 +335,39 @@ def test_only_a_sleeping_consumer_is_woken() -> None:
     producer.publish(2)
     producer.publish(3)
     assert os.eventfd_read(event) == 1
+    os.close(fd)
+    os.close(event)
+
+
+def test_a_producer_that_sleeps_for_room_is_woken_when_half_of_the_ring_is_free() -> None:
+    fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
+    block = record(b"x" * 8000)
+    while producer.push(block):
+        pass
+    producer.publish(1)
+    producer.sleeps(True, for_room=True)
+    consumer.refresh()
+    while consumer.unread_bytes > CAPACITY // 2:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(event)
+        assert consumer.pop() is not None
+        consumer.release()
+    assert os.eventfd_read(event) == 1
+    os.close(fd)
+    os.close(event)
+
+
+def test_a_producer_that_waits_for_packets_is_not_woken_by_room() -> None:
+    fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
+    producer.push(record(b"x"))
+    producer.publish(1)
+    producer.sleeps(True)
+    assert consumer.pop() is not None
+    consumer.release()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(event)
     os.close(fd)
     os.close(event)
 

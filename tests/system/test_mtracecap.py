@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -334,6 +336,24 @@ class TestOneFileFromFiles:
             done = mtracecap("pcapfile:-", "pcapfile:-", stdin=file)
         (tmp_path / "out.pcap").write_bytes(done.stdout)
         check_numbered([tmp_path / "out.pcap"]).assert_exact({0: 100})
+
+    def test_a_terminal_sees_how_far_it_is_and_a_pipe_nothing(self, tmp_path: Path) -> None:
+        (path,) = self.inputs(tmp_path / "in", ["pcap"], count=5)
+        argv = [*MTRACECAP, f"pcapfile:{tmp_path}/out.pcap", "pcapfile:-"]
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=follower)
+        os.close(follower)
+        assert process.stdin is not None
+        process.stdin.write(path.read_bytes())
+        process.stdin.flush()
+        shown = b""
+        while b"5 packets, " not in shown:
+            assert select.select([leader], [], [], 20)[0], shown
+            shown += os.read(leader, 4096)
+        process.stdin.close()
+        assert process.wait(20) == 0
+        os.close(leader)
+        assert mtracecap(f"pcapfile:{tmp_path}/again.pcap", f"pcapfile:{tmp_path}/out.pcap").stderr == b""
 
     def test_a_fifo_is_written_straight_into(self, tmp_path: Path) -> None:
         (path,) = self.inputs(tmp_path / "in", ["pcap"], count=100)
