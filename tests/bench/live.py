@@ -27,7 +27,7 @@ from bench.measure import find, median, memory_bytes, tree
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 30.0
-REST_INTERVAL_S = 0.3
+REST_INTERVAL_S = 0.2
 REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
 WARM_UP = 0.25  # of the traffic

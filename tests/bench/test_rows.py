@@ -105,6 +105,7 @@ def test_records_of_an_ipfix_file_are_counted_by_its_last_sequence_number(tmp_pa
 def test_a_meter_is_asked_for_its_own_count() -> None:
     assert live_meter.metered_packets(Trial(seen='{"meter": {"metered_packets": 7}}')) == 7
     assert live_meter.metered_packets(Trial(output="Total: Processed: 5, skipped: 0")) == 5
+    assert live_meter.metered_packets(Trial(seen="Packets processed: 9\n", output="")) == 9
     assert live_meter.metered_packets(Trial(output="")) is None
 
 
