@@ -89,10 +89,13 @@ class Trial:
     def total_cpu_ns(self) -> int:
         return sum(self.cpu_ns.values())
 
+    @property
+    def kept(self) -> float:
+        """How many of the measured packets were kept. CPU time is divided by that: what drops early is not cheap."""
+        return self.measured * (1 - self.lost / self.offered) if self.offered else 0.0
+
     def ns_per_packet(self) -> float | None:
-        """For each packet that was kept: what is dropped early must not look cheap."""
-        kept = self.measured * (1 - self.lost / self.offered) if self.offered else 0
-        return self.total_cpu_ns / kept if kept > 0 else None
+        return self.total_cpu_ns / self.kept if self.kept > 0 else None
 
 
 def appliance_commands(
@@ -272,7 +275,7 @@ def by_process(trials: Sequence[Trial]) -> str:
         sums: dict[str, float] = {}
         for name, spent in one.cpu_ns.items():
             kind = name.partition("/")[0]
-            sums[kind] = sums.get(kind, 0) + spent / max(1, one.measured)
+            sums[kind] = sums.get(kind, 0) + spent / max(1.0, one.kept)
         for kind, value in sums.items():
             kinds.setdefault(kind, []).append(value)
     shown = [(kind, median(values)) for kind, values in kinds.items()]

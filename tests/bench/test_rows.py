@@ -58,7 +58,7 @@ def test_a_packet_that_was_dropped_makes_the_others_dearer() -> None:
 
 
 def test_sources_of_one_kind_count_together() -> None:
-    one = Trial(measured=10, cpu_ns={"capture/a": 100, "capture/b": 200, "merge/main": 50, "opener": 1})
+    one = Trial(offered=10, measured=10, cpu_ns={"capture/a": 100, "capture/b": 200, "merge/main": 50, "opener": 1})
     assert by_process([one]) == "capture 30, merge 5"
 
 
