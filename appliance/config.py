@@ -367,7 +367,7 @@ class Config(_Table):
     """The whole configuration. Inside it every interface but ring:* has a label, and the cross checks below hold."""
 
     memory_bytes: Annotated[int, _zero_or_between(8 * MIB, TIB)] = Field(
-        default=0, description="all rings together; 0 = an eighth of the machine or cgroup, at most 2 GiB"
+        default=0, description="all rings together; 0 = an eighth of the machine or cgroup, at most 1 GiB"
     )
     interfaces: Annotated[tuple[Interface, ...], _at_least_one("[[interface]]")] = Field(
         validation_alias="interface", strict=False

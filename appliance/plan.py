@@ -19,7 +19,7 @@ from appliance.errors import ConfigError
 from appliance.ring.memory import ring_capacity
 
 MEMORY_SHARE = 8  # of the machine's memory, one part for all rings together
-MEMORY_MAX_BYTES = 256 << 20
+MEMORY_MAX_BYTES = 1 << 30
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20

@@ -13,7 +13,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from appliance.errors import ApplianceError, CannotCreateError, MissingInputErro
 if TYPE_CHECKING:
     from appliance.config import Config
     from appliance.logs import WorkerLog
-    from appliance.ring.ring import Mapping as RingMapping
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 DRAIN = b"drain"  # supervisor to worker: finish what you have, then end
 ROTATE = b"rotate"
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS)
-LOWEST_PRIORITY = 19  # nice(2)
 EXIT_CRASHED = 70  # EX_SOFTWARE: an error that is ours
 
 
@@ -140,21 +137,6 @@ def close_descriptors(keep: Iterable[int]) -> None:
         if int(name) not in kept:
             with contextlib.suppress(OSError):
                 os.close(int(name))
-
-
-def populate_in_background(mappings: Iterable[RingMapping]) -> None:
-    """The first lap through a ring costs a page fault every 4 KiB: a thread that steps back for everybody takes them
-    before the packets come. It ends with the process at the latest."""
-    waiting = list(mappings)
-
-    def populate() -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-        for mapping in waiting:
-            mapping.populate()
-
-    if waiting:
-        threading.Thread(target=populate, name="populate", daemon=True).start()
 
 
 def allow_open_files(wanted: int) -> None:

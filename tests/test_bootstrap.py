@@ -19,6 +19,7 @@ def test_without_a_job_it_says_what_there_is(project: Path) -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "] == [
         "run",
         "test",
+        "bench",
         "check",
         "help",
     ]

@@ -44,9 +44,9 @@ def test_all_rings_together_stay_within_the_share_of_the_machine(count: int, mac
         assert source.digest_ring_bytes >= RECORD_MAX_BYTES
 
 
-def test_the_default_is_an_eighth_of_the_machine_and_at_most_two_gibibytes() -> None:
+def test_the_default_is_an_eighth_of_the_machine_and_at_most_one_gibibyte() -> None:
     assert default_memory_bytes(8 * GIB) == 8 * GIB // MEMORY_SHARE == GIB
-    assert default_memory_bytes(1024 * GIB) == MEMORY_MAX_BYTES == 2 * GIB
+    assert default_memory_bytes(1024 * GIB) == MEMORY_MAX_BYTES == GIB
 
 
 def test_the_memory_that_is_given_is_a_limit_and_what_does_not_fit_is_refused() -> None:

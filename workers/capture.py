@@ -24,7 +24,7 @@ from appliance.capture.opener import OpenedInterface
 from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
-from appliance.process import DRAIN, WorkerContext, populate_in_background, set_capabilities
+from appliance.process import DRAIN, WorkerContext, set_capabilities
 from appliance.ring.ring import Producer
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,6 @@ def main(context: WorkerContext) -> int:
     records = Producer(parts.ring_fd, parts.generation, parts.merge_wake_fd)
     digests = Producer(parts.digest_fd, parts.generation, parts.meter_wake_fd) if parts.digest_fd >= 0 else None
     source = parts.interface.source
-    if source.is_live:
-        populate_in_background(ring.mapping for ring in (records, digests) if ring is not None)
     if source.scheme == "ring":
         LiveWorker(context, parts, records, digests).run()
         return 0

@@ -28,7 +28,7 @@ from appliance.merge.retention import Limits, Retention
 from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
-from appliance.process import DRAIN, ROTATE, WorkerContext, populate_in_background
+from appliance.process import DRAIN, ROTATE, WorkerContext
 from appliance.ring.ring import Consumer
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
+GATHER_MS = 8  # a live output that has just written waits for so long before it looks again: a turn has its price
 FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
 HORIZON_NS = 3_600_000_000_000  # a packet cannot have been captured later than this from now, whatever clock is wrong
 DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
@@ -154,11 +155,11 @@ class MergeWorker:
             self.recovery.unsettled,
             parts.is_successor,
         )
-        if self.live:
-            populate_in_background(consumer.mapping for consumer in self.consumers)
         self.poller = select.poll()
         self.poller.register(parts.wake_fd, select.POLLIN)
         self.poller.register(context.channel, select.POLLIN)
+        self.channel_poller = select.poll()
+        self.channel_poller.register(context.channel, select.POLLIN)
 
     def retention(self) -> Retention | None:
         """Only for files that have sidecars: others are the user's own, under names of the user's own."""
@@ -205,12 +206,15 @@ class MergeWorker:
             self.merge.horizon_ns = time.time_ns() + HORIZON_NS
         status = self.merge.fill()
         self.merge.release()
-        if self.merge.out_bytes:
+        has_written = self.merge.out_bytes > 0
+        if has_written:
             self.last_news = time.monotonic()
             self.stream.write()
         if self.recovery.is_done:
             self.recovery.settle()
-        if status == order.IDLE:
+        if status == order.IDLE and has_written and self.live and self.draining_since is None:
+            self.gather()
+        elif status == order.IDLE:
             self.idle()
         elif status in (order.BOUNDARY, order.LIMIT):
             self.end_segment(status)
@@ -285,6 +289,18 @@ class MergeWorker:
         if self.live and self.stream.segment is not None and self.merge.boundary_ns != NEVER:
             timeout_ms = min(timeout_ms, self.wait_for_boundary())
         self.sleep(timeout_ms)
+
+    def gather(self) -> None:
+        """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
+        if any(consumer.mapping.used_bytes > consumer.mapping.capacity // 4 for consumer in self.consumers):
+            return
+        timeout_ms = min(GATHER_MS, max(1, self.output.max_wait_ms // 4))
+        if (hold_ms := self.merge.hold_ms) is not None:
+            timeout_ms = min(timeout_ms, hold_ms)
+        if self.merge.boundary_ns != NEVER:
+            timeout_ms = min(timeout_ms, max(0, (self.merge.boundary_ns - time.time_ns()) // 1_000_000))
+        if timeout_ms > 0:
+            self.channel_poller.poll(timeout_ms)
 
     def wait_for_boundary(self) -> int:
         """Milliseconds until the segment's time is over by the wall clock; when it is, the watermarks must move."""

@@ -17,7 +17,7 @@ from appliance.counters import IGNORED_REASONS
 from appliance.merge import order
 from appliance.meter.metering import Metering
 from appliance.meter.settings import MeterSettings
-from appliance.process import DRAIN, WorkerContext, populate_in_background
+from appliance.process import DRAIN, WorkerContext
 from appliance.ring.ring import Consumer
 
 OUT_BYTES = 256 << 10
@@ -67,8 +67,6 @@ class MeterWorker:
         self.live = all(source.live for source in parts.sources)
         consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
         self.rings = [consumer.mapping for consumer in consumers]
-        if self.live:
-            populate_in_background(self.rings)
         self.merge = order.Merge(
             consumers,
             [source.live for source in parts.sources],

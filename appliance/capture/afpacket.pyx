@@ -361,7 +361,7 @@ cdef class LiveCapture:
         """How long a sleep may be: short while a tail waits for its time or a watermark is owed."""
         if self.owes_watermark:
             return 2
-        return self.held_ms if self.tail.count else 1000
+        return self.held_ms if self.held or self.tail.count else 1000
 
     @property
     def holds_block(self):
@@ -567,6 +567,7 @@ cdef class LiveCapture:
             watermark = older_by(self.tail.newest_ns, self.reorder_ns)
         if cut == 0:
             self.promise(watermark)
+            self.give_back_blocks()  # of a block that a predecessor had published, nothing is in the tail
             return
         self.tail.sort(cut, &self.records.view, &self.digests.view if self.digests is not None else NULL)
         self.count(cut, &record_bytes, &digest_bytes)

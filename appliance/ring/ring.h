@@ -48,12 +48,24 @@ static inline uint64_t ring_free_bytes(struct ring_view *view)
     return used > view->capacity ? 0 : view->capacity - used; /* a tail ahead of us is corrupt: no room, ever */
 }
 
+/* On the first lap each page costs a fault. One by reading maps the 64 KiB around it (fault-around of shared memory),
+ * one by writing maps a single page: so each new 64 KiB are read from before they are written to. */
+static inline void ring_touch(const uint8_t *at, uint64_t bytes)
+{
+    uintptr_t end = (uintptr_t)at + bytes;
+
+    if (((uintptr_t)at ^ end) >> 16)
+        (void)*(const volatile uint8_t *)(end & ~(uintptr_t)0xffff);
+}
+
 /* Contiguous room for `bytes` at the write position, or NULL when the ring is full. */
 static inline uint8_t *ring_reserve(struct ring_view *view, uint64_t bytes)
 {
     if (view->capacity - (view->position - view->other) < bytes && ring_free_bytes(view) < bytes)
         return NULL;
-    return view->data + (view->position & (view->capacity - 1));
+    uint8_t *at = view->data + (view->position & (view->capacity - 1));
+    ring_touch(at, bytes);
+    return at;
 }
 
 static inline void ring_advance(struct ring_view *view, uint64_t bytes)

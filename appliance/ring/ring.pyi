@@ -25,9 +25,6 @@ class Mapping:
     used_bytes: int
     watermark_ns: int
     ended: bool
-    def populate(self) -> None:
-        """Takes every page into this process's page tables now, cleared, in place of a page fault each at its first
-        use. Takes about a second per GiB, without the GIL; older kernels cannot, and then nothing happens."""
     def published_packets(self) -> int:
         """Packets published, ever, as committed with the head."""
     def occupancy(self) -> tuple[int, int]:

@@ -24,14 +24,6 @@ def initialise(int fd, uint64_t capacity, uint64_t generation):
     os.pwrite(fd, (<uint8_t *>&header)[:32], 0)
 
 
-cdef extern from "sys/mman.h" nogil:
-    int madvise(void *address, size_t length, int advice)
-
-cdef enum:
-    MADV_POPULATE_WRITE = 23  # since Linux 5.14; C libraries came later
-    POPULATE_BYTES = 4194304  # at a time: page faults of other threads wait as long
-
-
 cdef void signal_eventfd(int fd) noexcept nogil:
     cdef uint64_t one = 1
     if fd >= 0:
@@ -71,15 +63,6 @@ cdef class Mapping:
     def __dealloc__(self):
         if self.mapped_bytes:
             munmap(self.header, self.mapped_bytes)
-
-    def populate(self):
-        cdef uint8_t *at = <uint8_t *>self.header
-        cdef uint8_t *end = at + self.mapped_bytes
-        cdef int status = 0
-        with nogil:
-            while at < end and status == 0:
-                status = madvise(at, min(<size_t>POPULATE_BYTES, <size_t>(end - at)), MADV_POPULATE_WRITE)
-                at += POPULATE_BYTES
 
     @property
     def head(self):

@@ -32,9 +32,10 @@ VLAN_BYTES = 4
 IPV4_UDP_BYTES = 28
 MINIMUM_BYTES = 60  # of an Ethernet frame, its check sequence not counted
 
-UDP_SOURCE_PORT = 20000  # of flow 0; flow n has 20000 + n
+UDP_SOURCE_PORT = 20000  # of flow 0; flow n has 20000 + n, and after so many the next destination port begins
 UDP_DESTINATION_PORT = 9
-MAXIMUM_FLOWS = 45000
+FLOWS_PER_DESTINATION_PORT = 45000
+MAXIMUM_FLOWS = 45_000_000
 
 IMIX_SIZES = (60,) * 7 + (590,) * 4 + (1514,)
 
@@ -87,7 +88,9 @@ class Template:
         """Turns the copy of `self.frame` at `offset` into the frame number `sequence` of `flow`."""
         PATCH.pack_into(frame, offset + self.patch_offset, sequence, self.checksum(sequence))
         if self.port_offset is not None:
-            struct.pack_into("!H", frame, offset + self.port_offset, UDP_SOURCE_PORT + flow)
+            block, place = divmod(flow, FLOWS_PER_DESTINATION_PORT)
+            ports = (UDP_SOURCE_PORT + place, UDP_DESTINATION_PORT + block)
+            struct.pack_into("!HH", frame, offset + self.port_offset, *ports)
 
 
 def numbered_frame(interface_id: int, sequence: int, shape: Shape = Shape()) -> bytes:

@@ -299,19 +299,30 @@ class Lab:
         return self.start_sender(interfaces, frames=frames, **options).report()
 
     def start_fast_sender(
-        self, pairs: Sequence[tuple[str, str]], *, frames: int = 0, rate: float = 0.0, size: int = 60
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        frames: int = 0,
+        rate: float = 0.0,
+        sizes: Iterable[int] = (60,),
+        flows: int | None = None,
+        first_sequence: int = 0,
+        cpu: int | None = None,
     ) -> Sender:
         """As `start_sender` for benches: from the kernel where that is possible (1-2 M frames/s), else through sockets.
 
         `pairs` as `veth` returned them; the frames arrive at the first of each. The receivers' rx_packets tell how many
-        of the frames sent found room.
+        of the frames sent found room. `cpu`: where it runs, and with it the reception of what it sends.
         """
         senders = [sender for _, sender in pairs]
-        if not xdpsend.available():
-            return self.start_sender(senders, frames=frames, rate=rate, sizes=(size,))
-        command = [sys.executable, "-m", "support.xdpsend", *senders]
-        command += [word for receiver, _ in pairs for word in ("--receiver", receiver)]
-        command += ["--frames", str(frames), "--rate", str(rate), "--size", str(size)]
+        module = "support.xdpsend" if xdpsend.available() else "support.sender"
+        command = [] if cpu is None else ["taskset", "-c", str(cpu)]
+        command += [sys.executable, "-m", module, *senders]
+        if module == "support.xdpsend":
+            command += [word for receiver, _ in pairs for word in ("--receiver", receiver)]
+        command += ["--frames", str(frames), "--rate", str(rate), "--sizes", format_sizes(tuple(sizes))]
+        command += ["--first-sequence", str(first_sequence)]
+        command += [] if flows is None else ["--udp", "--flows", str(flows)]
         return self._start_module(command, None)
 
     # Inside

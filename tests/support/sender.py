@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from support.frames import Shape, Template, parse_sizes
@@ -104,15 +105,18 @@ class Interface:
 
 
 class Stop:
-    """Set by TERM and INT; the loop looks at it once per round."""
+    """Set by TERM and INT; the loop looks at it once per round. `then` is called, too: whatever ends a long wait."""
 
     def __init__(self) -> None:
         self.wanted = False
+        self.then: Callable[[], object] | None = None
         signal.signal(signal.SIGTERM, self._set)
         signal.signal(signal.SIGINT, self._set)
 
     def _set(self, _number: int, _frame: FrameType | None) -> None:
         self.wanted = True
+        if self.then is not None:
+            self.then()
 
 
 def run(interfaces: list[Interface], frames: int, rate_pps: float, stop: Stop) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from support import xdpsend
-from support.frames import Shape, numbered_frame
+from support.frames import IMIX_SIZES, Shape, numbered_frame
 from support.judges import check_numbered, packets
-from support.lab import Lab, LabError, requires_root, requires_tool, wait_until
+from support.lab import TESTS_DIRECTORY, Lab, LabError, requires_root, requires_tool, wait_until
 
 pytestmark = [requires_root, requires_tool("tcpdump")]
 
@@ -81,19 +83,52 @@ def test_sizes_tags_and_flows_reach_the_other_end(tmp_path: Path, shape: Shape) 
     check_numbered([tmp_path / "a.pcap"]).assert_exact(report.sent_by_id)
 
 
-@pytest.mark.skipif(not xdpsend.available(), reason="the kernel refuses live XDP frames (Linux 5.18, CAP_BPF)")
+needs_live_frames = pytest.mark.skipif(
+    not xdpsend.available(), reason="the kernel refuses live XDP frames (Linux 5.18, CAP_BPF)"
+)
+
+
+@needs_live_frames
 @pytest.mark.parametrize("rate", [0.0, 30_000.0])
-def test_frames_sent_from_the_kernel_are_the_same_frames(tmp_path: Path, rate: float) -> None:
-    count = 3000
+@pytest.mark.parametrize("shape", [Shape((100,)), Shape(IMIX_SIZES), Shape((90, 300), udp=True, flows=50_001)])
+def test_frames_sent_from_the_kernel_are_the_same_frames(tmp_path: Path, shape: Shape, rate: float) -> None:
+    count, first = 3000, 44_000
     with Lab() as lab:
         pairs = [lab.veth("a"), lab.veth("b")]
         tcpdump = start_tcpdump(lab, "b", tmp_path / "b.pcap", count)
-        report = lab.start_fast_sender(pairs, frames=count, rate=rate, size=100).report()
+        flows = shape.flows if shape.udp else None
+        options = {"sizes": shape.sizes, "flows": flows, "first_sequence": first}
+        report = lab.start_fast_sender(pairs, frames=count, rate=rate, **options).report()
         assert tcpdump.wait(10) == 0
-    check_numbered([tmp_path / "b.pcap"]).assert_exact({1: report.sent_by_id[1]})
+    check_numbered([tmp_path / "b.pcap"]).assert_exact({1: report.sent_by_id[1]}, first)
     frames = [bytes(packet.data) for packet in packets(tmp_path / "b.pcap")]
-    assert frames == [numbered_frame(1, number, Shape((100,))) for number in range(count)]
+    assert frames == [numbered_frame(1, number, shape) for number in range(first, first + count)]
     assert rate == 0 or report.seconds >= 0.9 * 2 * count / rate
+
+
+@needs_live_frames
+def test_a_paced_sender_ends_though_its_signal_came_before_the_call() -> None:
+    """Run in a process of its own, whose first call into the kernel begins after everything was due."""
+    late = (
+        "import time; from support import xdpsend as x; run = x.XdpSender._run_program;"
+        "x.XdpSender._run_program = lambda self, repeat: (time.sleep(0.2), run(self, repeat));"
+        "raise SystemExit(x.main())"
+    )
+    with Lab() as lab:
+        a, peer = lab.veth("a")
+        command = [sys.executable, "-c", late, peer, "--receiver", a, "--frames", "100", "--rate", "10000"]
+        done = lab.run(command, env=os.environ | {"PYTHONPATH": str(TESTS_DIRECTORY)}, timeout_s=20)
+    assert json.loads(done.stdout)["sent"] == {peer: 100}
+
+
+@needs_live_frames
+@pytest.mark.parametrize("rate", [0.0, 50_000.0])
+def test_an_endless_sender_from_the_kernel_ends_when_told(rate: float) -> None:
+    with Lab() as lab:
+        pair = lab.veth("a")
+        sender = lab.start_fast_sender([pair], rate=rate)
+        wait_until(lambda: lab.statistics(pair[0])["rx_packets"] > 1000, "traffic")
+        assert sender.stop().total > 1000
 
 
 def test_an_endless_sender_reports_what_it_sent_when_stopped() -> None:

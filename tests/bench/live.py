@@ -1,0 +1,279 @@
+"""One trial of a live row: veth pairs, a program that captures from them, a sender, and what became of its frames.
+
+A first part of the traffic is not measured: it pays for what is paid once. CPU time is taken from the rest after that
+to the rest after the traffic proper, so start, end and warming up are left out; loss and order are those of all frames.
+It is the scheduler's own count, in nanoseconds, of every thread of every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.lab import Lab, wait_until
+from support.service import toml
+
+from bench.context import Bench
+from bench.measure import find, median, memory_bytes, tree
+
+ENVIRONMENT = Path(sys.executable).parent
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 30.0
+REST_INTERVAL_S = 0.3
+REST_CPU_NS = 5_000_000  # less than this in an interval is rest
+LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
+WARM_UP = 0.25  # of the traffic
+REST_TIMEOUT_S = 20.0
+MEMORY_INTERVAL_S = 0.5
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program under test. `commands`: from the interfaces and the output directory; `files`: what it wrote there,
+    in order. `stops`: the names of the processes that are told to end, without it those that were started."""
+
+    name: str
+    commands: Callable[[Sequence[str], Path], list[list[str]]]
+    files: Callable[[Path], list[Path]] = lambda out: sorted(out.glob("*.pcap*"))
+    stops: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    stop_signal: signal.Signals = signal.SIGTERM
+    look: Callable[[Path], str] = lambda out: ""  # what it says of itself while it still runs, at rest
+
+    @property
+    def missing(self) -> list[str]:
+        return [need for need in self.needs if find(need) is None]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """`packets` of all interfaces together; `rate_pps` 0 is the sender's limit."""
+
+    packets: int
+    rate_pps: float = 0.0
+    sizes: tuple[int, ...] = (60,)
+    flows: int | None = None
+
+
+@dataclass
+class Trial:
+    """What one trial found. `offered`: what arrived at the interfaces, `measured` of it while CPU time was taken.
+    `files` are gone when the next trial begins."""
+
+    offered: int = 0
+    lost: int = 0  # set by whoever counts the files
+    measured: int = 0
+    offered_by_id: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_ns: dict[str, int] = field(default_factory=dict)  # by process name
+    peak_bytes: int = 0
+    files: list[Path] = field(default_factory=list)
+    directory: Path = Path()
+    output: str = ""
+    seen: str = ""
+
+    @property
+    def rate_pps(self) -> float:
+        return self.measured / self.seconds
+
+    @property
+    def total_cpu_ns(self) -> int:
+        return sum(self.cpu_ns.values())
+
+    def ns_per_packet(self) -> float | None:
+        """For each packet that was kept: what is dropped early must not look cheap."""
+        kept = self.measured * (1 - self.lost / self.offered) if self.offered else 0
+        return self.total_cpu_ns / kept if kept > 0 else None
+
+
+def appliance_commands(
+    interfaces: Sequence[str], out: Path, *, meter: bool = False, compressor: object = "none"
+) -> list[list[str]]:
+    """`appliance run` that writes one pcapng file, and with `meter` IPFIX files."""
+    config = {
+        "interface": [{"uri": f"ring:{name}"} for name in interfaces],
+        "output": [
+            {
+                "directory": str(out),
+                "rotate_seconds": 0,
+                "rotate_bytes": 0,
+                "compressor": compressor,
+                "min_free_bytes": 0,
+            }
+        ],
+        "meter": {"enabled": meter} | ({"export": [{"uri": "file:"}]} if meter else {}),
+        "monitor": {"listen": "", "control_socket": str(out / "control") if meter else ""},
+    }
+    path = out / "bench.toml"
+    path.write_text(toml(config))
+    return [[str(ENVIRONMENT / "appliance"), "run", "-c", str(path), "--no-figures"]]
+
+
+def appliance_files(out: Path) -> list[Path]:
+    ready = out / "ready"
+    return sorted(ready.iterdir()) if ready.is_dir() else []
+
+
+def mtracecap_commands(interfaces: Sequence[str], out: Path, *options: str) -> list[list[str]]:
+    sources = [f"ring:{name}" for name in interfaces]
+    return [[str(ENVIRONMENT / "mtracecap"), *options, f"pcapfile:{out}/out.pcap", *sources]]
+
+
+def trial(bench: Bench, program: Program, interfaces: int, traffic: Traffic, directory: Path) -> Trial:
+    """Runs `program` once on so many interfaces in a laboratory of its own; its output is below `directory`."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    with Lab() as lab, (directory / "said").open("wb") as said:
+        pairs = [lab.veth(f"b{i}") for i in range(interfaces)]
+        names = [name for name, _ in pairs]
+        prefix = [] if bench.tool_cpus is None else ["taskset", "-c", ",".join(map(str, bench.tool_cpus))]
+        processes = [
+            lab.popen([*prefix, *command], stdout=said, stderr=said, stdin=subprocess.DEVNULL, cwd=directory)
+            for command in program.commands(names, directory)
+        ]
+        _wait_for_capture(processes, interfaces, directory / "said")
+        _rest(processes)
+        found = _send(bench, lab, pairs, processes, traffic)
+        found.seen = program.look(directory)
+        _stop(processes, program)
+    found.directory = directory
+    found.output = (directory / "said").read_text(errors="replace")
+    found.files = program.files(directory)
+    return found
+
+
+def _send(
+    bench: Bench, lab: Lab, pairs: Sequence[Pair], processes: Sequence[subprocess.Popen[bytes]], traffic: Traffic
+) -> Trial:
+    """The traffic, and what the program's processes spent on it."""
+    found = Trial()
+    offered = _arrived(lab, pairs)
+    warm_up = int(traffic.packets * WARM_UP) // len(pairs)
+    _run_sender(bench, lab, pairs, processes, traffic, (0, warm_up), found)
+    before = _rest(processes)
+    warm = _arrived(lab, pairs)
+    found.seconds = _run_sender(bench, lab, pairs, processes, traffic, (warm_up, traffic.packets // len(pairs)), found)
+    time.sleep(LINGER_S)
+    after = _rest(processes)
+    found.peak_bytes = max(found.peak_bytes, _memory(processes))
+    arrived = _arrived(lab, pairs)
+    found.offered_by_id = {i: now - then for i, (now, then) in enumerate(zip(arrived, offered, strict=True))}
+    found.offered = sum(arrived) - sum(offered)
+    found.measured = sum(arrived) - sum(warm)
+    for pid, (name, spent) in after.items():
+        found.cpu_ns[name] = found.cpu_ns.get(name, 0) + spent - before.get(pid, (name, 0))[1]
+    return found
+
+
+def _arrived(lab: Lab, pairs: Sequence[Pair]) -> list[int]:
+    return [lab.statistics(name)["rx_packets"] for name, _ in pairs]
+
+
+def _run_sender(
+    bench: Bench,
+    lab: Lab,
+    pairs: Sequence[Pair],
+    processes: Sequence[subprocess.Popen[bytes]],
+    traffic: Traffic,
+    numbers: tuple[int, int],
+    found: Trial,
+) -> float:
+    """Sends the frames of these numbers (from, before) on each interface; the seconds it took."""
+    sender = lab.start_fast_sender(
+        pairs,
+        frames=numbers[1] - numbers[0],
+        first_sequence=numbers[0],
+        rate=traffic.rate_pps,
+        sizes=traffic.sizes,
+        flows=traffic.flows,
+        cpu=bench.sender_cpu,
+    )
+    while sender.process.poll() is None:
+        found.peak_bytes = max(found.peak_bytes, _memory(processes))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            sender.process.wait(MEMORY_INTERVAL_S)
+    return sender.report().seconds
+
+
+def _wait_for_capture(processes: Sequence[subprocess.Popen[bytes]], interfaces: int, said: Path) -> None:
+    """Until there is a bound packet socket for every interface. RuntimeError: the program ended before that."""
+
+    def captures() -> bool:
+        for process in processes:
+            if process.poll() is not None:
+                text = said.read_text(errors="replace")[-1000:]
+                raise RuntimeError(f"{process.args}: ended with {process.returncode}: {text}")
+        rows = Path(f"/proc/{processes[0].pid}/net/packet").read_text().splitlines()[1:]
+        bound = {row.split()[4] for row in rows if row.split()[4] != "0" and row.split()[5] == "1"}
+        return len(bound) >= interfaces
+
+    wait_until(captures, "a packet socket for every interface", START_TIMEOUT_S)
+
+
+def _rest(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, tuple[str, int]]:
+    """Waits until the program has nothing left to do; its CPU times then."""
+    deadline = time.monotonic() + REST_TIMEOUT_S
+    now = _cpu(processes)
+    while time.monotonic() < deadline:
+        before, _ = now, time.sleep(REST_INTERVAL_S)
+        now = _cpu(processes)
+        if sum(spent for _, spent in now.values()) - sum(spent for _, spent in before.values()) < REST_CPU_NS:
+            break
+    return now
+
+
+def _cpu(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, tuple[str, int]]:
+    """Name and CPU time in ns of every process of the program (proc_pid_schedstat(5): time on the CPU)."""
+    times: dict[int, tuple[str, int]] = {}
+    for pid in (pid for process in processes for pid in tree(process.pid)):
+        with contextlib.suppress(OSError):
+            spent = 0
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(OSError):
+                    spent += int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0])
+            times[pid] = (Path(f"/proc/{pid}/comm").read_text().strip(), spent)
+    return times
+
+
+def _memory(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    return memory_bytes(pid for process in processes for pid in tree(process.pid))
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], program: Program) -> None:
+    """Tells the program to end in good order, and waits for that."""
+    for process in processes:
+        for pid in tree(process.pid) if program.stops else [process.pid]:
+            with contextlib.suppress(OSError):
+                if not program.stops or Path(f"/proc/{pid}/comm").read_text().strip() in program.stops:
+                    os.kill(pid, program.stop_signal)
+    for process in processes:
+        process.wait(STOP_TIMEOUT_S)
+
+
+def medians(trials: Sequence[Trial], of: Callable[[Trial], float | None]) -> float | None:
+    """The median of a figure over the rounds; None when a round does not have it."""
+    values = [value for one in trials if (value := of(one)) is not None]
+    return median(values) if len(values) == len(trials) and values else None
+
+
+def by_process(trials: Sequence[Trial]) -> str:
+    """CPU ns per packet of each kind of process: `capture 40, merge 21`. Sources of one kind count together."""
+    kinds: dict[str, list[float]] = {}
+    for one in trials:
+        sums: dict[str, float] = {}
+        for name, spent in one.cpu_ns.items():
+            kind = name.partition("/")[0]
+            sums[kind] = sums.get(kind, 0) + spent / max(1, one.measured)
+        for kind, value in sums.items():
+            kinds.setdefault(kind, []).append(value)
+    shown = [(kind, median(values)) for kind, values in kinds.items()]
+    return ", ".join(f"{kind} {value:.0f}" for kind, value in shown if value >= 0.5)

@@ -1,0 +1,228 @@
+"""Where the time goes: each stage by itself in this process, over memory, ns per packet."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from appliance.capture import headers
+from appliance.capture.filesource import FileCapture
+from appliance.config import Interface
+from appliance.counters import CAPTURE_FIELDS, CounterPages
+from appliance.formats.pcap import PcapDecoder
+from appliance.merge import order
+from appliance.meter.pack import Packer
+from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.table import FlowTable
+from appliance.meter.templates import TemplateSet
+from appliance.ring.memory import allocate
+from appliance.ring.ring import Consumer, Producer, initialise
+from bench.context import Bench
+from bench.results import Picture, RowResult, Table
+from bench.rows.ipfix_pack import MESSAGE_BYTES, SECOND, flow_table
+from bench.traffic import Mix, packets_of, write_capture
+
+NAME = "stages"
+TITLE = "Each stage by itself"
+NEEDS_ROOT = False
+
+SIZES = {"60 B": 60, "1500 B": 1500}
+MERGES = (1, 2, 4, 8)
+FLOWS = (1_000, 100_000, 400_000)
+OUT_BYTES = 1 << 20
+WRITE_BYTES = 1 << 20
+ROUNDS = 3
+
+Times = dict[str, dict[str, float]]  # stage -> size -> ns per packet
+
+
+def run_row(bench: Bench) -> RowResult:
+    packets = 50_000 if bench.quick else 200_000
+    times: Times = {}
+    with bench.directory() as directory:
+        for name, size in SIZES.items():
+            bench.progress.step(f"{name}: formats, digests, merge")
+            _of_size(directory, name, size, packets if size == 60 else packets // 4, times)
+        for flows in FLOWS[:2] if bench.quick else FLOWS:
+            bench.progress.step(f"flow table, {flows:,} flows")
+            stage = f"flow update, {flows:,} flows"
+            times[stage] = {"60 B": _flow_update(directory, flows, 4 * packets)}
+    bench.progress.step("export packing")
+    times["export packing (per record)"] = {"60 B": _export(packets // 2)}
+    table = Table(
+        NAME,
+        f"{TITLE}, ns per packet; the fastest of {ROUNDS} passes",
+        ("stage", *SIZES),
+        [[stage, *(found.get(size) for size in SIZES)] for stage, found in times.items()],
+        notes=["the kernel's block walk and the copy into the ring are the capture processes of the live rows"],
+        pictures=[Picture("60 B", "stage", "stage")],
+    )
+    return RowResult(NAME, TITLE, [table], conditions="one process, one thread, in memory, not pinned")
+
+
+def _best(work: Callable[[], float]) -> float:
+    return min(work() for _ in range(ROUNDS))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter_ns()
+    work()
+    return time.perf_counter_ns() - begun
+
+
+def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) -> None:
+    path = write_capture(directory / "stages.pcap", packets, Mix((size,), flows=10_000))
+    records = decode(path.read_bytes())
+
+    def note(stage: str, total_ns: float) -> None:
+        times.setdefault(stage, {})[name] = total_ns / packets
+
+    content = path.read_bytes()
+    note("file decode (pcap to records)", _best(lambda: _decode_ns(content)))
+    note("header digest", _best(lambda: _timed(lambda: headers.digests(records, [1]))))
+    for count in MERGES:
+        stage = f"merge of {count}, pcapng"
+        note(stage, _best(lambda count=count: _merge_ns(directory, count, size, packets, order.SINK_PCAPNG)))
+    for sink, stage in ((order.SINK_PCAP_US, "merge of 4, pcap us"), (order.SINK_PCAP_NS, "merge of 4, pcap ns")):
+        note(stage, _best(lambda sink=sink: _merge_ns(directory, 4, size, packets, sink)))
+    note("write to memory, 1 MiB each", _best(lambda: _write_ns(directory, records)))
+    path.unlink()
+
+
+class Buffer:
+    """Aligned memory that has been touched."""
+
+    def __init__(self, length: int) -> None:
+        self._map = mmap.mmap(-1, length)
+        self._map.write(bytes(length))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.length = length
+
+    def content(self, length: int) -> bytes:
+        return self._map[:length]
+
+
+def decode(content: bytes) -> bytes:
+    """The records (Enhanced Packet Blocks) of a pcap file, without the announcement of its interface."""
+    buffer = Buffer(2 * len(content) + (1 << 20))
+    produced = _decode_into(content, buffer)
+    records = buffer.content(produced)
+    first = int.from_bytes(records[4:8], "little")
+    return records[first:] if int.from_bytes(records[:4], "little") != 6 else records
+
+
+def _decode_into(content: bytes, buffer: Buffer) -> int:
+    source = ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value
+    assert source is not None
+    _, _, produced = PcapDecoder().decode(source, len(content), buffer.address, buffer.length, True)
+    return produced
+
+
+def _decode_ns(content: bytes) -> float:
+    buffer = Buffer(2 * len(content) + (1 << 20))
+    return _timed(lambda: _decode_into(content, buffer))
+
+
+def _merge_ns(directory: Path, count: int, size: int, packets: int, sink: int) -> float:
+    """`count` rings that are full when the clock starts; the output is passed over."""
+    files = []
+    for i in range(count):
+        path = directory / f"{size}-{packets // count}-{i}.pcap"
+        if not path.exists():
+            write_capture(path, packets // count, Mix((size,), flows=1000), i)
+        files.append(path)
+    pages = CounterPages([(f"file/{i}", CAPTURE_FIELDS) for i in range(count)])
+    capacity = 1 << (2 * (size + 64) * packets // count + (2 << 20)).bit_length()
+    descriptors, consumers = [], []
+    try:
+        for i, path in enumerate(files):
+            fd, generation = allocate(capacity, "bench"), secrets.randbits(63)
+            descriptors.append(fd)
+            initialise(fd, capacity, generation)
+            producer = Producer(fd, generation)
+            capture = FileCapture(Interface(uri=f"pcapfile:{path}"), producer, None, pages[f"file/{i}"])
+            while not capture.ended:
+                if capture.step():
+                    raise RuntimeError("the ring is too small")
+            producer.end()
+            capture.close()
+            consumers.append(Consumer(fd, generation))
+        merge = order.Merge(consumers, [False] * count, sink=sink, max_wait_ms=1, out_bytes=OUT_BYTES)
+        return _timed(lambda: _drain(merge))
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def _drain(merge: order.Merge) -> None:
+    while (status := merge.fill()) != order.ENDED or merge.out_bytes:
+        merge.release()
+        merge.emptied()
+        if status == order.IDLE:
+            raise RuntimeError("the merge waits for more than there is")
+        if status == order.CONTROL:
+            merge.map_interface(merge.control_source, 0, merge.control_source)
+            merge.control_done()
+
+
+def _write_ns(directory: Path, records: bytes) -> float:
+    path = directory / "written"
+    view = memoryview(records)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        begun = time.perf_counter_ns()
+        for start in range(0, len(view), WRITE_BYTES):
+            os.write(fd, view[start : start + WRITE_BYTES])
+        return time.perf_counter_ns() - begun
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def _flow_update(directory: Path, flows: int, packets: int) -> float:
+    """The second pass over the same packets: every flow is there already."""
+    mix = Mix((60,), flows=flows)
+    path = write_capture(directory / "flows.pcap", packets, mix)
+    digests, _ = headers.digests(decode(path.read_bytes()), [1])
+    path.unlink()
+    buffer = Buffer(len(digests) + 8)
+    ctypes.memmove(buffer.address, digests, len(digests))
+    table = FlowTable(
+        max_flows=1_000_000, idle_timeout_ns=30 * SECOND, active_timeout_ns=3000 * SECOND, tcp_linger_ns=SECOND
+    )
+
+    def update() -> None:
+        done = 0
+        while done < len(digests):
+            done += table.update(buffer.address + done, len(digests) - done)
+            table.clear_rows()
+
+    update()
+    return _best(lambda: _timed(update)) / packets_of(packets, mix)
+
+
+def _export(count: int) -> float:
+    export = ExportSettings("file:")
+    templates = TemplateSet(MeterSettings(), export)
+    packer = Packer(
+        templates.plans, biflow=export.biflow, observation_domain=export.domain, message_bytes=MESSAGE_BYTES
+    )
+
+    def once() -> float:
+        table = flow_table(count)
+        spent = 0
+        complete = False
+        while not complete:
+            complete = table.flush()
+            begun = time.perf_counter_ns()
+            packer.pack(table.rows_address, table.row_count)
+            spent += time.perf_counter_ns() - begun
+            table.clear_rows()
+        return spent
+
+    return _best(once) / count
