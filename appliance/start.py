@@ -35,7 +35,9 @@ def main() -> None:
 
         sys.exit(run_command(arguments))
     gc.disable()  # what is imported now is here to stay: looking for garbage in it costs a tenth of the start
-    sys.exit(exit_status(lambda: flows(**job)))
+    status = exit_status(lambda: flows(**job))
+    gc.freeze()  # nor at the end
+    sys.exit(status)
 
 
 def exit_status(command: Callable[[], int]) -> int:
