@@ -35,6 +35,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    signal.signal(signal.SIGINT, _interrupt)  # also where a shell had it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     about = machine()
