@@ -143,6 +143,7 @@ Bytes = Annotated[int, _between(0, 1 << 60)]
 RotateSeconds = Annotated[int, _zero_or_between(1, 7 * 86400)]
 RingBytes = Annotated[int, _zero_or_between(MIN_RING_BYTES, TIB)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_path_or_nothing)]
+Cpus = tuple[Annotated[int, _between(0, 8191), Field(strict=True)], ...]
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,11 @@ class Interface(_Table):
         default=1000, description="disorder between receive CPUs that is put right; what is later is counted as late"
     )
     fanout: Annotated[int, _between(1, 64)] = Field(default=1, description="capture workers (ring: only)")
+    cpus: Cpus = Field(
+        default=(),
+        strict=False,
+        description="CPUs that the capture workers run on, and whose memory their rings take; [] = any",
+    )
     speed: Literal["full", "recorded"] = Field(
         default="full", description='files only: as fast as it goes, or "recorded" = with the pauses of the recording'
     )
@@ -275,6 +281,7 @@ class Output(_Table):
     compressor_timeout_s: Annotated[int, _between(1, 3600)] = Field(
         default=60, description="a compressor that takes no byte or does not end for so long has failed"
     )
+    cpus: Cpus = Field(default=(), strict=False, description="CPUs that the merge and its compressor run on; [] = any")
     group_readable: bool = Field(default=True, description="files have mode 0640; false = 0600")
     retain_bytes: Bytes = Field(default=0, description="oldest files go when all together are larger; 0 = unlimited")
     retain_seconds: Annotated[int, _between(0, 1 << 40)] = Field(
@@ -323,6 +330,7 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,8 @@ def print_table(table: Table, out: TextIO | None = None) -> None:
 
 
 def print_json(value: object, out: TextIO | None = None) -> None:
+    import json
+
     print(json.dumps(value, indent=2), file=out or sys.stdout)
 
 

@@ -11,7 +11,8 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -78,10 +79,11 @@ def _meter(
         ignored_packets=lambda: sum(sum(one.ignored) for one in inputs),
     )
     fill = inputs[0].fill if len(inputs) == 1 else _Merged(inputs).fill
-    for batch in _ahead(fill):
-        metering.feed(batch.address, batch.length)
-        metering.service(time.monotonic())
-        progress(page["observed_packets"])
+    with closing(_ahead(fill)) as batches:
+        for batch in batches:
+            metering.feed(batch.address, batch.length)
+            metering.service(time.monotonic())
+            progress(page["observed_packets"])
     metering.finish()
     ignored = [sum(counts) for counts in zip(*(one.ignored for one in inputs), strict=True)]
     return FlowCounts(
@@ -117,21 +119,18 @@ class _Batch:
         self.length = 0
 
 
-def _ahead(fill: Callable[[int, int], int]) -> Iterator[_Batch]:
+def _ahead(fill: Callable[[int, int], int]) -> Generator[_Batch, None, None]:
     """The batches that `fill(address, room)` makes on a thread of its own, until one is empty. Each is valid until the
     next one is asked for. What `fill` raises, this raises."""
-    free: SimpleQueue[_Batch] = SimpleQueue()
-    full: SimpleQueue[_Batch | BaseException] = SimpleQueue()
+    free: SimpleQueue[_Batch | None] = SimpleQueue()  # None: nobody wants more
+    full: SimpleQueue[_Batch | BaseException | None] = SimpleQueue()  # None: there is no more
 
     def work() -> None:
         try:
-            batch = free.get()
-            while length := fill(batch.address, BATCH_BYTES):
+            while (batch := free.get()) and (length := fill(batch.address, BATCH_BYTES)):
                 batch.length = length
                 full.put(batch)
-                batch = free.get()
-            batch.length = 0
-            full.put(batch)
+            full.put(None)
         except BaseException as error:
             full.put(error)
 
@@ -139,14 +138,14 @@ def _ahead(fill: Callable[[int, int], int]) -> Iterator[_Batch]:
         free.put(_Batch())
     # A daemon: an interrupt must not wait for a pipe that gives nothing.
     threading.Thread(target=work, name="digests", daemon=True).start()
-    while True:
-        batch = full.get()
-        if isinstance(batch, BaseException):
-            raise batch
-        if not batch.length:
-            return
-        yield batch
-        free.put(batch)
+    try:
+        while (batch := full.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+            free.put(batch)
+    finally:
+        free.put(None)
 
 
 class _Input:

@@ -14,12 +14,12 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from appliance.counters import STATES, CounterPage, CounterPages
-from appliance.errors import ApplianceError, CannotCreateError, MissingInputError, MissingPermissionError
+from appliance.errors import ApplianceError, CannotCreateError, ConfigError, MissingInputError, MissingPermissionError
 
 if TYPE_CHECKING:
     from appliance.config import Config
@@ -58,6 +58,7 @@ class WorkerContext:
     config: Config
     parts: Any = None
     keep_descriptors: tuple[int, ...] = ()
+    cpus: tuple[int, ...] = ()  # that it runs on; none: any
     capabilities: tuple[int, ...] = ()  # what this process keeps until it has opened its source
     _draining: bool = field(default=False, init=False)
 
@@ -124,6 +125,7 @@ def set_up_worker(context: WorkerContext, worker_log: WorkerLog) -> None:
     if context.capabilities and not context.name.startswith("capture/"):
         set_capabilities(())
     set_process_name(context.name)
+    use_cpus(context.cpus)
     context.page["pid"] = os.getpid()
     context.page["started_ns"] = time.monotonic_ns()
     context.beat()
@@ -149,6 +151,37 @@ def allow_open_files(wanted: int) -> None:
             f"{wanted} open files are needed, {hard} are allowed; raise the limit (ulimit -n, LimitNOFILE= of a unit)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_cpus(cpus: Iterable[int], what: str) -> None:
+    """ConfigError: this machine, or this process' share of it, does not have all of `cpus`."""
+    allowed = os.sched_getaffinity(0)
+    if missing := sorted(set(cpus) - allowed):
+        raise ConfigError(
+            f"{what}: cpus: this process may not run on CPU {', '.join(map(str, missing))}; there are "
+            f"{', '.join(map(str, sorted(allowed)))}"
+        )
+
+
+def use_cpus(cpus: Iterable[int]) -> None:
+    """From now on only these, and for what is started from here too. One that has gone since it was checked is no
+    reason not to run."""
+    if wanted := set(cpus):
+        try:
+            os.sched_setaffinity(0, wanted)
+        except OSError as error:
+            log.warning("cpus %s: %s; running on any", sorted(wanted), error.strerror)
+
+
+@contextlib.contextmanager
+def on_cpus(cpus: Iterable[int]) -> Iterator[None]:
+    """What is done in the block is done there: memory that is touched first lies in their NUMA node."""
+    before = os.sched_getaffinity(0)
+    use_cpus(cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def set_process_name(name: str) -> None:

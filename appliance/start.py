@@ -34,8 +34,10 @@ def main() -> None:
         from appliance.cli import run_command
 
         sys.exit(run_command(arguments))
-    gc.disable()  # what is imported now is here to stay: looking for garbage in it costs a tenth of the start
-    sys.exit(exit_status(lambda: flows(**job)))
+    gc.disable()  # until all is imported: that is here to stay, and a look for garbage in it takes a tenth of the start
+    status = exit_status(lambda: flows(**job))
+    gc.freeze()  # nor at the end
+    sys.exit(status)
 
 
 def exit_status(command: Callable[[], int]) -> int:
@@ -107,6 +109,9 @@ def flows(
     from appliance.meter.settings import MeterSettings
     from appliance.offline import meter_files
 
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
     with progress("metering", "packets") as advance:
         counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))

@@ -278,6 +278,7 @@ class Supervisor:
             config=self.config,
             parts=parts,
             keep_descriptors=parts.descriptors if parts is not None else (),
+            cpus=self.wired.cpus(worker.name),
             capabilities=self.wired.kept_capabilities,
         )
         context.set_state("starting")

@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -43,9 +43,11 @@ from appliance.process import (
     CAP_NET_RAW,
     WorkerContext,
     allow_open_files,
+    check_cpus,
     check_user,
     close_descriptors,
     drop_privileges,
+    on_cpus,
     set_process_name,
 )
 from appliance.ring import memory
@@ -120,6 +122,8 @@ class Wiring:
             check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
+        for what, cpus in all_cpus(config):
+            check_cpus(cpus, what)
         load_workers(plan)
         allow_open_files(BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(plan.workers))
         file_interfaces = check_files(plan)
@@ -183,8 +187,9 @@ class Wiring:
         if self.plan.meter is not None:
             self.meter_wake = eventfd()
         for source in self.plan.sources:
-            ring_fd = self.new_ring(source.ring_bytes, source.label)
-            digest_fd = self.new_ring(source.digest_ring_bytes, source.label) if source.digest_ring_bytes else -1
+            with on_cpus(source.interface.cpus):
+                ring_fd = self.new_ring(source.ring_bytes, source.label)
+                digest_fd = self.new_ring(source.digest_ring_bytes, source.label) if source.digest_ring_bytes else -1
             self.rings[source.label] = Rings(ring_fd, digest_fd, eventfd(), RingMapping(ring_fd, self.generation))
 
     def new_ring(self, capacity: int, name: str) -> int:
@@ -260,6 +265,15 @@ class Wiring:
         if role == "meter":
             return workers.meter.main, self.meter_parts()
         return workers.monitor.main, self.monitor_parts()
+
+    def cpus(self, name: str) -> tuple[int, ...]:
+        """The CPUs that the configuration gives to a worker; none: any."""
+        role = name.partition("/")[0]
+        if role == "capture":
+            return self.source_of(name).interface.cpus
+        if role == "merge":
+            return self.output_of(name).cpus
+        return self.config.meter.cpus if role == "meter" else ()
 
     def capture_parts(self, source: Source) -> workers.capture.CaptureParts:
         rings = self.rings[source.label]
@@ -402,6 +416,15 @@ def run_opener(channel: socket.socket, user: str) -> None:
     drop_privileges(user, (CAP_NET_RAW,))
     with contextlib.suppress(OSError):
         serve(channel)
+
+
+def all_cpus(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every `cpus` of a configuration, with the table that it stands in."""
+    for interface in config.interfaces:
+        yield f"interface {interface.uri}", interface.cpus
+    for output in config.outputs:
+        yield f"output {output.name}", output.cpus
+    yield "meter", config.meter.cpus
 
 
 def load_workers(plan: Plan) -> None:

@@ -1,10 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """A capture file as digests, for who wants nothing else of it: the packets are looked at where the reader has them."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
-from appliance.capture.headers cimport IGNORED_REASON_COUNT, DigestBatch, digest_references
+from appliance.capture.headers cimport IGNORED_REASON_COUNT, DigestBatch, LinkTypes, digest_references
 from appliance.formats.record cimport PacketReference
 
 from appliance.errors import FormatError
@@ -23,20 +23,19 @@ cdef class DigestFile:
     cdef uint64_t count
     cdef uint64_t taken
     cdef uint64_t ignored_counts[IGNORED_REASON_COUNT]
-    cdef uint16_t *linktypes
-    cdef uint32_t linktype_count
+    cdef LinkTypes linktypes
     cdef readonly bint ended
 
     def __cinit__(self, path, uint32_t source=0):
         self.reader = CaptureReader(path, by_reference=True)
         self.source = source
+        self.linktypes = LinkTypes()
         self.packets = <PacketReference *>malloc(REFERENCES * sizeof(PacketReference))
         if self.packets == NULL:
             raise MemoryError
 
     def __dealloc__(self):
         free(self.packets)
-        free(self.linktypes)
 
     def fill(self, size_t address, uint64_t room):
         cdef uint8_t *out = <uint8_t *>address
@@ -47,7 +46,7 @@ cdef class DigestFile:
                 break
             with nogil:
                 self.taken += digest_references(
-                    self.packets + self.taken, self.count - self.taken, self.linktypes, self.linktype_count,
+                    self.packets + self.taken, self.count - self.taken, self.linktypes.types, self.linktypes.count,
                     self.source, out + written, room - written, self.ignored_counts, &batch,
                 )
             written += batch.written_bytes
@@ -69,22 +68,8 @@ cdef class DigestFile:
             return False
         self.count = filled.produced_bytes // sizeof(PacketReference)
         self.ended = filled.end
-        self.learn_linktypes()
+        self.linktypes.learn(self.reader.interfaces)
         return not self.ended
-
-    cdef int learn_linktypes(self) except -1:
-        cdef uint16_t *larger
-        interfaces = self.reader.interfaces
-        if <uint32_t>len(interfaces) == self.linktype_count:
-            return 0
-        larger = <uint16_t *>realloc(self.linktypes, len(interfaces) * sizeof(uint16_t))
-        if larger == NULL:
-            raise MemoryError
-        self.linktypes = larger
-        for i in range(self.linktype_count, len(interfaces)):
-            self.linktypes[i] = interfaces[i].linktype
-        self.linktype_count = len(interfaces)
-        return 0
 
     @property
     def read_packets(self):

@@ -1,10 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """A capture file into a packet ring and a digest ring: decoded in place, digested while it is hot, then published."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
-from appliance.capture.headers cimport DigestBatch, digest_records
+from appliance.capture.headers cimport DigestBatch, LinkTypes, digest_records
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
@@ -31,8 +30,7 @@ cdef class FileCapture:
     cdef uint64_t needed_room
     cdef uint64_t skip              # packets that a predecessor published
     cdef uint64_t ignored[REASONS]
-    cdef uint16_t *linktypes
-    cdef uint32_t linktype_count
+    cdef LinkTypes linktypes
     cdef bint source_ended
     cdef uint64_t wait_ms
     cdef readonly bint ended
@@ -42,6 +40,7 @@ cdef class FileCapture:
         self.digests = digests
         self.page = page
         self.interface = interface
+        self.linktypes = LinkTypes()
         self.source = FileSource(
             interface.uri,
             speed=1.0 if interface.speed == "recorded" else 0.0,
@@ -51,9 +50,6 @@ cdef class FileCapture:
         self.needed_room = BATCH_BYTES
         self.skip = records.words[COMMIT_WORD_PUBLISHED] if records.resumed else 0
         page["interface_up"] = 1
-
-    def __dealloc__(self):
-        free(self.linktypes)
 
     def step(self):
         """One batch further, as far as there is room. Returns 0, or for how many ms there may be nothing to do."""
@@ -128,7 +124,7 @@ cdef class FileCapture:
         cdef uint64_t free_bytes
         if self.digests is None:
             return True
-        self.learn_linktypes()
+        self.linktypes.learn(self.source.interfaces)
         while self.digested_bytes < self.batch_bytes:
             free_bytes = ring_free_bytes(&self.digests.view)
             if free_bytes < self.digest_room():
@@ -137,7 +133,8 @@ cdef class FileCapture:
             memset(&done, 0, sizeof(done))
             with nogil:
                 if not digest_records(batch + self.digested_bytes, self.batch_bytes - self.digested_bytes,
-                                      self.linktypes, self.linktype_count, room, free_bytes, self.ignored, &done):
+                                      self.linktypes.types, self.linktypes.count, room, free_bytes, self.ignored,
+                                      &done):
                     with gil:
                         raise InputOutputError(f"{self.interface.uri}: a decoded record is corrupt")
             self.digested_bytes += done.consumed_bytes
@@ -148,19 +145,6 @@ cdef class FileCapture:
             for i in range(REASONS):
                 self.page[f"ignored_{IGNORED_REASONS[i]}_packets"] = self.ignored[i]
         return True
-
-    cdef void learn_linktypes(self):
-        cdef uint16_t *larger
-        interfaces = self.source.interfaces
-        if len(interfaces) == self.linktype_count:
-            return
-        larger = <uint16_t *>realloc(self.linktypes, len(interfaces) * sizeof(uint16_t))
-        if larger == NULL:
-            raise MemoryError
-        self.linktypes = larger
-        for i in range(self.linktype_count, len(interfaces)):
-            self.linktypes[i] = interfaces[i].linktype
-        self.linktype_count = len(interfaces)
 
     cdef publish(self):
         cdef uint64_t packets = self.source.read_packets

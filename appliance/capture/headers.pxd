@@ -20,6 +20,12 @@ cdef struct DigestBatch:
     uint64_t packets  # seen: digests + ignored
     uint64_t digests
 
+# The link types of a file's interfaces, by their number, as they become known.
+cdef class LinkTypes:
+    cdef uint16_t *types
+    cdef uint32_t count
+    cdef int learn(self, list interfaces) except -1
+
 # Writes the digest of one packet to `out` (room for DIGEST_MAX_BYTES, aligned to 4) and returns its length.
 # 0: not metered, and ignored[reason] went up. `status` takes the bits of DIGEST_CALLER_STATUS.
 cdef uint32_t digest_packet(

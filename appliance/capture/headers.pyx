@@ -6,6 +6,7 @@ packet reached on the wire. Every read is preceded by a look at `end`; every loo
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from appliance.ring.digest cimport *
@@ -694,6 +695,27 @@ cdef bint digest_records(
                 batch.digests += written != 0
         batch.consumed_bytes += head[1]
     return True
+
+
+cdef class LinkTypes:
+
+    def __dealloc__(self):
+        free(self.types)
+
+    cdef int learn(self, list interfaces) except -1:
+        """`interfaces`: all that were announced so far."""
+        cdef uint32_t known = len(interfaces)
+        cdef uint16_t *larger
+        if known == self.count:
+            return 0
+        larger = <uint16_t *>realloc(self.types, known * sizeof(uint16_t))
+        if larger == NULL:
+            raise MemoryError
+        self.types = larger
+        for i in range(self.count, known):
+            self.types[i] = interfaces[i].linktype
+        self.count = known
+        return 0
 
 
 cdef uint64_t digest_references(

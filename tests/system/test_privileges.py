@@ -152,3 +152,21 @@ def test_files_have_their_mode_whatever_the_umask(lab: Lab, directory: Path) -> 
     assert {stat.S_IMODE(path.stat().st_mode) for path in service.ready()} == {0o600}
     directories = ("work", "ready", "meta", "quarantine")
     assert all(not (directory / name).stat().st_mode & 0o022 for name in directories)
+
+
+def test_workers_run_on_the_cpus_that_they_are_given(lab: Lab, directory: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    a, _ = lab.veth("a")
+    b, _ = lab.veth("b")
+    service = Service(
+        lab,
+        directory,
+        [{"uri": f"ring:{a}", "cpus": [cpu]}, {"uri": f"ring:{b}"}],
+        output={"cpus": [cpu], "compressor": "none"},
+        meter={"enabled": True, "cpus": [cpu]},
+    )
+    everywhere = os.sched_getaffinity(0)
+    found = {worker: os.sched_getaffinity(pid) for worker, pid in service.pids().items()}
+    assert service.stop() == 0
+    assert found["capture/a"] == found["merge/main"] == found["meter"] == {cpu}
+    assert found["capture/b"] == found["supervisor"] == everywhere

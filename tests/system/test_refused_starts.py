@@ -53,6 +53,12 @@ def test_a_bad_filter(lab: Lab, directory: Path, output: Path) -> None:
     assert_refused(lab, directory, config, 78, "tcp port nonsense", "a")
 
 
+def test_a_cpu_that_does_not_exist(lab: Lab, directory: Path, output: Path) -> None:
+    lab.veth("a")
+    config = plain(output, {"uri": "ring:a", "cpus": [0, 8191]})
+    assert_refused(lab, directory, config, 78, "interface ring:a", "CPU 8191", "there are")
+
+
 def test_a_filter_that_libpcap_refuses_for_a_file(lab: Lab, directory: Path, output: Path) -> None:
     path = write_pcap(directory / "in.pcap", [(0, numbered_frame(0, 0))])
     config = plain(output, {"uri": f"pcapfile:{path}", "filter": "frobnicate"})
