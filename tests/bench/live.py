@@ -8,7 +8,6 @@ It is the scheduler's own count, in nanoseconds, of every thread of every proces
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from support.lab import Lab, wait_until
 from support.service import toml
 
 from bench.context import Bench
-from bench.measure import find, median, memory_bytes, peak_resident_bytes, tree
+from bench.measure import find, median, memory_bytes, peak_resident_bytes, touch_free_memory, tree
 
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
@@ -33,8 +32,6 @@ REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
 WARM_UP = 0.25  # of the traffic
 REST_TIMEOUT_S = 20.0
-TOUCHED_BYTES = 2 << 30
-MADV_POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 Pair = tuple[str, str]
 
 
@@ -178,14 +175,6 @@ def _send(
     for pid, (name, spent) in after.items():
         found.cpu_ns[name] = found.cpu_ns.get(name, 0) + spent - before.get(pid, (name, 0))[1]
     return found
-
-
-def touch_free_memory(quick: bool) -> None:
-    """A virtual machine may have given its free memory back to the host, and whoever uses a page first pays dearly for
-    it, in whatever program that happens: here it is paid by nobody's account."""
-    length = TOUCHED_BYTES // (4 if quick else 1)
-    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):
-        memory.madvise(MADV_POPULATE_WRITE)
 
 
 def _arrived(lab: Lab, pairs: Sequence[Pair]) -> list[int]:
