@@ -90,9 +90,9 @@ def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) 
     note("file decode (pcap to records)", _best(lambda: _decode_ns(content)))
     note("file to packet ring", _best(lambda: _capture_ns(path, False)))
     note("file to packet and digest ring", _best(lambda: _capture_ns(path, True)))
-    times.setdefault("header digest (the difference)", {})[name] = (
-        times["file to packet and digest ring"][name] - times["file to packet ring"][name]
-    )
+    if size == 60:  # with long packets it drowns in the copying
+        difference = times["file to packet and digest ring"][name] - times["file to packet ring"][name]
+        times["header digest (the difference)"] = {name: difference}
     note("file to digests alone", _best(lambda: _digest_file_ns(path)))
     for count in MERGES:
         stage = f"merge of {count}, pcapng"
