@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
 
 
 @requires_root
-def test_an_interrupt_leaves_no_namespace_no_process_and_no_data(tmp_path: Path, project: Path) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.4])
+def test_an_interrupt_leaves_no_namespace_and_no_data(tmp_path: Path, project: Path, delay_s: float) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--rows", "latency", "--scratch", str(tmp_path / "scratch")]
     command += ["--json", str(tmp_path / "bench.json"), "--pictures", str(tmp_path)]
     (tmp_path / "scratch").mkdir()
@@ -143,6 +145,7 @@ def test_an_interrupt_leaves_no_namespace_no_process_and_no_data(tmp_path: Path,
 
     try:
         wait_until(lambda: bool(ours()) or process.poll() is not None, "a laboratory", 30.0)
+        time.sleep(delay_s)  # in the making of the namespace, of the interfaces, in the start of the program
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=30)
     finally:

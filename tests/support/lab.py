@@ -11,6 +11,7 @@ is in them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,16 +142,18 @@ class Lab:
     def close(self) -> None:
         """Ends every process that the lab started, and whatever else still runs in its namespaces, then removes them.
 
-        Output that nobody reads is closed, so that no process hangs on a full pipe.
+        Output that nobody reads is closed, so that no process hangs on a full pipe. An interrupt waits until all is
+        gone.
         """
-        for process in self._processes:
-            _end(process)
-        for name in self._namespaces:
-            self._end_leftovers(name)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        self._processes.clear()
-        self._namespaces.clear()
-        self._pairs.clear()
+        with _uninterrupted():
+            for process in self._processes:
+                _end(process)
+            for name in self._namespaces:
+                self._end_leftovers(name)
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            self._processes.clear()
+            self._namespaces.clear()
+            self._pairs.clear()
 
     # Namespaces and interfaces
 
@@ -333,10 +336,11 @@ class Lab:
         return Sender(self.popen(command, namespace=namespace, env=environment, **options))
 
     def _make_namespace(self, name: str) -> None:
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-        if made.returncode != 0:
-            raise LabError(f"cannot make the namespace {name}: {made.stderr.strip()}")
-        self._namespaces.append(name)
+        with _uninterrupted():
+            made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+            if made.returncode != 0:
+                raise LabError(f"cannot make the namespace {name}: {made.stderr.strip()}")
+            self._namespaces.append(name)
         self.run(["sh", "-c", _QUIET], namespace=name)
         self.ip("link", "set", "dev", "lo", "up", namespace=name)
 
@@ -357,6 +361,16 @@ class Lab:
                 for pid in pids:
                     _signal(pid, number)
                 time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that end a program wait until the end of the block: it is never left half done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _words(command: Sequence[Word]) -> list[str]:
