@@ -58,7 +58,7 @@ def test_a_packet_that_was_dropped_makes_the_others_dearer() -> None:
 
 
 def test_sources_of_one_kind_count_together() -> None:
-    one = Trial(measured=10, cpu_ns={"capture/a": 100, "capture/b": 200, "merge/main": 50, "opener": 1})
+    one = Trial(offered=10, measured=10, cpu_ns={"capture/a": 100, "capture/b": 200, "merge/main": 50, "opener": 1})
     assert by_process([one]) == "capture 30, merge 5"
 
 
@@ -105,6 +105,7 @@ def test_records_of_an_ipfix_file_are_counted_by_its_last_sequence_number(tmp_pa
 def test_a_meter_is_asked_for_its_own_count() -> None:
     assert live_meter.metered_packets(Trial(seen='{"meter": {"metered_packets": 7}}')) == 7
     assert live_meter.metered_packets(Trial(output="Total: Processed: 5, skipped: 0")) == 5
+    assert live_meter.metered_packets(Trial(seen="Packets processed: 9\n", output="")) == 9
     assert live_meter.metered_packets(Trial(output="")) is None
 
 

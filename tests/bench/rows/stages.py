@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from appliance.capture import headers
+from appliance.capture.digestfile import DigestFile
 from appliance.capture.filesource import FileCapture
 from appliance.config import Interface
 from appliance.counters import CAPTURE_FIELDS, CounterPages
@@ -20,7 +21,6 @@ from appliance.meter.pack import Packer
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.meter.table import FlowTable
 from appliance.meter.templates import TemplateSet
-from appliance.offline import DIGEST_RING_BYTES, PACKET_RING_BYTES
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Consumer, Producer, initialise
 from bench.context import Bench
@@ -37,6 +37,9 @@ MERGES = (1, 2, 4, 8)
 FLOWS = (1_000, 100_000, 400_000)
 OUT_BYTES = 1 << 20
 WRITE_BYTES = 1 << 20
+PACKET_RING_BYTES = 2 << 20  # small enough to stay in the cache
+DIGEST_RING_BYTES = 1 << 20
+DIGEST_BATCH_BYTES = 256 << 10
 ROUNDS = 3
 
 Times = dict[str, dict[str, float]]  # stage -> size -> ns per packet
@@ -90,6 +93,7 @@ def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) 
     times.setdefault("header digest (the difference)", {})[name] = (
         times["file to packet and digest ring"][name] - times["file to packet ring"][name]
     )
+    note("file to digests alone", _best(lambda: _digest_file_ns(path)))
     for count in MERGES:
         stage = f"merge of {count}, pcapng"
         note(stage, _best(lambda count=count: _merge_ns(directory, count, size, packets, order.SINK_PCAPNG)))
@@ -141,7 +145,7 @@ def _ring(capacity: int, descriptors: list[int]) -> tuple[Producer, Consumer]:
 
 
 def _capture_ns(path: Path, with_digests: bool) -> float:
-    """A file into rings that are emptied after each batch, as `appliance flows` does it."""
+    """A file into rings that are emptied after each batch."""
     descriptors: list[int] = []
     pages = CounterPages([("file", CAPTURE_FIELDS)])
     try:
@@ -161,6 +165,19 @@ def _capture_ns(path: Path, with_digests: bool) -> float:
     finally:
         for fd in descriptors:
             os.close(fd)
+
+
+def _digest_file_ns(path: Path) -> float:
+    """As `appliance flows` reads a file."""
+    buffer = Buffer(DIGEST_BATCH_BYTES)
+    file = DigestFile(path)
+    try:
+        begun = time.perf_counter_ns()
+        while not file.ended:
+            file.fill(buffer.address, buffer.length)
+        return time.perf_counter_ns() - begun
+    finally:
+        file.close()
 
 
 def _merge_ns(directory: Path, count: int, size: int, packets: int, sink: int) -> float:
