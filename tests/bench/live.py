@@ -8,7 +8,6 @@ It is the scheduler's own count, in nanoseconds, of every thread of every proces
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from support.lab import Lab, wait_until
 from support.service import toml
 
 from bench.context import Bench
-from bench.measure import find, median, memory_bytes, tree
+from bench.measure import find, median, memory_bytes, peak_resident_bytes, touch_free_memory, tree
 
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
@@ -33,9 +32,6 @@ REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
 WARM_UP = 0.25  # of the traffic
 REST_TIMEOUT_S = 20.0
-MEMORY_INTERVAL_S = 0.5
-TOUCHED_BYTES = 2 << 30
-MADV_POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 Pair = tuple[str, str]
 
 
@@ -164,14 +160,14 @@ def _send(
     found = Trial()
     offered = _arrived(lab, pairs)
     warm_up = int(traffic.packets * WARM_UP) // len(pairs)
-    _run_sender(bench, lab, pairs, processes, traffic, (0, warm_up), found)
+    _run_sender(bench, lab, pairs, traffic, (0, warm_up))
     before = _rest(processes)
     touch_free_memory(bench.quick)
     warm = _arrived(lab, pairs)
-    found.seconds = _run_sender(bench, lab, pairs, processes, traffic, (warm_up, traffic.packets // len(pairs)), found)
+    found.seconds = _run_sender(bench, lab, pairs, traffic, (warm_up, traffic.packets // len(pairs)))
     time.sleep(LINGER_S)
     after = _rest(processes)
-    found.peak_bytes = max(found.peak_bytes, _memory(processes))
+    found.peak_bytes = _memory(processes)
     arrived = _arrived(lab, pairs)
     found.offered_by_id = {i: now - then for i, (now, then) in enumerate(zip(arrived, offered, strict=True))}
     found.offered = sum(arrived) - sum(offered)
@@ -181,27 +177,11 @@ def _send(
     return found
 
 
-def touch_free_memory(quick: bool) -> None:
-    """A virtual machine may have given its free memory back to the host, and whoever uses a page first pays dearly for
-    it, in whatever program that happens: here it is paid by nobody's account."""
-    length = TOUCHED_BYTES // (4 if quick else 1)
-    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):
-        memory.madvise(MADV_POPULATE_WRITE)
-
-
 def _arrived(lab: Lab, pairs: Sequence[Pair]) -> list[int]:
     return [lab.statistics(name)["rx_packets"] for name, _ in pairs]
 
 
-def _run_sender(
-    bench: Bench,
-    lab: Lab,
-    pairs: Sequence[Pair],
-    processes: Sequence[subprocess.Popen[bytes]],
-    traffic: Traffic,
-    numbers: tuple[int, int],
-    found: Trial,
-) -> float:
+def _run_sender(bench: Bench, lab: Lab, pairs: Sequence[Pair], traffic: Traffic, numbers: tuple[int, int]) -> float:
     """Sends the frames of these numbers (from, before) on each interface; the seconds it took."""
     sender = lab.start_fast_sender(
         pairs,
@@ -212,10 +192,6 @@ def _run_sender(
         flows=traffic.flows,
         cpu=bench.sender_cpu,
     )
-    while sender.process.poll() is None:
-        found.peak_bytes = max(found.peak_bytes, _memory(processes))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            sender.process.wait(MEMORY_INTERVAL_S)
     return sender.report().seconds
 
 
@@ -260,7 +236,12 @@ def _cpu(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, tuple[str, i
 
 
 def _memory(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    return memory_bytes(pid for process in processes for pid in tree(process.pid))
+    """What all processes hold at rest, shared memory counted once, or the peak of a single one if that is more.
+
+    Not sampled while traffic runs: the look at the pages would take a tenth of a CPU away.
+    """
+    pids = [pid for process in processes for pid in tree(process.pid)]
+    return max(memory_bytes(pids), *map(peak_resident_bytes, pids))
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], program: Program) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -16,7 +17,9 @@ from statistics import median
 from typing import Any
 
 TIMEOUT_S = 60.0
-MEMORY_INTERVAL_S = 0.02
+POLL_INTERVAL_S = 0.001
+TOUCHED_BYTES = 2 << 30
+MADV_POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 
 
 class MeasureError(Exception):
@@ -59,14 +62,10 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run cost. CPU is user + system of the program and all of its children that it waited for.
-
-    `peak_bytes`: the largest sum of the proportional set sizes of its processes, as sampled; 0: not asked for.
-    """
+    """What one run cost. CPU is user + system of the program and all of its children that it waited for."""
 
     wall_s: float
     cpu_s: float
-    peak_bytes: int
     output: str
 
 
@@ -74,7 +73,6 @@ def run(
     command: Sequence[str | os.PathLike[str]],
     *,
     cpus: Iterable[int] | None = None,
-    memory: bool = False,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     statuses: Sequence[int] = (0,),
@@ -90,7 +88,7 @@ def run(
     )
     assert process.stdout is not None
     try:
-        output, usage, peak = _follow(process, memory)
+        output, usage = _follow(process)
         wall = time.perf_counter() - started
     except BaseException:
         end(process)
@@ -99,34 +97,38 @@ def run(
         process.stdout.close()
     if process.returncode not in statuses:
         raise MeasureError(f"{' '.join(words)}: exit status {process.returncode}: {output.strip()[-2000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, peak, output)
+    return Run(wall, usage.ru_utime + usage.ru_stime, output)
 
 
-def _follow(process: subprocess.Popen[bytes], memory: bool) -> tuple[str, Any, int]:
-    """Reads the output to its end, then reaps: output, resource usage, peak memory in bytes."""
+def _follow(process: subprocess.Popen[bytes]) -> tuple[str, Any]:
+    """Reads the output to its end, then reaps: output, resource usage."""
     assert process.stdout is not None
     fd = process.stdout.fileno()
     os.set_blocking(fd, False)
     chunks: list[bytes] = []
-    peak = 0
     deadline = time.monotonic() + TIMEOUT_S
-    interval = MEMORY_INTERVAL_S if memory else 0.001
     while True:
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(fd, 65536):
                 chunks.append(chunk)
-        if memory:
-            peak = max(peak, memory_bytes(tree(process.pid)))
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             with contextlib.suppress(BlockingIOError):
                 while chunk := os.read(fd, 65536):
                     chunks.append(chunk)
-            return b"".join(chunks).decode(errors="replace"), usage, peak
+            return b"".join(chunks).decode(errors="replace"), usage
         if time.monotonic() > deadline:
             raise MeasureError(f"{' '.join(map(str, process.args))}: still running after {TIMEOUT_S:.0f} s")
-        time.sleep(interval)
+        time.sleep(POLL_INTERVAL_S)
+
+
+def touch_free_memory(quick: bool) -> None:
+    """A virtual machine may have given its free memory back to the host, and whoever uses a page first pays dearly for
+    it, in whatever program that happens: here it is paid by nobody's account."""
+    length = TOUCHED_BYTES // (4 if quick else 1)
+    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):
+        memory.madvise(MADV_POPULATE_WRITE)
 
 
 def end(process: subprocess.Popen[Any], timeout_s: float = 5.0) -> None:
@@ -168,6 +170,15 @@ def memory_bytes(pids: Iterable[int]) -> int:
                 if row.startswith("Pss:"):
                     total += int(row.split()[1]) * 1024
     return total
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The most that a process ever had in memory (VmHWM of proc(5)), shared memory included; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        for row in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if row.startswith("VmHWM:"):
+                return int(row.split()[1]) * 1024
+    return 0
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 import time
 
 import pytest
 
-from bench.measure import MeasureError, line, percentile, run
+from bench.measure import MeasureError, line, memory_bytes, peak_resident_bytes, percentile, run
 
 
 def test_the_line_through_two_sizes_tells_set_up_from_marginal_cost() -> None:
@@ -37,9 +38,16 @@ def test_a_run_counts_the_cpu_of_the_program_and_its_children() -> None:
     assert done.wall_s > 0
 
 
-def test_memory_is_that_of_the_program() -> None:
-    hold = "block = bytearray(64 << 20); import time; time.sleep(0.3)"
-    assert 64 << 20 < run([sys.executable, "-c", hold], memory=True).peak_bytes < 200 << 20
+def test_memory_is_what_a_process_holds_and_its_peak_what_it_held() -> None:
+    hold = "block = bytearray(64 << 20); del block; print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 0 < memory_bytes([process.pid]) < 64 << 20 < peak_resident_bytes(process.pid) < 200 << 20
+    finally:
+        process.communicate(b"\n")
+    assert memory_bytes([process.pid]) == peak_resident_bytes(process.pid) == 0
 
 
 def test_a_program_that_fails_is_named_with_what_it_said() -> None:
