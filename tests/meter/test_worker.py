@@ -1,0 +1,102 @@
+"""When the meter worker rests, and when it asks to be woken."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from meter.flow_packets import Packet, digests
+
+from appliance.counters import CAPTURE_FIELDS, METER_FIELDS, CounterPages
+from appliance.meter.settings import MeterSettings
+from appliance.ring.memory import allocate
+from appliance.ring.ring import Producer, initialise
+from workers.meter import MeterParts, MeterSource, MeterWorker
+
+CAPACITY = 1 << 16
+GENERATION = 7
+DIGEST_BYTES = 128
+
+
+class Watched(MeterWorker):
+    """Notes its pauses in place of taking them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.pauses: list[str] = []
+
+    def poller(self) -> Any:
+        return SimpleNamespace(poll=lambda timeout_ms: self.pauses.append("rest"))
+
+    def sleep(self, timeout_ms: int, now: float) -> None:
+        self.pauses.append("sleep")
+
+
+def worker(live: bool) -> Iterator[tuple[Watched, Producer]]:
+    ring_fd = allocate(CAPACITY, "digests")
+    initialise(ring_fd, CAPACITY, GENERATION)
+    wake_fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    ours, theirs = socket.socketpair()
+    pages = CounterPages([("capture/a", CAPTURE_FIELDS), ("meter", METER_FIELDS)])
+    source = MeterSource("a", "capture/a", live, ring_fd, wake_fds[0])
+    parts = MeterParts((source,), GENERATION, wake_fds[1], MeterSettings(), max_wait_ms=50)
+    context: Any = SimpleNamespace(pages=pages, page=pages["meter"], channel=ours, messages=list)
+    try:
+        yield Watched(context, parts), Producer(ring_fd, GENERATION)
+    finally:
+        for fd in (ring_fd, *wake_fds):
+            os.close(fd)
+        ours.close()
+        theirs.close()
+
+
+@pytest.fixture
+def live() -> Iterator[tuple[Watched, Producer]]:
+    yield from worker(live=True)
+
+
+@pytest.fixture
+def of_a_file() -> Iterator[tuple[Watched, Producer]]:
+    yield from worker(live=False)
+
+
+def publish(producer: Producer, count: int) -> None:
+    packet = Packet()
+    assert producer.push(digests(replace(packet, source_port=port) for port in range(count)))
+    producer.publish(packet.time_ns)
+
+
+def test_under_traffic_it_rests_and_is_not_woken_for_each_batch(live: tuple[Watched, Producer]) -> None:
+    meter, producer = live
+    for turns in (1, 2):
+        publish(producer, 10)
+        assert meter.turn()
+        assert meter.pauses == ["rest"] * turns
+    assert meter.metering.page["metered_packets"] == 20
+
+
+def test_without_traffic_it_sleeps_until_it_is_woken(live: tuple[Watched, Producer]) -> None:
+    meter, producer = live
+    publish(producer, 10)
+    meter.turn()
+    meter.turn()
+    assert meter.pauses == ["rest", "sleep"]
+
+
+def test_a_ring_that_fills_up_allows_no_rest(live: tuple[Watched, Producer]) -> None:
+    meter, producer = live
+    publish(producer, CAPACITY // DIGEST_BYTES // 4 + 1)
+    meter.turn()
+    assert meter.pauses == ["sleep"]
+
+
+def test_a_file_is_never_kept_waiting_by_a_rest(of_a_file: tuple[Watched, Producer]) -> None:
+    meter, producer = of_a_file
+    publish(producer, 10)
+    meter.turn()
+    assert meter.pauses == ["sleep"]
