@@ -126,8 +126,13 @@ def save(arguments: argparse.Namespace, about: dict[str, str], results: Sequence
         "rows": [result.as_json() for result in results],
     }
     arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    drawn = pictures.draw(results, arguments.pictures, heading)
-    print(f"\nfigures: {arguments.json}; {len(drawn)} pictures in {arguments.pictures}")
+    print(f"\nfigures: {arguments.json}")
+    try:
+        drawn = pictures.draw(results, arguments.pictures, heading)
+    except ModuleNotFoundError as missing:
+        print(f"no pictures: {missing.name} is not installed (./bootstrap bench brings it)")
+    else:
+        print(f"{len(drawn)} pictures in {arguments.pictures}")
 
 
 def _interrupt(_number: int, _frame: object) -> None:
