@@ -358,10 +358,9 @@ cdef class LiveCapture:
 
     @property
     def sleep_ms(self):
-        """How long a sleep may be: short while a tail waits for its time or a watermark is owed."""
-        if self.owes_watermark:
-            return 2
-        return self.held_ms if self.held or self.tail.count else 1000
+        """How long a sleep may be: short while a tail waits for its time. A watermark that is owed comes with the block
+        that the kernel fills: it hands that over in time, and wakes us."""
+        return self.held_ms if self.held or self.tail.count or self.owes_watermark else 1000
 
     @property
     def holds_block(self):
