@@ -34,6 +34,7 @@ REOPEN = b"reopen"  # worker to supervisor: the interface is another one now, or
 CHECK_EVERY_S = 1.0  # whether the interface is still there
 REOPEN_EVERY_S = 0.25  # whether it is back, while it is not
 DRAIN_BLOCK_TIMEOUTS = 2
+DRAIN_SLEEP_S = 0.002
 DRAIN_STALLED_S = 1.0  # the kernel says that packets wait, and hands none over
 LIBPCAP_DRAIN_S = 2.0
 SIOCGIFFLAGS = 0x8913
@@ -111,10 +112,8 @@ class LiveWorker:
             block_timeout_ms=self.parts.interface.block_timeout_ms,
         )
         self.poller = select.poll()
-        self.poller.register(opened.fd, select.POLLIN)
-        self.poller.register(self.parts.wake_fd, select.POLLIN)
+        self.poller.register(opened.fd, 0)  # for its errors
         self.poller.register(self.context.channel, select.POLLIN)
-        self.polls_packets = True
         self.context.page["interface_up"] = int(is_up(opened.ifindex))
 
     def run(self) -> None:
@@ -122,43 +121,29 @@ class LiveWorker:
         while not self.is_done():
             self.context.beat()
             now = time.monotonic()
-            if self.capture.pump():
-                self.progress_at = now
-                self.listen()
-            else:
-                self.sleep()
             if now >= next_check:
                 self.check_interface()
                 next_check = now + (REOPEN_EVERY_S if self.is_gone else CHECK_EVERY_S)
+            if self.drain_until is None:
+                self.serve(next_check - now)
+            elif self.capture.pump():
+                self.progress_at = now
+            else:
+                time.sleep(DRAIN_SLEEP_S)
         self.capture.finish()
         self.records.end()
         if self.digests is not None:
             self.digests.end()
 
-    def sleep(self) -> None:
-        self.records.sleeps(True)
-        if self.digests is not None:
-            self.digests.sleeps(True)
-        if not self.capture.is_ready:
-            self.poll_packets(not self.capture.holds_block)
-            timeout_ms = REOPEN_EVERY_S * 1000 if self.is_gone else HEARTBEAT_MS
-            for fd, event in self.poller.poll(min(timeout_ms, self.capture.sleep_ms)):
+    def serve(self, limit_s: float) -> None:
+        """Captures until somebody calls, or for so long."""
+        limit_ms = int(limit_s * 1000) + 1
+        if self.capture.serve(self.parts.wake_fd, self.context.channel.fileno(), limit_ms):
+            for fd, event in self.poller.poll(0):
                 self.handle(fd, event)
-        self.records.sleeps(False)
-        if self.digests is not None:
-            self.digests.sleeps(False)
-
-    def poll_packets(self, wanted: bool) -> None:
-        """The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep."""
-        if wanted != self.polls_packets:
-            self.polls_packets = wanted
-            self.poller.modify(self.opened.fd, select.POLLIN if wanted else 0)  # errors are told in both cases
 
     def handle(self, fd: int, event: int) -> None:
-        if fd == self.parts.wake_fd:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(fd)
-        elif fd == self.opened.fd and event & select.POLLERR:
+        if fd == self.opened.fd and event & select.POLLERR:
             # ENETDOWN, told once: down or gone. Reading it away; check_interface finds out which.
             self.take_socket_error()
             self.check_interface()

@@ -38,13 +38,15 @@ class LiveCapture:
 
         Never blocks. A full packet ring drops the newest packets and counts them; the kernel's ring is never held up.
         """
+    def serve(self, wake_fd: int, channel_fd: int, limit_ms: int) -> bool:
+        """`pump` again and again, with sleeps until the kernel hands a block over, `wake_fd` (an eventfd) is signalled
+        or a tail's time has come; the page gets a heartbeat each turn. GIL released.
+
+        True: `channel_fd` is readable or the socket reports an error, and somebody must look. False: `limit_ms` are
+        over."""
     def finish(self) -> None:
         """Publishes the whole tail, in whatever order it is: before the socket is given up, or at the end."""
     is_drained: bool
     """Nothing waits in the kernel's ring and nothing is unpublished."""
     is_ready: bool
     """There is something to do at once: look here between announcing a sleep and sleeping."""
-    sleep_ms: int
-    """The longest sleep that does not delay a held tail or an owed watermark."""
-    holds_block: bool
-    """A block is not given back yet. So long the kernel calls the socket readable: sleep by `sleep_ms` alone."""

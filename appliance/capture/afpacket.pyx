@@ -14,6 +14,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strerror
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.unistd cimport read
 
 from appliance.capture.headers cimport digest_packet
 from appliance.capture.reorder cimport *
@@ -67,6 +68,18 @@ cdef extern from "linux/if_packet.h" nogil:
         PACKET_STATISTICS
         PACKET_OUTGOING
     uint32_t TPACKET_ALIGN(uint32_t length)
+
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout_ms)
+    enum:
+        POLLIN
+        POLLERR
+        POLLHUP
+        POLLNVAL
 
 cdef extern from "sys/socket.h" nogil:
     int getsockopt(int fd, int level, int name, void *value, uint32_t *length)
@@ -168,7 +181,7 @@ cdef class LiveCapture:
     cdef uint64_t counters[32]
     cdef uint64_t *page
     cdef uint32_t page_index[32]
-    cdef uint32_t received_index, dropped_index, freezes_index, queued_index, unpublished_index
+    cdef uint32_t heartbeat_index, received_index, dropped_index, freezes_index, queued_index, unpublished_index
     cdef uint16_t linktype
     cdef bint cooked
     cdef uint32_t interface
@@ -202,6 +215,7 @@ cdef class LiveCapture:
         self.page = <uint64_t *><uint64_t>page.address
         for i, name in enumerate(COMMITTED_FIELDS):
             self.page_index[i] = page.index(name)
+        self.heartbeat_index = page.index("heartbeat_ns")
         self.received_index = page.index("received_packets")
         self.dropped_index = page.index("dropped_kernel_packets")
         self.freezes_index = page.index("kernel_freezes")
@@ -287,6 +301,58 @@ cdef class LiveCapture:
             walked = self.turn()
         return walked
 
+    def serve(self, int wake_fd, int channel_fd, uint64_t limit_ms):
+        """Turns and sleeps, with a heartbeat each. See afpacket.pyi."""
+        cdef bint called
+        with nogil:
+            called = self.serve_until(wake_fd, channel_fd, now_ns(CLOCK_MONOTONIC) + limit_ms * 1000000)
+        return called
+
+    cdef bint serve_until(self, int wake_fd, int channel_fd, uint64_t until_ns) noexcept nogil:
+        cdef pollfd[3] fds
+        cdef uint64_t now, woken
+        cdef int timeout_ms
+        fds[0].fd = channel_fd
+        fds[1].fd = wake_fd
+        fds[2].fd = self.fd
+        fds[0].events = fds[1].events = POLLIN
+        while True:
+            now = now_ns(CLOCK_MONOTONIC)
+            self.page[self.heartbeat_index] = now
+            if now >= until_ns:
+                return False
+            timeout_ms = <int>min(<uint64_t>(until_ns - now) // 1000000 + 1, <uint64_t>1000)
+            if self.turn():
+                timeout_ms = 0
+            # The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep.
+            fds[2].events = 0 if self.held else POLLIN
+            self.announce_sleep(RING_SLEEPS)
+            if self.ready():
+                timeout_ms = 0
+            poll(fds, 3, min(timeout_ms, <int>self.longest_sleep_ms()))
+            self.announce_sleep(RING_AWAKE)
+            if fds[1].revents:
+                read(wake_fd, &woken, sizeof(woken))
+            if fds[0].revents or fds[2].revents & (POLLERR | POLLHUP | POLLNVAL):
+                return True
+
+    cdef void announce_sleep(self, uint32_t how) noexcept nogil:
+        ring_producer_sleeps(&self.records.view, how)
+        if self.digests is not None:
+            ring_producer_sleeps(&self.digests.view, how)
+
+    cdef bint ready(self) noexcept nogil:
+        return (
+            LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
+            or self.records.view.header.watermark_wanted != 0
+            or (self.digests is not None and self.digests.view.header.watermark_wanted != 0)
+        )
+
+    cdef uint64_t longest_sleep_ms(self) noexcept nogil:
+        """Short while a tail waits for its time. A watermark that is owed comes with the block that the kernel fills:
+        it hands that over in time, and wakes us."""
+        return self.held_ms if self.held or self.tail.count or self.owes_watermark else 1000
+
     cdef uint64_t turn(self) noexcept nogil:
         cdef uint64_t before = self.arrivals
         # The clock is read before the kernel's ring is looked at: whatever comes later is younger than `now`.
@@ -350,22 +416,7 @@ cdef class LiveCapture:
     @property
     def is_ready(self):
         """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
-        return (
-            LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
-            or self.records.view.header.watermark_wanted != 0
-            or (self.digests is not None and self.digests.view.header.watermark_wanted != 0)
-        )
-
-    @property
-    def sleep_ms(self):
-        """How long a sleep may be: short while a tail waits for its time. A watermark that is owed comes with the block
-        that the kernel fills: it hands that over in time, and wakes us."""
-        return self.held_ms if self.held or self.tail.count or self.owes_watermark else 1000
-
-    @property
-    def holds_block(self):
-        """A block is walked and not given back yet: its last packets wait for their time."""
-        return self.held != 0
+        return self.ready()
 
     cdef bint differs(self, int64_t offset) noexcept nogil:
         cdef int64_t change = offset - self.clock_offset
