@@ -110,13 +110,13 @@ def progress(what: str, unit: Literal["bytes", "packets"]) -> Iterator[Progress]
 
 
 @contextlib.contextmanager
-def rewritten_line() -> Iterator[Callable[[str], None]]:
-    """One line on standard error that is written over again and again, and gone at the end; nothing at all in a pipe.
+def rewritten_line() -> Iterator[Callable[[str], None] | None]:
+    """One line on standard error that is written over again and again, and gone at the end; None in a pipe.
 
     Without a thread, unlike `progress`: for a process that forks.
     """
     if not sys.stderr.isatty():
-        yield lambda text: None
+        yield None
         return
     try:
         yield lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

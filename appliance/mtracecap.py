@@ -474,7 +474,7 @@ def run(job: Job) -> int:
     """Hands the job to the engine; returns its exit status."""
     with rewritten_line() as show:
         options = RunOptions(
-            watch=(lambda snapshot: show(progress_text(snapshot))) if sys.stderr.isatty() else None,
+            watch=(lambda snapshot: show(progress_text(snapshot))) if show is not None else None,
             naming=lambda _output: job.naming,
             count_captured_bytes=True,  # -S counts packets' bytes, as 0.4 does
             watch_file=job.watch_file,

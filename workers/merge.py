@@ -292,7 +292,7 @@ class MergeWorker:
 
     def gather(self) -> None:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
-        if any(consumer.mapping.used_bytes > consumer.mapping.capacity // 4 for consumer in self.consumers):
+        if self.merge.crowded:
             return
         timeout_ms = min(GATHER_MS, max(1, self.output.max_wait_ms // 4))
         if (hold_ms := self.merge.hold_ms) is not None:

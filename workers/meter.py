@@ -65,10 +65,8 @@ class MeterWorker:
         self.context = context
         self.parts = parts
         self.live = all(source.live for source in parts.sources)
-        consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
-        self.rings = [consumer.mapping for consumer in consumers]
         self.merge = order.Merge(
-            consumers,
+            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
             [source.live for source in parts.sources],
             sink=order.SINK_DIGESTS,
             max_wait_ms=parts.max_wait_ms,
@@ -93,7 +91,6 @@ class MeterWorker:
         self.metering.finish()
 
     def turn(self) -> bool:
-        crowded = any(ring.used_bytes > ring.capacity // 4 for ring in self.rings)
         status = self.merge.fill()
         fed = self.merge.out_bytes > 0
         if fed:
@@ -105,7 +102,7 @@ class MeterWorker:
         elif status == order.CONTROL:
             self.merge.control_done()  # interfaces are the packet ring's matter
         elif status == order.IDLE:
-            return self.idle(may_rest=self.live and fed and not crowded)
+            return self.idle(may_rest=self.live and fed and not self.merge.crowded)
         self.metering.service(time.monotonic())
         return status != order.ENDED
 

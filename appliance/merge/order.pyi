@@ -54,6 +54,8 @@ class Merge:
     late_max_ns: int
     forced: int
     """Records that went because of max_wait or a half full ring, before every source had promised nothing older."""
+    crowded: bool
+    """When `fill` began, more than a quarter of some ring was waiting: there is no time for a rest."""
     batch_first_ns: int
     """Times and lateness of the packets in the output buffer; 0 when there is none."""
     batch_last_ns: int

@@ -110,6 +110,7 @@ cdef class Merge:
     cdef readonly uint64_t late
     cdef readonly uint64_t late_max_ns
     cdef readonly uint64_t forced
+    cdef readonly bint crowded
     # Of the packets in the output buffer.
     cdef readonly uint64_t batch_first_ns
     cdef readonly uint64_t batch_last_ns
@@ -179,9 +180,12 @@ cdef class Merge:
         """Notes what arrived everywhere, so that holding times and fill levels are right."""
         cdef uint32_t i
         cdef uint64_t now = self.now_ns()
+        self.crowded = False
         for i in range(self.source_count):
             if self.sources[i].state != IS_ENDED:
                 self.refresh(&self.sources[i], now)
+                if self.waiting_bytes(&self.sources[i]) > self.sources[i].view.capacity / 4:
+                    self.crowded = True
 
     cdef bint refresh(self, merge_source *source, uint64_t now) noexcept nogil:
         """Returns whether the source has ended. The end is loaded before the head: an empty ring then stays empty."""
@@ -407,7 +411,10 @@ cdef class Merge:
 
     cdef inline bint is_half_full(self, merge_source *source) noexcept nogil:
         """By what waits in it: what is read already is given back before anybody sleeps."""
-        return source.view.other - source.view.position > source.view.capacity / 2
+        return self.waiting_bytes(source) > source.view.capacity / 2
+
+    cdef inline uint64_t waiting_bytes(self, merge_source *source) noexcept nogil:
+        return source.view.other - source.view.position
 
     cdef inline uint64_t promise(self, merge_source *source) noexcept nogil:
         if source.watermark_ns < 0:

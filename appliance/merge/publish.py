@@ -97,11 +97,11 @@ def sync_file(path: str) -> int:
 
 def sync_and_hash(path: str) -> tuple[str, int]:
     """`sync_file`, then (sha256, bytes)."""
+    sync_file(path)
+    digest = hashlib.sha256()
+    length = 0
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
-        digest = hashlib.sha256()
-        length = 0
         while chunk := os.read(fd, HASH_CHUNK_BYTES):
             digest.update(chunk)
             length += len(chunk)

@@ -34,6 +34,7 @@ from appliance.merge.publish import (
     rename_without_replacing,
     sync_and_hash,
     sync_directory,
+    sync_file,
     write_durably,
     write_reason,
 )
@@ -349,11 +350,3 @@ def pack(path: str, target: str, argv: Sequence[str], timeout_s: float, mode: in
         sink.abandon()
         discard(target)
         raise InputOutputError(f"what {path} holds cannot be compressed: {error}") from error
-
-
-def sync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

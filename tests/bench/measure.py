@@ -7,7 +7,6 @@ import math
 import mmap
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from support.lab import end_process
+
+from appliance.ring.memory import MADV_POPULATE_WRITE
+
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.001
 TOUCHED_BYTES = 2 << 30
-MADV_POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 
 
 class MeasureError(Exception):
@@ -91,7 +93,7 @@ def run(
         output, usage = _follow(process)
         wall = time.perf_counter() - started
     except BaseException:
-        end(process)
+        end_process(process)
         raise
     finally:
         process.stdout.close()
@@ -129,18 +131,6 @@ def touch_free_memory(quick: bool) -> None:
     length = TOUCHED_BYTES // (4 if quick else 1)
     with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):
         memory.madvise(MADV_POPULATE_WRITE)
-
-
-def end(process: subprocess.Popen[Any], timeout_s: float = 5.0) -> None:
-    """TERM, after a while KILL; reaps the process."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def find(program: str) -> str | None:

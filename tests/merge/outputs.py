@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +207,6 @@ def statistics(data: bytes) -> list[tuple[int, dict[int, int]]]:
             found.append((interface, numbers))
         offset += length
     return found
+
+
+Make = Callable[..., Life]  # what the fixture `make` gives: the arguments of Life behind its directory

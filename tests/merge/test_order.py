@@ -861,3 +861,20 @@ def test_the_watermark_offset_is_where_the_layout_says(make: Make) -> None:
     source.poke(WATERMARK_OFFSET, struct.pack("=q", 78))
     assert source.consumer.mapping.watermark_ns == 78
     assert source.consumer.mapping.head == len(packet(1, bytes(8)))
+
+
+def test_a_ring_is_crowded_when_more_than_a_quarter_of_it_waits(make: Make) -> None:
+    one, other = sources = make(2)
+    merge = make_merge(sources)
+    other.producer.promise(100)
+    one.write(*[packet(10 + i) for i in range(5)])
+    drain(merge)
+    assert not merge.crowded
+    while one.producer.unpublished_bytes <= CAPACITY // 4:
+        assert one.producer.push(packet(50))
+    one.producer.publish(50)
+    drain(merge)
+    assert merge.crowded
+    merge.release()
+    drain(merge)
+    assert not merge.crowded

@@ -10,34 +10,21 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from merge.outputs import Life
+from merge.outputs import Life, Make
 from merge.rings import S
 from support.lab import requires_tool
 
+from appliance.config import Output
 from appliance.counters import PUBLISH_BUCKETS_MS
 from appliance.merge import publish
 from appliance.merge.naming import MtracecapNaming
 
 T0 = 1_700_000_040 * S
-Make = Callable[..., Life]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    lives: list[Life] = []
-
-    def make_life(*arguments: Any, **settings: Any) -> Life:
-        lives.append(Life(tmp_path / "out", *arguments, **settings))
-        return lives[-1]
-
-    yield make_life
-    for life in lives:
-        life.close()
 
 
 def one_file(life: Life, *times: int) -> None:
@@ -92,12 +79,13 @@ def test_everything_is_on_the_disk_before_the_name_is_and_the_name_before_it_cou
         ["strace", "-f", "-y", "-o", log, "-e", calls, sys.executable, "-c", program, tests, tmp_path / "out"],
         check=True,
     )
+    staged = rf"/work/{Output().name}-00000000\.pcapng"
     shapes = {
-        "data synced": r"fsync\(\d+<.*/work/main-00000000.pcapng>",
+        "data synced": rf"fsync\(\d+<.*{staged}>",
         "sidecar synced": r"fsync\(\d+<.*/meta/main-.*\.json\.tmp>",
         "sidecar named": r"rename\(\".*/meta/main-.*\.json\.tmp\"",
         "sidecar's name synced": r"fsync\(\d+<.*/out/meta>",
-        "published": r"renameat2\(.*/work/main-00000000.pcapng\", .*/ready/main-.*RENAME_NOREPLACE",
+        "published": rf"renameat2\(.*{staged}\", .*/ready/main-.*RENAME_NOREPLACE",
         "name synced": r"fsync\(\d+<.*/out/ready>",
     }
     lines = log.read_text().splitlines()

@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lz4.frame
 import pytest
-from merge.outputs import Life, balance_of
+from merge.outputs import Life, Make, balance_of
 from merge.rings import S, packet
 from support.judges import capinfos, decompressed, packets
 from support.lab import wait_until
@@ -25,20 +24,6 @@ from appliance.merge.naming import MtracecapNaming, SingleFileNaming
 
 T0 = 1_700_000_040 * S
 HEADER = section_header() + interface_description(InterfaceDescription(1, name="a"))
-Make = Callable[..., Life]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    lives: list[Life] = []
-
-    def make_life(*arguments: Any, **settings: Any) -> Life:
-        lives.append(Life(tmp_path / "out", *arguments, **settings))
-        return lives[-1]
-
-    yield make_life
-    for source in {id(source): source for life in lives for source in life.sources}.values():
-        source.close()
 
 
 def successor(make: Make, dead: Life, **settings: Any) -> Life:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from merge.outputs import Life, balance_of, statistics
+from merge.outputs import Make, balance_of, statistics
 from merge.rings import S, counters, packet
 from support.judges import capinfos, decompressed, packets
 from support.lab import requires_tool, wait_until
@@ -24,20 +24,6 @@ from appliance.merge import order
 
 MINUTE = 60 * S
 T0 = 1_700_000_040 * S  # a full minute
-Make = Callable[..., Life]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    lives: list[Life] = []
-
-    def make_life(*arguments: Any, **settings: Any) -> Life:
-        lives.append(Life(tmp_path / "out", *arguments, **settings))
-        return lives[-1]
-
-    yield make_life
-    for life in lives:
-        life.close()
 
 
 def times(path: Path) -> list[int]:

@@ -147,7 +147,7 @@ class Lab:
         """
         with _uninterrupted():
             for process in self._processes:
-                _end(process)
+                end_process(process)
             for name in self._namespaces:
                 self._end_leftovers(name)
                 subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
@@ -263,7 +263,7 @@ class Lab:
         try:
             output, complaints = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            _end(process)
+            end_process(process)
             raise LabError(f"{' '.join(_words(command))}: still running after {timeout_s} s") from None
         if check and process.returncode != 0:
             said = f"{output}{complaints}".strip()
@@ -385,7 +385,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
         pass
 
 
-def _end(process: subprocess.Popen[Any], timeout_s: float = 5.0) -> None:
+def end_process(process: subprocess.Popen[Any], timeout_s: float = 5.0) -> None:
     """TERM, then KILL; reaps the process and closes its pipes."""
     if process.poll() is None:
         _signal(process.pid, signal.SIGTERM)

@@ -71,7 +71,7 @@ def _pack(count: int) -> tuple[float, int]:
             sequence += message.records
             octets += len(message.data)
 
-    spent = _each_batch(count, take)
+    spent = each_batch(count, take)
     return spent, octets
 
 
@@ -79,7 +79,7 @@ def packed(count: int) -> bytes:
     """An IPFIX file with so many flows, templates first."""
     templates = TemplateSet(MeterSettings(), ExportSettings("file:"))
     messages: list[Message] = list(templates.announcement(MESSAGE_BYTES))
-    _each_batch(count, messages.extend)
+    each_batch(count, messages.extend)
     sequence = 0
     for message in messages:
         message.stamp(EXPORT_S, sequence)
@@ -87,7 +87,7 @@ def packed(count: int) -> bytes:
     return b"".join(message.data for message in messages)
 
 
-def _each_batch(count: int, take: Callable[[list[Message]], None]) -> float:
+def each_batch(count: int, take: Callable[[list[Message]], None]) -> float:
     """Packs a table's rows batch by batch, as the exporter does; seconds for packing and `take`, not for the table."""
     export = ExportSettings("file:")
     templates = TemplateSet(MeterSettings(), export)

@@ -17,15 +17,12 @@ from appliance.config import Interface
 from appliance.counters import CAPTURE_FIELDS, CounterPages
 from appliance.formats.pcap import PcapDecoder
 from appliance.merge import order
-from appliance.meter.pack import Packer
-from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.meter.table import FlowTable
-from appliance.meter.templates import TemplateSet
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Consumer, Producer, initialise
 from bench.context import Bench
 from bench.results import Picture, RowResult, Table
-from bench.rows.ipfix_pack import MESSAGE_BYTES, SECOND, flow_table
+from bench.rows.ipfix_pack import SECOND, each_batch
 from bench.traffic import Mix, packets_of, write_capture
 
 NAME = "stages"
@@ -258,22 +255,4 @@ def _flow_update(directory: Path, flows: int, packets: int) -> float:
 
 
 def _export(count: int) -> float:
-    export = ExportSettings("file:")
-    templates = TemplateSet(MeterSettings(), export)
-    packer = Packer(
-        templates.plans, biflow=export.biflow, observation_domain=export.domain, message_bytes=MESSAGE_BYTES
-    )
-
-    def once() -> float:
-        table = flow_table(count)
-        spent = 0
-        complete = False
-        while not complete:
-            complete = table.flush()
-            begun = time.perf_counter_ns()
-            packer.pack(table.rows_address, table.row_count)
-            spent += time.perf_counter_ns() - begun
-            table.clear_rows()
-        return spent
-
-    return _best(once) / count
+    return _best(lambda: 1e9 * each_batch(count, lambda messages: None)) / count
