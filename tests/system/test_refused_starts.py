@@ -43,6 +43,16 @@ def assert_refused(
     return said
 
 
+def as_nobody(*capabilities: str) -> tuple[str, ...]:
+    """The start of a command that runs as nobody with no more than these capabilities.
+
+    It may also read everything, for the checkout can lie below a folder that only its owner may enter.
+    """
+    kept = ",".join(f"+{name}" for name in (*capabilities, "dac_read_search"))
+    only = ("--bounding-set=-all," + kept, "--inh-caps=-all," + kept, "--ambient-caps=-all," + kept)
+    return ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *only)
+
+
 def plain(directory: Path, interface: Mapping[str, Any] | None = None, **tables: Any) -> dict[str, Any]:
     return configuration(directory, [interface or {"uri": "ring:a"}], **tables)
 
@@ -125,9 +135,8 @@ def test_a_directory_below_a_file(lab: Lab, directory: Path) -> None:
 def test_a_directory_of_somebody_else(lab: Lab, directory: Path) -> None:
     """Root without its powers over files, and with the right to capture."""
     lab.veth("a")
-    prefix = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+net_raw")
     config = plain(directory / "output")
-    assert_refused(lab, directory, config, 73, str(directory / "output"), prefix=(*prefix, "--ambient-caps=+net_raw"))
+    assert_refused(lab, directory, config, 73, str(directory / "output"), prefix=as_nobody("net_raw"))
 
 
 @requires_tool("setpriv")
@@ -143,17 +152,15 @@ def test_no_right_to_capture(lab: Lab, directory: Path, output: Path, prefix: tu
 def test_no_right_to_capture_as_an_ordinary_user(lab: Lab, directory: Path, output: Path) -> None:
     lab.veth("a")
     directory.chmod(0o777)
-    prefix = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all")
-    assert_refused(lab, directory, plain(output), 77, "interface a", "CAP_NET_RAW", prefix=prefix)
+    assert_refused(lab, directory, plain(output), 77, "interface a", "CAP_NET_RAW", prefix=as_nobody())
 
 
 @requires_tool("setpriv")
 def test_another_user_when_not_started_as_root(lab: Lab, directory: Path, output: Path) -> None:
     lab.veth("a")
     directory.chmod(0o777)
-    prefix = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     config = plain(output, service={"user": "daemon"})
-    assert_refused(lab, directory, config, 77, "daemon", prefix=prefix)
+    assert_refused(lab, directory, config, 77, "daemon", prefix=as_nobody())
 
 
 def test_a_user_that_does_not_exist(lab: Lab, directory: Path, output: Path) -> None:
