@@ -49,8 +49,10 @@ def meter_files(
     destination: str,
     settings: MeterSettings,
     progress: Callable[[int], None] = lambda packets: None,
+    file_format: str = "ipfix",
 ) -> FlowCounts:
-    """Meters `paths` together, in the order of time, into the new IPFIX file `destination`.
+    """Meters `paths` together, in the order of time, into the new file `destination`, of IPFIX or of `file_format`
+    (see ExportSettings).
 
     `settings.export` is replaced. `progress` is told the packets read so far. A damaged file counts with its whole
     packets, and is named in `damage`. Raises MissingInputError and the like for a file that cannot be opened,
@@ -61,19 +63,17 @@ def meter_files(
     inputs: list[_Input] = []
     try:
         inputs += (_Input(path, i) for i, path in enumerate(paths))
-        return _meter(inputs, destination, settings, progress)
+        return _meter(inputs, with_export(settings, destination, file_format), progress)
     finally:
         for one in inputs:
             one.close()
 
 
-def _meter(
-    inputs: Sequence[_Input], destination: str, settings: MeterSettings, progress: Callable[[int], None]
-) -> FlowCounts:
+def _meter(inputs: Sequence[_Input], settings: MeterSettings, progress: Callable[[int], None]) -> FlowCounts:
     pages = CounterPages([("meter", METER_FIELDS), ("export", EXPORT_FIELDS)])
     page = pages["meter"]
     metering = Metering(
-        with_export(settings, destination),
+        settings,
         page,
         [pages["export"]],
         ignored_packets=lambda: sum(sum(one.ignored) for one in inputs),
@@ -97,8 +97,10 @@ def _meter(
     )
 
 
-def with_export(settings: MeterSettings, destination: str) -> MeterSettings:
-    export = ExportSettings(f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0)
+def with_export(settings: MeterSettings, destination: str, file_format: str = "ipfix") -> MeterSettings:
+    export = ExportSettings(
+        f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0, file_format=file_format
+    )
     return MeterSettings(
         idle_timeout_s=settings.idle_timeout_s,
         active_timeout_s=settings.active_timeout_s,

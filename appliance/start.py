@@ -24,6 +24,8 @@ ACTIVE_TIMEOUT_S = 300.0
 SHORTEST_TIMEOUT_S = 0.001
 MAX_FLOWS = 1_000_000
 FEWEST_FLOWS = 64
+FILE_FORMATS = ("ipfix", "json", "csv", "parquet")
+FORMAT_ENDINGS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def main() -> None:
@@ -73,8 +75,8 @@ def reader_left() -> int:
 def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     """What `flows` is called with, or None when anything about `arguments` (behind the command) is not plain."""
     names = {"-o": "output", "--output": "output", "--idle-timeout-s": "idle_timeout_s"}
-    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
-    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int}
+    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows", "--format": "file_format"}
+    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "file_format": str}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
@@ -93,7 +95,7 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     if not all(SHORTEST_TIMEOUT_S <= timeout_s < float("inf") for timeout_s in timeouts):
         return None
     plain = found["files"] and found.get("output") and found.get("max_flows", MAX_FLOWS) >= FEWEST_FLOWS
-    return found if plain else None
+    return found if plain and found.get("file_format", "ipfix") in FILE_FORMATS else None
 
 
 def flows(
@@ -103,8 +105,9 @@ def flows(
     active_timeout_s: float = ACTIVE_TIMEOUT_S,
     max_flows: int = MAX_FLOWS,
     as_json: bool = False,
+    file_format: str | None = None,
 ) -> int:
-    """The command `flows`; returns its exit status."""
+    """The command `flows`; returns its exit status. `file_format`: one of FILE_FORMATS; None: by the output's name."""
     from appliance.console import joined, print_json, progress
     from appliance.meter.settings import MeterSettings
     from appliance.offline import meter_files
@@ -113,8 +116,9 @@ def flows(
         gc.freeze()
         gc.enable()
     settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
+    file_format = file_format or FORMAT_ENDINGS.get(os.path.splitext(output)[1].lower(), "ipfix")
     with progress("metering", "packets") as advance:
-        counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))
+        counts = meter_files(files, output, settings, lambda packets: advance(packets, 0), file_format)
     if as_json:
         from dataclasses import asdict
 

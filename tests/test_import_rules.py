@@ -65,6 +65,7 @@ ADAPTERS: dict[str, set[str]] = {
     "lz4": {"appliance.formats.unpack", "appliance.merge.salvage", "workers.compress"},
     "multiprocessing_logging": {"appliance.logs"},
     "pcap": {"appliance.capture.pcap_live"},
+    "pyarrow": {"appliance.meter.records"},
     "prometheus_client": {"appliance.monitor"},
     "sdnotify": {"appliance.supervisor"},
     "starlette": {"appliance.monitor.web"},

@@ -20,6 +20,7 @@ PLAIN = [
     (["-", "--output", "out", "--json"], {"files": ["-"], "output": "out", "as_json": True}),
     (["a", "-o", "-out"], {"files": ["a"], "output": "-out"}),
     (["a", "-o", "1", "-o", "2"], {"files": ["a"], "output": "2"}),
+    (["a", "-o", "out", "--format", "csv"], {"files": ["a"], "output": "out", "file_format": "csv"}),
     (
         ["a", "-o", "out", "--idle-timeout-s", "1.5", "--active-timeout-s", "60", "--max-flows", "64"],
         {"files": ["a"], "output": "out", "idle_timeout_s": 1.5, "active_timeout_s": 60.0, "max_flows": 64},
@@ -43,6 +44,7 @@ NOT_PLAIN = [
     ["a.pcap", "-o", "out", "--active-timeout-s", "inf"],
     ["a.pcap", "-o", "out", "--max-flows", "63"],
     ["a.pcap", "-o", "out", "--max-flows", "1.5"],
+    ["a.pcap", "-o", "out", "--format", "xml"],
 ]
 
 
@@ -55,7 +57,8 @@ def test_plain_arguments_mean_what_they_mean_in_the_command_line(
     monkeypatch.setattr(cli, "meter_flows", lambda *values: called.append(values) or 0)
     assert cli.run_command(["flows", *arguments]) == 0
     defaults = {"idle_timeout_s": 30.0, "active_timeout_s": 300.0, "max_flows": 1_000_000, "as_json": False}
-    names = ("files", "output", "idle_timeout_s", "active_timeout_s", "max_flows", "as_json")
+    defaults |= {"file_format": None}
+    names = ("files", "output", "idle_timeout_s", "active_timeout_s", "max_flows", "as_json", "file_format")
     assert dict(zip(names, called[0], strict=True)) == defaults | expected
 
 

@@ -589,5 +589,9 @@ def make_exporter(
     clock: Callable[[], float] = time.time,
 ) -> Exporter:
     """The exporter for `settings.uri`. Raises ConfigError, MissingInputError or CannotCreateError, which name it."""
+    if settings.file_format != "ipfix":
+        from appliance.meter.records import RecordExporter
+
+        return RecordExporter(meter, settings, page, clock)
     kinds: dict[str, type[Exporter]] = {"udp": UdpExporter, "tcp": TcpExporter, "file": FileExporter}
     return kinds[parse_uri(settings.uri).scheme](meter, settings, page, clock)

@@ -8,13 +8,15 @@ its registry (up to number 433) does not have are added here by their full speci
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the package's own source, from Python 3.12 on
     import ipfix.ie
     import ipfix.template
+    import ipfix.types
 
 TEMPLATE_SET_ID = 2
 OPTIONS_TEMPLATE_SET_ID = 3
@@ -62,3 +64,25 @@ def encode_template(template_id: int, specs: Sequence[str], scope_fields: int = 
     room = bytearray(8 + 8 * len(specs))
     end = template.encode_template_to(room, 0, template.native_setid())
     return bytes(room[:end])
+
+
+@cache
+def information_model() -> Mapping[tuple[int, int], tuple[str, str]]:
+    """(enterprise, number) -> (name, abstract data type) of every element that has a name here.
+
+    python-ipfix has no structured data types (RFC 6313); they are known to it as octet arrays under their own names.
+    """
+    from appliance.meter import registry
+
+    for number, name in enumerate(("basicList", "subTemplateList", "subTemplateMultiList"), start=20):
+        ipfix.types._TypeForName.setdefault(name, ipfix.types.OctetArrayType(name, number))
+    for spec in (*registry.IANA_SPECS, *registry.CERT_SPECS, *registry.CERT_REVERSIBLE_SPECS):
+        ipfix.ie.for_spec(spec)
+    model = {(e.pen, e.num): (e.name, e.type.name) for e in ipfix.ie.dump_infomodel()}
+    for (enterprise, number), (name, type_name) in list(model.items()):
+        if enterprise == 0:
+            model.setdefault((registry.REVERSE_ENTERPRISE, number), (reverse_name(name), type_name))
+    for spec in registry.CERT_REVERSIBLE_SPECS:
+        e = ipfix.ie.for_spec(spec)
+        model[e.pen, e.num | registry.CERT_REVERSE_BIT] = (reverse_name(e.name), e.type.name)
+    return model

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from appliance.errors import ConfigError
 
 DEFAULT_PORT = 4739  # IANA: ipfix, over UDP and TCP
+DEFAULT_TLS_PORT = 4740  # IANA: ipfixs
 MIN_MESSAGE_BYTES = 512  # RFC 7011, 10.3.3: what is safe when the path MTU is unknown
 MAX_MESSAGE_BYTES = 65535
 
@@ -37,9 +38,14 @@ class ExportSettings:
     rotate_seconds: int = 60  # of files, aligned to the clock; 0: never
     directory: Path | None = None
     single_file: bool = False
+    file_format: str = "ipfix"  # of a single file; or "json" (a flow a line), "csv", "parquet"
 
     def __post_init__(self) -> None:
-        parse_uri(self.uri)
+        endpoint = parse_uri(self.uri)
+        if endpoint.scheme != "file" and endpoint.port == 0:
+            raise ConfigError(f"{self.uri}: port 0 cannot be sent to")
+        if endpoint.scheme == "tls":
+            raise ConfigError(f"{self.uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
         if self.message_bytes and not MIN_MESSAGE_BYTES <= self.message_bytes <= MAX_MESSAGE_BYTES:
             raise ConfigError(
                 f"{self.uri}: message_bytes {self.message_bytes} is not 0 or {MIN_MESSAGE_BYTES} to {MAX_MESSAGE_BYTES}"
@@ -59,7 +65,7 @@ class MeterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    scheme: str  # "udp", "tcp" or "file"
+    scheme: str  # "udp", "tcp", "tls" or "file"
     host: str = ""
     port: int = 0
     path: str = ""  # of a file: URI, "" when it names none
@@ -70,19 +76,18 @@ def parse_uri(uri: str) -> Endpoint:
     scheme, colon, rest = uri.partition(":")
     if scheme == "file" and colon:
         return Endpoint("file", path=rest.removeprefix("//"))
-    if scheme == "tls":
-        raise ConfigError(f"{uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
-    if scheme not in ("udp", "tcp") or not rest.startswith("//"):
-        raise ConfigError(f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT or file:DIRECTORY")
+    if scheme not in ("udp", "tcp", "tls") or not rest.startswith("//"):
+        raise ConfigError(
+            f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or file:DIRECTORY"
+        )
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(f"{uri}: {error}") from None
+    default_port = DEFAULT_TLS_PORT if scheme == "tls" else DEFAULT_PORT
     if not host or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(
-            f"{uri}: only a host and a port belong here, as in {scheme}://collector.example:{DEFAULT_PORT}"
+            f"{uri}: only a host and a port belong here, as in {scheme}://collector.example:{default_port}"
         )
-    if port == 0:
-        raise ConfigError(f"{uri}: port 0 cannot be sent to")
-    return Endpoint(scheme, host=host, port=port or DEFAULT_PORT)
+    return Endpoint(scheme, host=host, port=default_port if port is None else port)
