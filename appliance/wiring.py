@@ -477,6 +477,10 @@ def meter_settings(config: Config) -> MeterSettings:
                 template_refresh_s=export.template_refresh_s,
                 template_refresh_messages=export.template_refresh_messages,
                 rotate_seconds=export.rotate_seconds,
+                tls_ca=export.tls_ca,
+                tls_certificate=export.tls_certificate,
+                tls_key=export.tls_key,
+                tls_name=export.tls_name,
                 directory=config.flows_directory.parent,
             )
             for export in meter.exports

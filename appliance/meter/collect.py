@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from appliance.errors import MissingInputError, MissingPermissionError, UsageError
-from appliance.meter.collector import Listener, ServerTls, read_stream
+from appliance.meter.collector import Listener, read_stream
 from appliance.meter.decode import Message, Session
 from appliance.meter.present import JsonLines, TableLines, summary
+from appliance.meter.tls import ServerTls
 
 DRAIN_S = 1.0  # at the end, for what has arrived already
 

@@ -16,12 +16,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import BinaryIO
 
 from appliance.errors import ConfigError, FormatError, InputOutputError, MissingInputError, MissingPermissionError
 from appliance.meter.decode import MESSAGE_HEADER, VERSION, Counts, Limits, MalformedMessageError, Message, Session
 from appliance.meter.settings import Endpoint, parse_uri
+from appliance.meter.tls import ServerTls, reason_of, server_context
 
 RECEIVE_BYTES = 65535
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -112,15 +112,6 @@ class Framer:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerTls:
-    """The listener's certificate, and whose exporters it takes. PEM files; `ca` None: exporters need no certificate."""
-
-    certificate: Path
-    key: Path
-    ca: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class CollectorLimits:
     """What a listener may keep; `session` for each of them."""
 
@@ -142,50 +133,6 @@ class Totals:
     def add(self, counts: Counts) -> None:
         for one in fields(Counts):
             setattr(self.counts, one.name, getattr(self.counts, one.name) + getattr(counts, one.name))
-
-
-def server_context(tls: ServerTls) -> ssl.SSLContext:
-    """TLS 1.2 or later (RFC 7011, 11.3). ConfigError names the file that is wrong."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificate(context, tls.certificate, tls.key)
-    if tls.ca is not None:
-        load_authorities(context, tls.ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    for path in (certificate, key):
-        _check_readable(path)
-    try:
-        context.load_cert_chain(certificate, key, password=lambda: "")
-    except (ssl.SSLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise ConfigError(
-            f"{certificate}, {key}: no certificate with its (not encrypted) key in PEM ({reason})"
-        ) from None
-
-
-def load_authorities(context: ssl.SSLContext, ca: Path) -> None:
-    _check_readable(ca)
-    try:
-        context.load_verify_locations(ca)
-    except (ssl.SSLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise ConfigError(f"{ca}: no certificates in PEM ({reason})") from None
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb"):
-            pass
-    except PermissionError:
-        raise MissingPermissionError(
-            f"{path}: may not be read; it must be readable for the user of this process"
-        ) from None
-    except OSError as error:
-        raise MissingInputError(f"{path}: {error.strerror}") from None
 
 
 @dataclass(slots=True)
@@ -348,8 +295,7 @@ class Listener:
         except ssl.SSLEOFError:
             self._end(connection, "the exporter closed without saying so")
         except OSError as error:
-            reason = (error.reason if isinstance(error, ssl.SSLError) else error.strerror) or str(error)
-            self._end(connection, f"ended ({reason})")
+            self._end(connection, f"ended ({reason_of(error)})")
 
     def _receive(self, connection: _Connection) -> None:
         # TLS may hold more than one record back, of which the selector knows nothing: until there is no more.

@@ -14,6 +14,7 @@ import logging
 import math
 import select
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -174,10 +175,11 @@ class Exporter(ABC):
         self.page["up"] = int(up)
 
 
-def resolve(
-    uri: str, endpoint: Endpoint, kind: socket.SocketKind
-) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-    """A collector's addresses, asked for once, at the start: a name server must not hold up the meter later."""
+Addresses = list[tuple[socket.AddressFamily, tuple[str, int]]]
+
+
+def resolve(uri: str, endpoint: Endpoint, kind: socket.SocketKind) -> Addresses:
+    """A collector's addresses. MissingInputError: it has none."""
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=kind)
     except OSError as error:
@@ -186,8 +188,46 @@ def resolve(
     return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]
 
 
+def is_address(host: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+class Lookup:
+    """Asks for a collector's addresses again, on a thread: a name server must not hold up the meter."""
+
+    def __init__(self, uri: str, endpoint: Endpoint, kind: socket.SocketKind) -> None:
+        self._arguments = (uri, endpoint, kind)
+        self._is_name = not is_address(endpoint.host)
+        self._thread: threading.Thread | None = None
+        self._found: Addresses = []
+
+    def begin(self) -> None:
+        """Nothing, when it is asking already, or when there is no name to ask for."""
+        if self._is_name and (self._thread is None or not self._thread.is_alive()):
+            # A daemon: an answer that never comes must not hold up the end.
+            self._thread = threading.Thread(target=self._ask, name="collector-name", daemon=True)
+            self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            self._found = resolve(*self._arguments)
+        except MissingInputError as error:
+            logger.debug("%s", error)  # what was known before is tried on
+
+    def take(self) -> Addresses:
+        """What was found since the last call; empty: nothing."""
+        found, self._found = self._found, []
+        return found
+
+
 class SocketExporter(Exporter):
-    """What UDP and TCP share: the addresses, tried in turn, and the growing pause between attempts."""
+    """What UDP, TCP and TLS share: the addresses, tried in turn, and the growing pause between attempts."""
 
     kind: socket.SocketKind
 
@@ -200,20 +240,25 @@ class SocketExporter(Exporter):
         first_sequence: int = 0,
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
-        self.addresses = resolve(settings.uri, parse_uri(settings.uri), self.kind)
+        endpoint = parse_uri(settings.uri)
+        self.addresses = resolve(settings.uri, endpoint, self.kind)
+        self.lookup = Lookup(settings.uri, endpoint, self.kind)
         self.attempt = 0
         self.socket: socket.socket | None = None
         self.retry_at_s = 0.0
         self.retry_s = RETRY_FIRST_S
 
     def open_socket(self) -> tuple[socket.socket, tuple[str, int]]:
+        if found := self.lookup.take():
+            self.addresses = found
         family, address = self.addresses[self.attempt % len(self.addresses)]
         self.attempt += 1
         new = socket.socket(family, self.kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         return new, address
 
     def give_up_socket(self, why: str) -> None:
-        """Closes the session; the next attempt comes after a pause that doubles."""
+        """Closes the session; the next attempt comes after a pause that doubles, to where the name leads then."""
+        self.lookup.begin()
         if self.socket is not None:
             self.socket.close()
             self.socket = None
@@ -238,7 +283,10 @@ class SocketExporter(Exporter):
         if self.socket is None:
             time.sleep(max(0.0, min(self.retry_at_s - time.monotonic(), timeout_s)))
         elif timeout_s > 0:
-            select.select([], [self.socket], [], timeout_s)
+            poller = select.poll()
+            for fd, events in self.poll_events():
+                poller.register(fd, events)
+            poller.poll(timeout_s * 1000)
 
     def close(self, deadline_s: float) -> None:
         while True:
@@ -248,9 +296,13 @@ class SocketExporter(Exporter):
             self.wait_writable(deadline_s)
         self.abandon_queue()
         if self.socket is not None:
+            self.close_session(deadline_s)
             self.socket.close()
             self.socket = None
         self.page["up"] = 0
+
+    def close_session(self, deadline_s: float) -> None:
+        """What is to be done with the socket before it is closed, until `deadline_s`."""
 
 
 class UdpExporter(SocketExporter):
@@ -271,6 +323,7 @@ class UdpExporter(SocketExporter):
         first_sequence: int = 0,
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
+        self.first_sequence = first_sequence
         self.templates_due_s = 0.0
         self.messages_to_templates: float = 0
         self.allowed = float(BURST_DATAGRAMS)  # datagrams that may go out now
@@ -280,6 +333,7 @@ class UdpExporter(SocketExporter):
         self.connect()
         if self.socket is not None and now_s >= self.templates_due_s:
             self.send_templates(1)
+            self.lookup.begin()  # over UDP nothing else would tell that the collector has moved
         super().service(now_s, counts)
 
     def next_deadline_s(self) -> float:
@@ -302,7 +356,17 @@ class UdpExporter(SocketExporter):
             self.allowed = DRAIN_MESSAGES
         self.allowed_at_s = now_s
 
+    def follow_name(self) -> None:
+        """To where the collector's name leads by now."""
+        found = self.lookup.take()
+        if found and set(found) != set(self.addresses):  # the order changes all the time
+            self.addresses, self.attempt = found, 0
+            if self.socket is not None:
+                self.socket.close()
+                self.socket = None
+
     def connect(self) -> None:
+        self.follow_name()
         if self.socket is not None or time.monotonic() < self.retry_at_s:
             return
         new, address = self.open_socket()
@@ -314,6 +378,7 @@ class UdpExporter(SocketExporter):
             return
         self.page.add("connects")
         self.retry_s = RETRY_FIRST_S
+        self.sequence = self.first_sequence  # another port of ours: to the collector a new session
         self.set_up(True)
         self.send_templates(self.settings.template_copies)
 
@@ -373,6 +438,7 @@ class UdpExporter(SocketExporter):
 
     def refused(self) -> None:
         self.set_up(False, "nobody listens there")
+        self.lookup.begin()
         self.templates_due_s = min(self.templates_due_s, time.monotonic() + REFUSED_TEMPLATES_S)
 
 
@@ -380,6 +446,7 @@ class TcpExporter(SocketExporter):
     """One connection at a time. Every connection is a new session: all templates first, sequence numbers from 0."""
 
     kind = socket.SOCK_STREAM
+    not_yet: tuple[type[OSError], ...] = (BlockingIOError,)  # what a socket raises that cannot go on now
 
     @property
     def default_message_bytes(self) -> int:
@@ -396,6 +463,8 @@ class TcpExporter(SocketExporter):
         super().__init__(meter, settings, page, clock, first_sequence)
         self.first_sequence = first_sequence
         self.connecting_since_s: float | None = None
+        self.connecting_events = select.POLLOUT
+        self.has_peer = False  # TCP's part of connecting is done
         self.announced: deque[Message] = deque()  # templates of this session that are still to be sent
         self.sent_bytes = 0  # of the message at the front
 
@@ -407,10 +476,13 @@ class TcpExporter(SocketExporter):
             for _ in range(DRAIN_MESSAGES):
                 if not self.send_front():
                     return
-        except BlockingIOError:
+        except self.not_yet:
             return
         except OSError as error:
-            self.disconnect(f"connection lost ({error.strerror or error})")
+            self.lost(error)
+
+    def lost(self, error: OSError) -> None:
+        self.disconnect(f"connection lost ({error.strerror or error})")
 
     def connected(self) -> bool:
         """True when the session is up; otherwise moves it on without waiting."""
@@ -425,6 +497,8 @@ class TcpExporter(SocketExporter):
     def begin_connecting(self) -> None:
         new, address = self.open_socket()
         self.socket = new
+        self.has_peer = False
+        self.connecting_events = select.POLLOUT
         self.connecting_since_s = time.monotonic()
         code = new.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
@@ -433,18 +507,35 @@ class TcpExporter(SocketExporter):
     def finish_connecting(self) -> None:
         if self.socket is None or self.connecting_since_s is None:
             return
+        if time.monotonic() - self.connecting_since_s > CONNECT_TIMEOUT_S:
+            self.disconnect("connecting took too long")
+        elif (self.has_peer or self.find_peer(self.socket)) and self.handshake():
+            self.begin_session()
+
+    def find_peer(self, connecting: socket.socket) -> bool:
         poller = select.poll()
-        poller.register(self.socket, select.POLLOUT)
+        poller.register(connecting, select.POLLOUT)
         if not poller.poll(0):
-            if time.monotonic() - self.connecting_since_s > CONNECT_TIMEOUT_S:
-                self.disconnect("connecting took too long")
-            return
-        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return False
+        code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self.disconnect(f"connection failed ({errno.errorcode.get(code, code)})")
-            return
+            return False
+        connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = self.wrap(connecting)
+        self.has_peer = True
+        return True
+
+    def wrap(self, connected: socket.socket) -> socket.socket:
+        """The socket that messages go to."""
+        return connected
+
+    def handshake(self) -> bool:
+        """True when messages may be sent; else `connecting_events` says what is waited for, or the session is over."""
+        return True
+
+    def begin_session(self) -> None:
         self.connecting_since_s = None
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.page.add("connects")
         self.sequence = self.first_sequence
         self.sent_bytes = 0
@@ -465,7 +556,7 @@ class TcpExporter(SocketExporter):
         try:
             if not self.socket.recv(4096):
                 raise ConnectionResetError(errno.ECONNRESET, "closed by the collector")
-        except BlockingIOError:
+        except self.not_yet:
             pass
 
     def send_front(self) -> bool:
@@ -490,7 +581,9 @@ class TcpExporter(SocketExporter):
     def poll_events(self) -> list[tuple[int, int]]:
         if self.socket is None:
             return []
-        waiting = self.queue or self.announced or self.connecting_since_s is not None
+        if self.connecting_since_s is not None:
+            return [(self.socket.fileno(), self.connecting_events)]
+        waiting = self.queue or self.announced
         return [(self.socket.fileno(), select.POLLIN | (select.POLLOUT if waiting else 0))]
 
 
@@ -593,5 +686,10 @@ def make_exporter(
         from appliance.meter.records import RecordExporter
 
         return RecordExporter(meter, settings, page, clock)
+    scheme = parse_uri(settings.uri).scheme
+    if scheme == "tls":
+        from appliance.meter.tls import TlsExporter
+
+        return TlsExporter(meter, settings, page, clock)
     kinds: dict[str, type[Exporter]] = {"udp": UdpExporter, "tcp": TcpExporter, "file": FileExporter}
-    return kinds[parse_uri(settings.uri).scheme](meter, settings, page, clock)
+    return kinds[scheme](meter, settings, page, clock)

@@ -16,7 +16,7 @@ MAX_MESSAGE_BYTES = 65535
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """One collector or file. `uri`: udp://HOST[:PORT], tcp://HOST[:PORT], file:DIRECTORY, or file: alone.
+    """One collector or file. `uri`: udp://HOST[:PORT], tcp://..., tls://..., file:DIRECTORY, or file: alone.
 
     Files are rotated: staged in `work/`, published in `flows/` below the directory (`directory` when the URI names
     none). With `single_file` the URI names one file, which appears when all is done.
@@ -26,7 +26,7 @@ class ExportSettings:
     domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
-    message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP, 65535 in files
+    message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files
     template_refresh_s: float = 60.0  # over UDP
     template_refresh_messages: int = 1000  # over UDP; 0: by time alone
     template_copies: int = 3  # over UDP, before the first record
@@ -38,14 +38,20 @@ class ExportSettings:
     rotate_seconds: int = 60  # of files, aligned to the clock; 0: never
     directory: Path | None = None
     single_file: bool = False
+    tls_ca: Path | None = None  # PEM: whose certificates are believed; None: the system's authorities
+    tls_certificate: Path | None = None  # PEM: ours, for collectors that ask for one
+    tls_key: Path | None = None  # PEM: its key, when it is not in the same file
+    tls_name: str = ""  # that the collector's certificate must hold; "": the host of the URI
     file_format: str = "ipfix"  # of a single file; or "json" (a flow a line), "csv", "parquet"
 
     def __post_init__(self) -> None:
         endpoint = parse_uri(self.uri)
         if endpoint.scheme != "file" and endpoint.port == 0:
             raise ConfigError(f"{self.uri}: port 0 cannot be sent to")
-        if endpoint.scheme == "tls":
-            raise ConfigError(f"{self.uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
+        if endpoint.scheme != "tls" and (self.tls_ca or self.tls_certificate or self.tls_key or self.tls_name):
+            raise ConfigError(f"{self.uri}: tls_ca, tls_certificate, tls_key and tls_name belong to tls:// alone")
+        if self.tls_key is not None and self.tls_certificate is None:
+            raise ConfigError(f"{self.uri}: tls_key without tls_certificate")
         if self.message_bytes and not MIN_MESSAGE_BYTES <= self.message_bytes <= MAX_MESSAGE_BYTES:
             raise ConfigError(
                 f"{self.uri}: message_bytes {self.message_bytes} is not 0 or {MIN_MESSAGE_BYTES} to {MAX_MESSAGE_BYTES}"

@@ -476,7 +476,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("tls://host:4740", "TLS is not supported"),
+        ("dtls://host:4740", "not an exporter's URI"),
         ("http://host", "not an exporter's URI"),
         ("udp:host:4739", "not an exporter's URI"),
         ("udp://", "only a host and a port"),
