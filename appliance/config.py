@@ -307,7 +307,7 @@ class MeterExport(_Table):
         default=1000, description="udp:// only: ... or after this many messages; 0 = by time alone"
     )
     mtu_bytes: Annotated[int, _between(512, 65535)] = Field(
-        default=1400, description="longest message; 512 where the path is not known (RFC 7011, 10.3.3)"
+        default=1400, description="longest message; over udp:// never longer than the path takes"
     )
     domain: Annotated[int, _between(0, (1 << 32) - 1)] = Field(default=1, description="observation domain ID")
     biflow: bool = Field(

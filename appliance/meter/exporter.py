@@ -25,7 +25,7 @@ from appliance.counters import EXPORT_FIELDS, PAGE_BYTES, CounterPage
 from appliance.errors import ConfigError, MissingInputError
 from appliance.meter.files import FlowFiles
 from appliance.meter.pack import Message, Packer
-from appliance.meter.settings import Endpoint, ExportSettings, MeterSettings, parse_uri
+from appliance.meter.settings import MIN_MESSAGE_BYTES, Endpoint, ExportSettings, MeterSettings, parse_uri
 from appliance.meter.templates import TemplateSet
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,12 @@ RETRY_LONGEST_S = 60.0  # RFC 7011, 10.4.4: at most one attempt a minute, once a
 CONNECT_TIMEOUT_S = 10.0
 REFUSED_TEMPLATES_S = 1.0  # a collector that was not there gets the templates again soon
 DRAIN_MESSAGES = 256  # sent in one go, so that a slow system call cannot hold the meter for long
+# linux/in.h and linux/in6.h, which Python does not name: (option level, MTU_DISCOVER, MTU, headers of IP and UDP).
+PATH_MTU = {
+    socket.AF_INET: (socket.IPPROTO_IP, 10, 14, 28),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 24, 48),
+}
+PMTUDISC_DONT, PMTUDISC_DO = 0, 2
 BURST_DATAGRAMS = 64  # without a pause: 90 KB, well below a socket's usual buffer
 LOG_PAUSE_S = 30.0  # between two lines about one collector
 
@@ -67,17 +73,20 @@ class Exporter(ABC):
         self.sequence = first_sequence
         self.templates = TemplateSet(meter, settings)
         self.message_bytes = settings.message_bytes or self.default_message_bytes
-        self.packer = Packer(
-            self.templates.plans,
-            biflow=settings.biflow,
-            observation_domain=settings.domain,
-            message_bytes=self.message_bytes,
-        )
+        self.packer = self.make_packer()
         self.queue: deque[Message] = deque()
         self.queued_bytes = 0
         self.started_ms = int(clock() * 1000)
         self.statistics_due_s: float | None = None
         self.logged_at_s = -math.inf
+
+    def make_packer(self) -> Packer:
+        return Packer(
+            self.templates.plans,
+            biflow=self.settings.biflow,
+            observation_domain=self.settings.domain,
+            message_bytes=self.message_bytes,
+        )
 
     @property
     @abstractmethod
@@ -347,6 +356,10 @@ class UdpExporter(SocketExporter):
     def poll_events(self) -> list[tuple[int, int]]:
         return super().poll_events() if self.queue and self.allowed >= 1 else []
 
+    def export(self, rows_address: int, row_count: int) -> None:
+        self.connect()  # how long a message may be is the path's matter
+        super().export(rows_address, row_count)
+
     def refill(self) -> None:
         now_s = time.monotonic()
         if self.settings.datagrams_per_s:
@@ -376,13 +389,41 @@ class UdpExporter(SocketExporter):
         except OSError as error:
             self.give_up_socket(f"cannot be reached ({error.strerror})")
             return
+        self.fit_path()
         self.page.add("connects")
         self.retry_s = RETRY_FIRST_S
         self.sequence = self.first_sequence  # another port of ours: to the collector a new session
         self.set_up(True)
         self.send_templates(self.settings.template_copies)
 
+    def fit_path(self) -> None:
+        """Makes messages as long as the path takes, and no longer than configured (RFC 7011, 10.3.3)."""
+        if self.socket is None:
+            return
+        level, discover, mtu, header_bytes = PATH_MTU[self.socket.family]
+        try:
+            self.socket.setsockopt(level, discover, PMTUDISC_DO)
+            path_bytes = self.socket.getsockopt(level, mtu) - header_bytes
+        except OSError:
+            path_bytes = MIN_MESSAGE_BYTES  # what is safe where the path is unknown
+        wanted = min(self.settings.message_bytes or self.default_message_bytes, path_bytes)
+        wanted = max(wanted, MIN_MESSAGE_BYTES)
+        if wanted != self.message_bytes:
+            self.message_bytes = wanted
+            self.packer = self.make_packer()
+
+    def send_in_fragments(self, message: Message) -> None:
+        """For a message that was packed when the path was thought to take more. OSError: it cannot be sent at all."""
+        assert self.socket is not None
+        level, discover, _, _ = PATH_MTU[self.socket.family]
+        self.socket.setsockopt(level, discover, PMTUDISC_DONT)
+        try:
+            self.socket.send(message.data)
+        finally:
+            self.socket.setsockopt(level, discover, PMTUDISC_DO)
+
     def send_templates(self, copies: int) -> None:
+        self.fit_path()
         self.templates_due_s = time.monotonic() + self.settings.template_refresh_s
         self.messages_to_templates = self.settings.template_refresh_messages or math.inf
         for _ in range(copies):
@@ -413,28 +454,39 @@ class UdpExporter(SocketExporter):
         if self.socket is None:
             return False
         self.stamp(message)
-        for last_attempt in (False, True):
-            try:
-                self.socket.send(message.data)
-            except BlockingIOError:
+        try:
+            self.send_datagram(message)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOBUFS):
                 return False
-            except OSError as error:
-                self.page.add("send_errors")
-                if error.errno == errno.ECONNREFUSED and not last_attempt:
-                    # The error belongs to an earlier datagram and has eaten this one: once more.
-                    self.refused()
-                    continue
-                if error.errno == errno.ENOBUFS:
-                    return False
-                logger.debug("collector %s: %s", self.settings.uri, error.strerror)
-                self.set_up(False, f"sending failed ({error.strerror})")
-                self.count_not_sent(message)
-                return True
-            self.count_sent(message)
-            if not self.page["up"] and not last_attempt:
-                self.set_up(True)
+            self.page.add("send_errors")
+            logger.debug("collector %s: %s", self.settings.uri, error.strerror)
+            self.set_up(False, f"sending failed ({error.strerror})")
+            self.count_not_sent(message)
             return True
+        self.count_sent(message)
         return True
+
+    def send_datagram(self, message: Message) -> None:
+        """OSError: it was not sent."""
+        assert self.socket is not None
+        try:
+            self.socket.send(message.data)
+            if not self.page["up"]:
+                self.set_up(True)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ECONNREFUSED, errno.EMSGSIZE):
+                raise
+            was_refused = error.errno == errno.ECONNREFUSED
+        # Both errors may belong to an earlier datagram, and have eaten this one: once more.
+        if was_refused:
+            self.page.add("send_errors")
+            self.refused()
+            self.socket.send(message.data)
+        else:
+            self.fit_path()
+            self.send_in_fragments(message)
 
     def refused(self) -> None:
         self.set_up(False, "nobody listens there")

@@ -26,7 +26,7 @@ class ExportSettings:
     domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
-    message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files
+    message_bytes: int = 0  # longest message (over UDP less when the path takes less); 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files
     template_refresh_s: float = 60.0  # over UDP
     template_refresh_messages: int = 1000  # over UDP; 0: by time alone
     template_copies: int = 3  # over UDP, before the first record
