@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 from appliance.capture.digestfile import DigestFile
@@ -21,7 +21,7 @@ from appliance.counters import EXPORT_FIELDS, IGNORED_REASONS, METER_FIELDS, Cou
 from appliance.errors import FormatError, UsageError
 from appliance.merge import order
 from appliance.meter.metering import Metering
-from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Consumer, Producer, initialise
 
@@ -63,7 +63,9 @@ def meter_files(
     inputs: list[_Input] = []
     try:
         inputs += (_Input(path, i) for i, path in enumerate(paths))
-        return _meter(inputs, with_export(settings, destination, file_format), progress)
+        names = tuple(InterfaceName(i, os.path.basename(path), path) for i, path in enumerate(paths))
+        exporting = with_export(settings, destination, file_format)
+        return _meter(inputs, replace(exporting, interfaces=names), progress)
     finally:
         for one in inputs:
             one.close()

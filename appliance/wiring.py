@@ -16,7 +16,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,7 @@ from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
-from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
 from appliance.monitor.render import live_line
@@ -342,7 +342,7 @@ class Wiring:
             sources=sources,
             generation=self.generation,
             wake_fd=self.meter_wake,
-            settings=meter_settings(self.config),
+            settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
         )
 
@@ -460,6 +460,11 @@ def live_description(source: Source, linktype: int) -> InterfaceDescription:
         speed_bps=speed.speed * 1_000_000 if speed is not None else 0,
         filter=source.interface.filter,
     )
+
+
+def interface_names(plan: Plan) -> tuple[InterfaceName, ...]:
+    """The meter numbers its sources in this order."""
+    return tuple(InterfaceName(i, source.label, str(source.uri)) for i, source in enumerate(plan.sources))
 
 
 def meter_settings(config: Config) -> MeterSettings:

@@ -86,3 +86,20 @@ def information_model() -> Mapping[tuple[int, int], tuple[str, str]]:
         e = ipfix.ie.for_spec(spec)
         model[e.pen, e.num | registry.CERT_REVERSE_BIT] = (reverse_name(e.name), e.type.name)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class KnownElement:
+    """What the information model says of an element. `type_number`: as RFC 5610, 3.1 numbers the data types."""
+
+    enterprise: int
+    number: int
+    name: str
+    type_name: str
+    type_number: int
+
+
+def known_element(enterprise: int, number: int) -> KnownElement:
+    """KeyError: nobody has named it."""
+    name, type_name = information_model()[enterprise, number]
+    return KnownElement(enterprise, number, name, type_name, ipfix.types.for_name(type_name).num)

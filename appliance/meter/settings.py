@@ -26,7 +26,8 @@ class ExportSettings:
     domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
-    message_bytes: int = 0  # longest message (over UDP less when the path takes less); 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files
+    # Longest message, over UDP less when the path takes less; 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files.
+    message_bytes: int = 0
     template_refresh_s: float = 60.0  # over UDP
     template_refresh_messages: int = 1000  # over UDP; 0: by time alone
     template_copies: int = 3  # over UDP, before the first record
@@ -59,6 +60,15 @@ class ExportSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class InterfaceName:
+    """What is told to collectors about an interface. `number`: its ingressInterface."""
+
+    number: int
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
 class MeterSettings:
     idle_timeout_s: float = 30.0
     active_timeout_s: float = 300.0
@@ -66,6 +76,7 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
+    interfaces: tuple[InterfaceName, ...] = ()
     export: tuple[ExportSettings, ...] = field(default=())
 
 

@@ -20,6 +20,7 @@ from appliance.meter.ipfix import (
     encode_template,
     reverse_name,
 )
+from appliance.meter.options import Encoded, interface_names, type_information
 from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, Message
 from appliance.meter.settings import ExportSettings, MeterSettings
 
@@ -225,6 +226,7 @@ class TemplateSet:
         self.observation_domain = export.domain
         self.biflow = export.biflow
         self.flows = list(self._flow_templates(meter, export))
+        self.interfaces = meter.interfaces
 
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:
         for row_class in range(6):
@@ -247,12 +249,19 @@ class TemplateSet:
         templates = [(TEMPLATE_SET_ID, t.encoded, 0) for t in self.flows]
         options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in OPTIONS]
         keys = [(FLOW_KEYS_ID, FLOW_KEYS.encode((t.template_id, t.key_indicator)), 1) for t in self.flows]
-        return templates + options + keys
+        return templates + options + keys + interface_names(self.interfaces)
+
+    @cached_property
+    def _types(self) -> list[Encoded]:
+        elements = [element(spec) for template in self.flows for spec in template.specs]
+        return type_information((one.enterprise, one.number) for one in elements)
 
     def announcement(self, message_bytes: int) -> list[Message]:
-        """Templates, options templates and the flow keys, in messages of at most `message_bytes`. New ones each time:
-        a message is stamped when it leaves."""
-        return build_messages(self.observation_domain, self._sets, message_bytes)
+        """Templates, options templates, flow keys and interface names, in messages of at most `message_bytes`. New ones
+        each time: a message is stamped when it leaves. What elements mean must come before the message with the
+        templates that use them (RFC 5610, 3.9)."""
+        types = build_messages(self.observation_domain, self._types, message_bytes)
+        return types + build_messages(self.observation_domain, self._sets, message_bytes)
 
     def statistics(self, counts: Mapping[str, int], message_bytes: int) -> list[Message]:
         """Options data about metering and exporting. `counts`: messages, flow_records, bytes, ignored_packets,

@@ -15,7 +15,7 @@ import pytest
 from meter.certificates import HAS_OPENSSL, NO_OPENSSL, Authority, Identity
 from meter.flow_packets import flow_records
 from meter.test_collector import Collecting
-from meter.test_exporter import TEMPLATES, check_sequence, export, wait_until, whole_messages
+from meter.test_exporter import TEMPLATES, announced, check_sequence, export, wait_until, whole_messages
 
 from appliance.errors import ConfigError, MissingInputError
 from appliance.meter import exporter as exporter_module
@@ -113,7 +113,7 @@ def test_openssl_receives_every_record_after_both_have_shown_their_certificates(
     exporter.close(time.monotonic() + 10)
     wait_until(lambda: collector.flows() == 2000)
     messages = whole_messages(collector.file.read_bytes())
-    assert len(messages[0].templates) == TEMPLATES
+    assert announced(messages) == TEMPLATES
     check_sequence(messages)
     assert exporter.page["flow_records"] == 2000 and exporter.page["tls_failures"] == 0
 
@@ -204,7 +204,7 @@ def test_a_collector_that_was_restarted_gets_the_templates_first_and_a_new_seque
     second = openssl_collector(identity, port=first.port)
     wait_until(lambda: not exporter.queue and second.flows() == 50, exporter)
     messages = whole_messages(second.file.read_bytes())
-    assert len(messages[0].templates) == TEMPLATES
+    assert announced(messages) == TEMPLATES
     check_sequence(messages)
     exporter.close(time.monotonic() + 5)
 
