@@ -191,12 +191,14 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     from appliance.config import expand_interfaces, load
     from appliance.merge.compressor import compressor_argv
     from appliance.plan import make_plan
+    from appliance.wiring import meter_settings
 
     loaded = expand_interfaces(load(config), host_interfaces())
     plan = make_plan(loaded)
     for output in loaded.outputs:
         compressor_argv(output.compressor)
     _check_sources(plan)
+    meter_settings(loaded)
     tables = _plan_tables(plan)
     if as_json:
         print_json(

@@ -348,6 +348,14 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    elements: tuple[Annotated[str, AfterValidator(_printable)], ...] = Field(
+        default=(),
+        strict=False,
+        description="elements of your own in every flow record, each NAME(ENTERPRISE/NUMBER)<TYPE> = a field of the "
+        'flow table or a constant, e.g. ["siteNumber(99999/1)<unsigned16> = 7", '
+        "\"siteName(99999/2)<string> = 'north'\", "
+        '"longestPacket(99999/3)<unsigned16> = forward.max_length"]',
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

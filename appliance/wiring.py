@@ -31,6 +31,7 @@ from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix
 from appliance.merge.naming import ApplianceNaming, Naming
+from appliance.meter.own import own_elements
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
@@ -469,7 +470,9 @@ def interface_names(plan: Plan) -> tuple[InterfaceName, ...]:
 
 def meter_settings(config: Config) -> MeterSettings:
     meter = config.meter
+    own_elements(meter.elements)  # here, where a mistake is told to the user; the worker would die of it
     return MeterSettings(
+        elements=meter.elements,
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,

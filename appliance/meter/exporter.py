@@ -86,6 +86,7 @@ class Exporter(ABC):
             biflow=self.settings.biflow,
             observation_domain=self.settings.domain,
             message_bytes=self.message_bytes,
+            constants=self.templates.constants,
         )
 
     @property

@@ -10,7 +10,7 @@ from appliance.meter.ipfix import OPTIONS_TEMPLATE_SET_ID, KnownElement, encode_
 from appliance.meter.registry import REVERSE_ENTERPRISE
 from appliance.meter.settings import InterfaceName
 
-INTERFACES_ID, TYPE_INFORMATION_ID = 304, 305
+INTERFACES_ID, TYPE_INFORMATION_ID = 310, 311
 INTERFACES = ("ingressInterface", "interfaceName", "interfaceDescription")
 TYPE_INFORMATION = (  # RFC 5610, 3.9: all nine, for some readers pass over records with fewer
     "privateEnterpriseNumber",

@@ -77,6 +77,7 @@ class MeterSettings:
     vlan_in_key: bool = True
     interface_in_key: bool = False
     interfaces: tuple[InterfaceName, ...] = ()
+    elements: tuple[str, ...] = ()  # of the user's own, in every flow record; see own.py
     export: tuple[ExportSettings, ...] = field(default=())
 
 

@@ -62,10 +62,10 @@ def test_type_information_comes_in_an_earlier_message_and_has_nine_fields() -> N
     messages = TemplateSet(MeterSettings(interfaces=INTERFACES), ExportSettings("file:")).announcement(65535)
     decoded = Decoder().stream(b"".join(bytes(message.data) for message in messages))
     assert [len(message.templates) for message in decoded] == [1, 17]
-    assert len(decoded[0].templates[305]) == 9 and decoded[0].scopes == {305: 2}
+    assert len(decoded[0].templates[311]) == 9 and decoded[0].scopes == {311: 2}
     numbers = {int.from_bytes(record[0, 303], "big") for _, record in decoded[0].records}
     assert numbers >= {14, 15, 14 | 0x4000, 15 | 0x4000}
-    names = [record[0, 82].decode() for template_id, record in decoded[1].records if template_id == 304]
+    names = [record[0, 82].decode() for template_id, record in decoded[1].records if template_id == 310]
     assert names == ["uplink", "gr\u00fcn"]
 
 
