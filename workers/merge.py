@@ -212,6 +212,7 @@ class MergeWorker:
             self.stream.write()
         if self.recovery.is_done:
             self.recovery.settle()
+        self.stream.take_back()
         if status == order.IDLE and has_written and self.live and self.draining_since is None:
             self.gather()
         elif status == order.IDLE:

@@ -143,7 +143,8 @@ class Publisher:
     """Publishes closed segments in their order, and between them keeps the retention's limits.
 
     `before`: a job that its thread does first (the recovery of an earlier life's files). `failed`: something went to
-    quarantine, or could not even get there.
+    quarantine, or could not even get there. `vanished`: packets by source of files that somebody removed before they
+    were published; whoever counted them as written takes them from there.
     """
 
     QUEUE_SEGMENTS = 8
@@ -160,6 +161,8 @@ class Publisher:
         before: Callable[[], None] | None = None,
     ) -> None:
         self.failed = False
+        self.vanished: queue.SimpleQueue[Mapping[str, int]] = queue.SimpleQueue()
+        self._stranded: list[Segment] = []
         self._naming = naming
         self._output = output
         self._page = page
@@ -213,12 +216,14 @@ class Publisher:
                 self._retain()
                 continue
             if segment is None:
-                return
+                return self._guarded("quarantine", self._set_stranded_aside)
             self._guarded(segment.path, functools.partial(self._settle, segment))
             self._count_waiting(-1)
             self._retain()
 
     def _retain(self) -> None:
+        if self._stranded:
+            self._guarded("quarantine", self._set_stranded_aside)
         if self._retention is not None:
             self._guarded("retention", self._retention.enforce)
 
@@ -239,7 +244,15 @@ class Publisher:
             except (OSError, InputOutputError) as error:
                 self.count_write_error()
                 segment.failure = f"{segment.path}: cannot be published: {error}"
-        self.quarantine(segment)
+        if self._naming.stream is None and not os.path.lexists(segment.path):
+            self._count_vanished(segment)
+        else:
+            self.quarantine(segment)
+
+    def _count_vanished(self, segment: Segment) -> None:
+        self.failed = True
+        self.vanished.put(segment.source_packets)
+        log.error("%s does not exist any longer: its %d packets are lost", segment.path, segment.packets)
 
     def _end_sink(self, segment: Segment) -> None:
         try:
@@ -330,26 +343,44 @@ class Publisher:
         self.failed = True
         self._page.add("segments_quarantined")
         self._page.add("quarantined_packets", segment.packets)
-        target = None
-        try:
-            target = self._naming.quarantine_path(segment.sequence)
-            if target is not None:
+        log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
+        if not self._set_aside(segment):
+            self._stranded.append(segment)
+
+    def _set_aside(self, segment: Segment) -> bool:
+        """Moves the file, then writes the reason. False: one of them cannot be done now."""
+        target = None if segment.is_aside else self._naming.quarantine_path(segment.sequence)
+        if target is not None:
+            try:
                 self._ledger.begin(segment.path, segment.source_packets)
                 rename_without_replacing(segment.path, target)
                 self._ledger.end()
-                segment.path = target
-        except OSError as error:
-            self._ledger.give_up()
-            log.error("%s: cannot be moved to quarantine: %s", segment.path, error)
-        log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
-        if segment.path == target:
-            write_reason(target, segment.failure, segment.packets, self._mode)
+            except OSError as error:
+                self._ledger.give_up()
+                if segment not in self._stranded:
+                    log.error("%s: cannot be moved to quarantine, which is tried again: %s", segment.path, error)
+                return False
+            segment.path, segment.is_aside = target, True
+        return not segment.is_aside or write_reason(segment.path, segment.failure, segment.packets, self._mode)
+
+    def _set_stranded_aside(self) -> None:
+        """What could not be moved or explained when it failed: the disk was full, a directory gone or not writable."""
+        for segment in list(self._stranded):
+            if os.path.lexists(segment.path):
+                if not self._set_aside(segment):
+                    continue
+            elif not segment.is_aside:
+                self._page["quarantined_packets"] -= segment.packets
+                self._count_vanished(segment)
+            self._stranded.remove(segment)
 
 
-def write_reason(path: str, reason: str, packets: int, mode: int) -> None:
-    """Beside a file in quarantine: why it is there. The log has said so already, so a full disk is no further harm."""
+def write_reason(path: str, reason: str, packets: int, mode: int) -> bool:
+    """Beside a file in quarantine: why it is there. False: it cannot be written now; the log has said so already."""
     text = json.dumps({"reason": reason, "packets": packets}) + "\n"
     try:
         write_durably(f"{path}.json", text, mode)
     except OSError as error:
         log.error("%s.json: cannot be written: %s", path, error)
+        return False
+    return True

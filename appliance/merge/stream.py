@@ -398,6 +398,16 @@ class OutputStream:
                 self._writer_dropped += packets
                 self._page.add("merged_packets", packets)
 
+    def take_back(self) -> None:
+        """Packets that were written into files that somebody removed since: the writer has lost them."""
+        while not self._publisher.vanished.empty():
+            for label, packets in self._publisher.vanished.get().items():
+                page = self._source_pages[self._labels.index(label)]
+                page["written_packets"] -= packets
+                page.add("dropped_writer_packets", packets)
+                self._page["written_packets"] -= packets
+                self._writer_dropped += packets
+
     def drop_what_waits(self) -> None:
         """The end has come, and no segment can be had: what is still to come is dropped by the writer, and counted."""
         self._merge.begin_segment(NEVER, NEVER, NEVER)
@@ -407,3 +417,4 @@ class OutputStream:
         self.close(reason)
         self._opener.discard_spare()
         self._publisher.finish(self._beat)
+        self.take_back()
