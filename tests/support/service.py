@@ -163,6 +163,12 @@ class Service:
         """Process ids by worker; the supervisor is `supervisor`."""
         return {worker.name: worker.pid for worker in self.snapshot().workers} | {"supervisor": self.process.pid}
 
+    def pids_by_page(self) -> dict[str, int]:
+        """As `pids`; with a `prefix` that stays, the supervisor is another process than the one started."""
+        children = descendants(self.process.pid)
+        supervisor = next((pid for pid in children if self.snapshot().workers[0].pid in descendants(pid)), None)
+        return self.pids() | {"supervisor": supervisor or self.process.pid}
+
     def opener_pid(self) -> int:
         return next(pid for pid in self.processes() if process_name(pid) == "opener")
 
