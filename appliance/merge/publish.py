@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from appliance.counters import CounterPage, publish_bucket
 from appliance.errors import InputOutputError
 from appliance.merge.compressor import CompressorSink, SinkError
+from appliance.merge.events import Announcer
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.retention import Retention
@@ -159,6 +160,7 @@ class Publisher:
         ledger: Ledger,
         retention: Retention | None = None,
         before: Callable[[], None] | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         self.failed = False
         self.vanished: queue.SimpleQueue[Mapping[str, int]] = queue.SimpleQueue()
@@ -171,6 +173,7 @@ class Publisher:
         self._ledger = ledger
         self._retention = retention
         self._before = before
+        self._announcer = announcer
         self._counting = threading.Lock()
         self._waiting = 0
         self._queue: queue.Queue[Segment | None] = queue.Queue(self.QUEUE_SEGMENTS)
@@ -188,6 +191,8 @@ class Publisher:
         while self._thread.is_alive():
             self._thread.join(0.5)
             beat()
+        if self._announcer is not None:
+            self._announcer.finish(beat)
 
     def count_write_error(self) -> None:
         """Both threads of a merge worker count these."""
@@ -207,6 +212,8 @@ class Publisher:
                 beat()
 
     def _run(self) -> None:
+        if self._announcer is not None:
+            self._guarded("manifest", self._announcer.begin)
         if self._before is not None:
             self._guarded("recovery", self._before)
         while True:
@@ -281,9 +288,10 @@ class Publisher:
         segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
         self._ledger.begin(segment.path, segment.source_packets)
+        told = self._sidecar(segment, final, sha256, length)
         try:
             if sidecar is not None:
-                write_durably(sidecar, self._sidecar(segment, final, sha256, length).to_json(), self._mode)
+                write_durably(sidecar, told.to_json(), self._mode)
             now = time.time()
             os.utime(
                 segment.path, (now, now)
@@ -299,6 +307,8 @@ class Publisher:
             raise
         self._ledger.end()
         self._count_published(segment, length)
+        if self._announcer is not None:
+            self._announcer.published(final, dataclasses.asdict(told))
         if self._retention is not None:
             self._retention.add(final)
         log.info(

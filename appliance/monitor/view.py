@@ -187,6 +187,7 @@ class OutputView:
     queued_files: int
     write_errors: int
     compressor_failures: int
+    hook_failures: int
     file_opened_ns: int
     last_published_ns: int
     publish_ns: int
@@ -431,6 +432,7 @@ def _output(pages: CounterPages, output: OutputInfo, sources: tuple[SourceInfo, 
         queued_files=page["queued_segments"],
         write_errors=page["write_errors"],
         compressor_failures=page["compressor_failures"],
+        hook_failures=page["hook_failures"],
         file_opened_ns=page["segment_opened_ns"],
         last_published_ns=page["last_published_ns"],
         publish_ns=page["publish_ns"],
