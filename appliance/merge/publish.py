@@ -281,6 +281,9 @@ class Publisher:
         start_ns = segment.start_ns
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
+        elif segment.first_ns is not None and not segment.late:
+            # What waited in the rings for a successor is older than its first file: names sort as the packets do.
+            start_ns = min(start_ns, segment.first_ns)
         if self._naming.sidecar_path(segment.sequence, start_ns) is None:
             sha256, length = "", sync_file(segment.path)  # nowhere to write the hash
         else:
