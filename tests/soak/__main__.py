@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from soak.run import Soak
 from support.faults import small_disk
 from support.lab import Lab
 from support.service import service_directory
+
+from soak.run import Soak
 
 
 def main() -> int:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from appliance.monitor.view import Snapshot
 from support.identities import Traffic, balance, quarantined_packets
 from support.judges import check_numbered
-from support.lab import Lab, end_process
+from support.lab import Lab, Sender, end_process
 from support.service import Service, descendants
 
+from appliance.monitor.view import InterfaceView, Snapshot
+
+T = TypeVar("T")
 LABELS = ("a", "b", "c", "d")
 REST_S = 60.0
 LEAST_PAUSE_S = 0.5
@@ -39,15 +44,15 @@ class Measure:
 
     @classmethod
     def of(cls, service: Service) -> Measure:
+        """Zombies count as processes; one that ends while we look counts no further."""
         pids = service.processes()
-        shared = sum(1 for name in os.listdir("/dev/shm"))
-        return cls(
-            len(pids),
-            sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-            sum(private_bytes(pid) for pid in pids),
-            len(list((service.directory / "work").iterdir())),
-            shared,
-        )
+        descriptors = resident = 0
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+                resident += private_bytes(pid)
+        staged = len(list((service.directory / "work").iterdir()))
+        return cls(len(pids), descriptors, resident, staged, len(os.listdir("/dev/shm")))
 
 
 def private_bytes(pid: int) -> int:
@@ -88,8 +93,8 @@ class Soak:
         self.rounds = 0
         self.done: Counter[str] = Counter()
         self.measures: list[Measure] = []
-        self.held = {label: 0 for label in LABELS}  # frames found in files, of those that were taken away
-        self.highest = {label: -1 for label in LABELS}
+        self.held = dict.fromkeys(LABELS, 0)  # frames found in files, of those that were taken away
+        self.highest = dict.fromkeys(LABELS, -1)
         self.in_files = 0
         self.last: Snapshot | None = None
         self.faults: list[Callable[[], None]] = [
@@ -99,7 +104,7 @@ class Soak:
     # ---- a round ----
 
     def round(self, seconds: float, faults: int) -> None:
-        sender = self.traffic.start(self.rate, flows=2000, sizes=(80, 600, 1514))
+        self.sender = self.start_traffic()
         end = time.monotonic() + seconds
         for number in range(faults):
             time.sleep(max(LEAST_PAUSE_S, (end - time.monotonic()) / (faults - number) * self.chance.uniform(0.3, 1)))
@@ -109,19 +114,22 @@ class Soak:
             self.done[fault.__name__.removeprefix("fault_")] += 1
             fault()
         time.sleep(max(0.0, end - time.monotonic()))
-        self.traffic.stop(sender)
+        self.traffic.stop(self.sender)
         self.settle()
         self.rounds += 1
         self.tell()
 
     def settle(self) -> None:
         """Everything rests: identities, files, and what must stay flat."""
+        self.service.heard("")  # its manager listens
         # A file that could not be moved when its disk was full is moved within some seconds.
         self.last = balance(self.service, self.traffic.sent, meter_died=True, timeout_s=REST_S)
-        self.service.ask("rotate")
         files = self.last.outputs[0].files_published
+        self.patiently(lambda: self.service.ask("rotate"))
         self.service.wait_until(
-            lambda: self.service.snapshot().outputs[0].files_published > files, "the open file is published", REST_S
+            lambda: self.patiently(self.service.snapshot).outputs[0].files_published > files,
+            "the open file is published",
+            REST_S,
         )
         self.last = balance(self.service, self.traffic.sent, meter_died=True, timeout_s=REST_S)
         self.take_files()
@@ -146,7 +154,7 @@ class Soak:
             path.unlink()
         written = sum(view.written_packets for view in self.last.interfaces)
         aside = quarantined_packets(self.disk / "out")
-        assert self.in_files + aside == written, f"{self.in_files} in files + {aside} in quarantine != {written} written"
+        assert self.in_files + aside == written, f"{self.in_files} in files + {aside} set aside != {written} written"
         missing = sum(self.traffic.each - self.held[label] for label in LABELS)
         lost = sum(view.lost_packets for view in self.last.interfaces)
         assert missing == lost + aside, f"{missing} frames are missing, {lost} are counted as lost, {aside} set aside"
@@ -196,11 +204,17 @@ class Soak:
     # ---- faults ----
 
     def pid(self, worker: str) -> int:
+        return self.patiently(self.service.pids)[worker]
+
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What the control socket answers; the monitor may be between two lives."""
+        deadline = time.monotonic() + REST_S
         while True:
             try:
-                return self.service.pids()[worker]
+                return ask()
             except OSError:
-                time.sleep(0.05)  # the monitor is between two lives
+                assert time.monotonic() < deadline, "the control socket does not answer"
+                time.sleep(0.05)
 
     def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         try:
@@ -228,7 +242,7 @@ class Soak:
         """For a moment, or for so long that it is ended."""
         pid = self.pid(self.chance.choice(["capture/a", "merge/main", "meter"]))
         self.kill(pid, signal.SIGSTOP)
-        time.sleep(self.chance.choice([0.3, 1.5, 5]))
+        time.sleep(self.chance.choice([0.3, 1.5, 4]))
         self.kill(pid, signal.SIGCONT)
 
     def fault_stop_compressor(self) -> None:
@@ -247,11 +261,26 @@ class Soak:
         finally:
             filler.unlink(missing_ok=True)
 
-    def fault_interface_down(self) -> None:
-        """Nothing is sent meanwhile on the wire: a frame that the kernel throws away is nobody's."""
+    def fault_interface_flap(self) -> None:
+        """Down and up, or deleted and made again. Nothing is sent meanwhile: nobody would see it."""
+        self.traffic.stop(self.sender)
         label = self.chance.choice(LABELS)
-        self.lab.run(["ip", "link", "set", "dev", label, "promisc", "on"])
-        self.lab.run(["ip", "link", "set", "dev", label, "promisc", "off"])
+        if self.chance.random() < 0.5:
+            self.lab.down(label)
+            time.sleep(self.chance.uniform(0.1, 2))
+            self.lab.up(label)
+            self.service.wait_until(lambda: self.lab.carrier(self.traffic.wires[label]), "the carrier")
+        else:
+            reopened = self.interface(label).reopened
+            self.lab.recreate(label)
+            self.service.wait_until(lambda: self.interface(label).reopened > reopened, f"{label} is open again", REST_S)
+        self.sender = self.start_traffic()
+
+    def interface(self, label: str) -> InterfaceView:
+        return self.patiently(lambda: self.service.interface(label))
+
+    def start_traffic(self) -> Sender:
+        return self.traffic.start(self.rate, flows=2000, sizes=(80, 600, 1514))
 
     def fault_collector_restart(self) -> None:
         end_process(self.collector)
@@ -279,5 +308,5 @@ class Soak:
         for client in clients:
             client.close()
 
-    def start_collector(self):  # type: ignore[no-untyped-def]
+    def start_collector(self) -> subprocess.Popen[Any]:
         return self.lab.popen([sys.executable, str(SINK), "tcp", "4739", str(self.sink_file)])

@@ -105,13 +105,10 @@ def test_shared_memory_has_no_name_and_belongs_to_the_service_alone(lab: Lab, di
     for pid in service.processes():
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
-            if len(fields) == 6 and "s" in fields[1]:
-                # Memfds, the kernel's packet ring, anonymous pages: none of them can be opened by a name.
-                name = fields[5]
-                assert name.startswith(("/memfd:", "socket:", "/dev/zero")) or name.endswith(" (deleted)"), (
-                    process_name(pid),
-                    line,
-                )
+            if len(fields) == 6 and fields[1] == "rw-s":
+                # Memfds, the kernel's packet ring, what was unlinked: none of them can be opened by a name.
+                unnamed = fields[5].startswith(("/memfd:", "socket:")) or fields[5].endswith(" (deleted)")
+                assert unnamed, (process_name(pid), line)
         for fd in os.listdir(f"/proc/{pid}/fd"):
             target = f"/proc/{pid}/fd/{fd}"
             if os.readlink(target).startswith("/memfd:ring-"):
