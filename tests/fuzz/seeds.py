@@ -19,7 +19,7 @@ from fuzz.targets import LINKTYPES
 
 PROJECT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("APPLIANCE_SHARED_DATA", PROJECT.parent / "shared" / "data")) / "captures"
-SEED_BYTES_MAX = 200_000
+SEED_BYTES_MAX = 20_000
 MAC = b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02"
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.identities import recount
 from support.judges import capinfos, check_numbered
 from support.lab import Lab, Sender, requires_root, requires_tool, wait_until
 from support.service import Service, descendants, process_name
@@ -46,6 +47,7 @@ def stop_and_balance(service: Service, sender: Sender) -> tuple[int, int]:
     sent = sender.stop()
     last = service.wait_at_rest({name[0]: count for name, count in sent.sent.items()})
     assert service.stop() == 0, service.log
+    recount(service, last)
     report = check_numbered(service.ready())
     missing = 0
     for view in last.interfaces:
