@@ -80,9 +80,9 @@ def test_a_clock_that_is_set_an_hour_on_and_an_hour_back_stops_nobody(lab: Lab, 
             begun = time.monotonic()
             traffic.send(1000)
             balance(service, traffic.sent)
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - begun < 30
             files = service.snapshot().outputs[0].files_published
-            service.wait_until(lambda n=files: service.snapshot().outputs[0].files_published > n + 1, "files close", 10)
+            service.wait_until(lambda n=files: service.snapshot().outputs[0].files_published > n + 1, "files close", 30)
     last = balance(service, traffic.sent)
     assert service.stop() == 0
     recount(service, last)

@@ -252,8 +252,8 @@ def test_by_age_files_go_with_their_sidecars(lab: Lab, directory: Path) -> None:
     service, traffic = start(lab, directory, retain_seconds=3, empty_segments="skip")
     traffic.send(1000)
     balance(service, traffic.sent)
-    service.wait_until(lambda: len(service.ready()) >= 1, "a file")
-    service.wait_until(lambda: service.ready() == [], "it is too old")
+    service.wait_until(lambda: service.snapshot().outputs[0].files_expired >= 1, "a file is too old", 30)
+    service.wait_until(lambda: service.ready() == [], "and so are all")
     assert service.sidecars() == []
     traffic.send(1000)
     last = balance(service, traffic.sent)

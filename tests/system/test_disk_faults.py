@@ -64,7 +64,10 @@ def test_a_full_disk_costs_only_what_is_counted_and_ends_when_there_is_room(
 
 
 @requires_tool("strace")
-@pytest.mark.parametrize("call", ["fsync", "openat", "renameat2", "rename", "close"])
+@pytest.mark.parametrize(
+    "call",
+    ["openat", *(pytest.param(call, marks=pytest.mark.slow) for call in ("fsync", "renameat2", "rename", "close"))],
+)
 def test_any_file_operation_may_fail_and_no_packet_is_lost_in_silence(lab: Lab, directory: Path, call: str) -> None:
     """The first, the second, ... call of its kind fails; in between nothing is started anew."""
     service, traffic = start(
@@ -80,7 +83,9 @@ def test_any_file_operation_may_fail_and_no_packet_is_lost_in_silence(lab: Lab, 
 
 
 @requires_tool("strace")
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EINTR"])
+@pytest.mark.parametrize(
+    "error", ["ENOSPC", pytest.param("EIO", marks=pytest.mark.slow), pytest.param("EINTR", marks=pytest.mark.slow)]
+)
 def test_writes_that_fail_are_written_again_or_counted(lab: Lab, directory: Path, error: str) -> None:
     service, traffic = start(
         lab, directory, output={"compressor": "none"}, service={"restart_limit": 100, "restart_window_s": 1}

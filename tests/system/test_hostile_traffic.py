@@ -156,6 +156,8 @@ def test_broken_input_files_end_with_a_status_and_in_bounded_memory(lab: Lab, di
 
 
 @requires_tool("prlimit")
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_damaged_captures_of_others_end_cleanly(lab: Lab, directory: Path, shared_data: Path) -> None:
     for path in sorted((shared_data / "captures" / "malformed").iterdir()):
         if path.suffix in (".md", ".tsv", ".txt"):

@@ -140,6 +140,7 @@ SANDBOXED = ("NoNewPrivileges=", "CapabilityBoundingSet=", "ProtectSystem=", "Sy
 
 
 @requires_tool("systemd-analyze", "strace")
+@pytest.mark.slow
 def test_the_service_runs_inside_the_sandbox_that_the_unit_describes(lab: Lab, directory: Path, project: Path) -> None:
     """No systemd runs here. What it would enforce is taken from the unit: every system call that a whole life of the
     service makes, with a meter, compressors, a killed worker and a stop, must be one that the unit's filter allows."""
