@@ -18,12 +18,13 @@ from appliance.config import Output
 from appliance.errors import EXIT_IO, ApplianceError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge import order
+from appliance.merge.events import Announcer, Hook, Manifest
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.publish import Publisher
 from appliance.merge.pump import Pump
 from appliance.merge.recovery import Recovery
-from appliance.merge.retention import Limits, Retention
+from appliance.merge.retention import Limits, Retention, published_name
 from appliance.merge.rotation import CLOCK_STEP, END, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
@@ -66,6 +67,7 @@ class MergeParts:
     naming: Naming
     compressor: tuple[str, ...] | None
     is_successor: bool
+    hook: tuple[str, ...] = ()  # its argv, or nothing
     count_captured_bytes: bool = False
     watch_file: str = ""
     strict: bool = False  # an output that failed is an exit status
@@ -109,6 +111,7 @@ class MergeWorker:
             start_grace_ms=START_GRACE_MS,
         )
         ledger = Ledger(context.page, self.labels, self.source_pages)
+        announcer = self.announcer(mode)
         self.recovery = Recovery(
             parts.naming,
             output,
@@ -119,6 +122,7 @@ class MergeWorker:
             [consumer.mapping.occupancy() for consumer in self.consumers],
             parts.is_successor,
             started_ns(context),
+            announcer,
         )
         for i, page in enumerate(self.source_pages):
             self.merge.resume(i, page["consumed_packets"], page["dropped_merge_packets"], page["late_packets"])
@@ -131,6 +135,7 @@ class MergeWorker:
             ledger,
             self.retention(),
             self.recovery.run,
+            announcer,
         )
         self.stream = OutputStream(
             self.merge,
@@ -167,6 +172,22 @@ class MergeWorker:
         if not limits or self.parts.naming.sidecar_path(0, 0) is None:
             return None
         return Retention(limits, self.parts.naming, self.output.name, self.context.page)
+
+    def announcer(self, mode: int) -> Announcer:
+        """Like the retention, the manifest knows files by their sidecars."""
+        sidecar = self.parts.naming.sidecar_path(0, 0)
+        manifest = None if sidecar is None else Manifest(os.path.dirname(sidecar), mode)
+        ready = os.path.dirname(self.parts.naming.final_path(0, 0)) if manifest is not None else ""
+        hook = None
+        if self.parts.hook:
+            timeout_s = self.output.hook_timeout_s
+            hook = Hook(self.parts.hook, timeout_s, lambda: self.context.page.add("hook_failures"))
+        return Announcer(
+            manifest,
+            hook,
+            close_write=self.output.close_write,
+            mend=lambda manifest: manifest.complete(ready, published_name(self.output.name)),
+        )
 
     @property
     def rotates(self) -> bool:
@@ -212,6 +233,7 @@ class MergeWorker:
         if self.recovery.is_done:
             self.recovery.settle()
             self.is_recovering = False
+        self.stream.take_back()
         if status != order.IDLE:
             self.act(status)
         elif fd < 0 or self.stream.segment is None:

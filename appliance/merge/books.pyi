@@ -21,6 +21,8 @@ class Books:
     def count_written(self) -> None: ...
     def count_dropped(self) -> int:
         """Returns how many packets that were."""
+    def take_back(self, index: int, packets: int) -> None:
+        """Packets of a source that were counted as written, and whose file is gone: dropped by the writer."""
     def take(self) -> tuple[list[int], int, int, int, int, int] | None:
         """What was written since the last call, for the open segment: packets per source, bytes that the pump wrote,
         first and last time, late packets, the worst lateness in ns. None: nothing."""

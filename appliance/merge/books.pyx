@@ -138,6 +138,13 @@ cdef class Books:
         self.merged_packets[0] += packets
         return packets
 
+    def take_back(self, uint32_t index, uint64_t packets):
+        if index >= self.merge.source_count:
+            raise IndexError(index)
+        self.sources[index].written_packets[0] -= packets
+        self.sources[index].dropped_writer_packets[0] += packets
+        self.written_packets[0] -= packets
+
     # ---- for the open segment ----
 
     def take(self):

@@ -49,10 +49,14 @@ def compressor_argv(compressor: str | Sequence[str]) -> tuple[str, ...] | None:
         return None
     if compressor == "lz4":
         return (sys.executable, "-I", "-m", "workers.compress")
-    argv = tuple(compressor)
+    return program_argv(compressor, "compressor")
+
+
+def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
+    """The command with its program's path. MissingInputError: there is no such program; `what` says for what."""
     program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if program is None:
-        raise MissingInputError(f"compressor {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
+        raise MissingInputError(f"{what} {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
     return (program, *argv[1:])
 
 

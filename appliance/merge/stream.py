@@ -376,6 +376,13 @@ class OutputStream:
         self._page["segment_opened_ns"] = 0
         self._opener.discard(segment)
 
+    def take_back(self) -> None:
+        """Packets that were written into files that somebody removed since: the writer has lost them."""
+        while not self._publisher.vanished.empty():
+            for label, packets in self._publisher.vanished.get().items():
+                self.books.take_back(self._labels.index(label), packets)
+                self._writer_dropped += packets
+
     def drop_what_waits(self) -> None:
         """The end has come, and no segment can be had: what is still to come is dropped by the writer, and counted."""
         self._merge.begin_segment(NEVER, NEVER, NEVER)
@@ -385,3 +392,4 @@ class OutputStream:
         self.close(reason)
         self._opener.discard_spare()
         self._publisher.finish(self._beat)
+        self.take_back()
