@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -453,13 +453,19 @@ def flows(
         float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow that goes on is reported this often.")
     ] = ACTIVE_TIMEOUT_S,
     max_flows: Annotated[int, typer.Option(min=FEWEST_FLOWS, help="Flows in the table at once.")] = MAX_FLOWS,
+    tunnels: Annotated[
+        Literal["outer", "inner"],
+        typer.Option(help="The flow of a packet in a tunnel: that of the tunnel, or that of the packet inside."),
+    ] = "outer",
     as_json: AsJson = False,
 ) -> int:
     """Meter capture files into an IPFIX file.
 
     Several files are metered together, in the order of time.
     """
-    return meter_flows([str(file) for file in files], str(output), idle_timeout_s, active_timeout_s, max_flows, as_json)
+    return meter_flows(
+        [str(file) for file in files], str(output), idle_timeout_s, active_timeout_s, max_flows, tunnels, as_json
+    )
 
 
 @app.command()

@@ -330,6 +330,11 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    tunnels: Literal["outer", "inner"] = Field(
+        default="outer",
+        description='the flow of a packet in a tunnel: "outer" = that of the tunnel, "inner" = that of the packet '
+        "inside, as far as it can be read",
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

@@ -24,6 +24,7 @@ ACTIVE_TIMEOUT_S = 300.0
 SHORTEST_TIMEOUT_S = 0.001
 MAX_FLOWS = 1_000_000
 FEWEST_FLOWS = 64
+TUNNELS = ("outer", "inner")
 
 
 def main() -> None:
@@ -73,8 +74,8 @@ def reader_left() -> int:
 def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     """What `flows` is called with, or None when anything about `arguments` (behind the command) is not plain."""
     names = {"-o": "output", "--output": "output", "--idle-timeout-s": "idle_timeout_s"}
-    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
-    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int}
+    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows", "--tunnels": "tunnels"}
+    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "tunnels": str}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
@@ -92,6 +93,8 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     timeouts = (found.get("idle_timeout_s", IDLE_TIMEOUT_S), found.get("active_timeout_s", ACTIVE_TIMEOUT_S))
     if not all(SHORTEST_TIMEOUT_S <= timeout_s < float("inf") for timeout_s in timeouts):
         return None
+    if found.get("tunnels", TUNNELS[0]) not in TUNNELS:
+        return None
     plain = found["files"] and found.get("output") and found.get("max_flows", MAX_FLOWS) >= FEWEST_FLOWS
     return found if plain else None
 
@@ -102,6 +105,7 @@ def flows(
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     active_timeout_s: float = ACTIVE_TIMEOUT_S,
     max_flows: int = MAX_FLOWS,
+    tunnels: str = TUNNELS[0],
     as_json: bool = False,
 ) -> int:
     """The command `flows`; returns its exit status."""
@@ -112,7 +116,9 @@ def flows(
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
-    settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
+    settings = MeterSettings(
+        idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows, tunnels=tunnels
+    )
     with progress("metering", "packets") as advance:
         counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))
     if as_json:

@@ -288,6 +288,7 @@ class Wiring:
             meter_wake_fd=self.meter_wake,
             opened=self.opened.get(source.label),
             socket_serial=self.serials.get(source.label, 0),
+            inner=self.config.meter.tunnels == "inner",
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
@@ -468,6 +469,7 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        tunnels=meter.tunnels,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

@@ -54,6 +54,7 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
+    tunnels: str = "outer"  # or "inner": which IP header of a tunnel the digests describe; whoever makes them heeds it
     export: tuple[ExportSettings, ...] = field(default=())
 
 
