@@ -30,6 +30,8 @@ from appliance.start import (
     FEWEST_FLOWS,
     IDLE_TIMEOUT_S,
     MAX_FLOWS,
+    MAX_FRAGMENTED,
+    MOST_FRAGMENTED,
     SHORTEST_TIMEOUT_S,
     exit_status,
     flows as meter_flows,
@@ -457,6 +459,14 @@ def flows(
         Literal["outer", "inner"],
         typer.Option(help="The flow of a packet in a tunnel: that of the tunnel, or that of the packet inside."),
     ] = "outer",
+    max_fragmented: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_FRAGMENTED,
+            help="Datagrams in fragments at once, whose later fragments get the ports of the first; 0: they have none.",
+        ),
+    ] = MAX_FRAGMENTED,
     as_json: AsJson = False,
 ) -> int:
     """Meter capture files into an IPFIX file.
@@ -464,7 +474,14 @@ def flows(
     Several files are metered together, in the order of time.
     """
     return meter_flows(
-        [str(file) for file in files], str(output), idle_timeout_s, active_timeout_s, max_flows, tunnels, as_json
+        [str(file) for file in files],
+        str(output),
+        idle_timeout_s,
+        active_timeout_s,
+        max_flows,
+        tunnels,
+        max_fragmented,
+        as_json,
     )
 
 

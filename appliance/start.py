@@ -25,6 +25,8 @@ SHORTEST_TIMEOUT_S = 0.001
 MAX_FLOWS = 1_000_000
 FEWEST_FLOWS = 64
 TUNNELS = ("outer", "inner")
+MAX_FRAGMENTED = 65_536
+MOST_FRAGMENTED = 1 << 24
 
 
 def main() -> None:
@@ -74,8 +76,9 @@ def reader_left() -> int:
 def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     """What `flows` is called with, or None when anything about `arguments` (behind the command) is not plain."""
     names = {"-o": "output", "--output": "output", "--idle-timeout-s": "idle_timeout_s"}
-    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows", "--tunnels": "tunnels"}
-    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "tunnels": str}
+    names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
+    names |= {"--tunnels": "tunnels", "--max-fragmented": "max_fragmented"}
+    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "tunnels": str, "max_fragmented": int}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
@@ -93,7 +96,8 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     timeouts = (found.get("idle_timeout_s", IDLE_TIMEOUT_S), found.get("active_timeout_s", ACTIVE_TIMEOUT_S))
     if not all(SHORTEST_TIMEOUT_S <= timeout_s < float("inf") for timeout_s in timeouts):
         return None
-    if found.get("tunnels", TUNNELS[0]) not in TUNNELS:
+    fragmented = found.get("max_fragmented", MAX_FRAGMENTED)
+    if found.get("tunnels", TUNNELS[0]) not in TUNNELS or not 0 <= fragmented <= MOST_FRAGMENTED:
         return None
     plain = found["files"] and found.get("output") and found.get("max_flows", MAX_FLOWS) >= FEWEST_FLOWS
     return found if plain else None
@@ -106,6 +110,7 @@ def flows(
     active_timeout_s: float = ACTIVE_TIMEOUT_S,
     max_flows: int = MAX_FLOWS,
     tunnels: str = TUNNELS[0],
+    max_fragmented: int = MAX_FRAGMENTED,
     as_json: bool = False,
 ) -> int:
     """The command `flows`; returns its exit status."""
@@ -117,7 +122,11 @@ def flows(
         gc.freeze()
         gc.enable()
     settings = MeterSettings(
-        idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows, tunnels=tunnels
+        idle_timeout_s=idle_timeout_s,
+        active_timeout_s=active_timeout_s,
+        max_flows=max_flows,
+        tunnels=tunnels,
+        max_fragmented=max_fragmented,
     )
     with progress("metering", "packets") as advance:
         counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))

@@ -470,6 +470,8 @@ def meter_settings(config: Config) -> MeterSettings:
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
         tunnels=meter.tunnels,
+        max_fragmented=meter.max_fragmented,
+        fragment_timeout_s=meter.fragment_timeout_s,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

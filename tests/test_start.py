@@ -25,6 +25,7 @@ PLAIN = [
         {"files": ["a"], "output": "out", "idle_timeout_s": 1.5, "active_timeout_s": 60.0, "max_flows": 64},
     ),
     (["a", "--tunnels", "inner", "-o", "out"], {"files": ["a"], "output": "out", "tunnels": "inner"}),
+    (["a", "--max-fragmented", "0", "-o", "out"], {"files": ["a"], "output": "out", "max_fragmented": 0}),
 ]
 NOT_PLAIN = [
     [],
@@ -45,6 +46,7 @@ NOT_PLAIN = [
     ["a.pcap", "-o", "out", "--max-flows", "63"],
     ["a.pcap", "-o", "out", "--max-flows", "1.5"],
     ["a.pcap", "-o", "out", "--tunnels", "both"],
+    ["a.pcap", "-o", "out", "--max-fragmented", "-1"],
 ]
 
 
@@ -56,8 +58,18 @@ def test_plain_arguments_mean_what_they_mean_in_the_command_line(
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cli, "meter_flows", lambda *values: called.append(values) or 0)
     assert cli.run_command(["flows", *arguments]) == 0
-    defaults = {"idle_timeout_s": 30.0, "active_timeout_s": 300.0, "max_flows": 1_000_000, "tunnels": "outer"}
-    names = ("files", "output", "idle_timeout_s", "active_timeout_s", "max_flows", "tunnels", "as_json")
+    defaults = {"idle_timeout_s": 30.0, "active_timeout_s": 300.0, "max_flows": 1_000_000}
+    defaults |= {"tunnels": "outer", "max_fragmented": 65_536}
+    names = (
+        "files",
+        "output",
+        "idle_timeout_s",
+        "active_timeout_s",
+        "max_flows",
+        "tunnels",
+        "max_fragmented",
+        "as_json",
+    )
     assert dict(zip(names, called[0], strict=True)) == defaults | {"as_json": False} | expected
 
 

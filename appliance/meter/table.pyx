@@ -18,6 +18,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, P
 
 cimport cython
 
+from appliance.meter.fragments cimport FragmentTable
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
@@ -152,11 +153,13 @@ cdef class FlowTable:
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
     cdef bint vlan_in_key, interface_in_key
+    cdef FragmentTable fragments  # or None
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
         bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
+        FragmentTable fragments=None,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -181,6 +184,7 @@ cdef class FlowTable:
         self.linger_ns = tcp_linger_ns
         self.vlan_in_key = vlan_in_key
         self.interface_in_key = interface_in_key
+        self.fragments = fragments
         self.tick_shift = MIN_TICK_SHIFT
         while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
             self.tick_shift += 1
@@ -602,6 +606,8 @@ cdef class FlowTable:
         cdef uint64_t time_ns
         cdef Flow* flow
         cdef int reason
+        cdef digest completed
+        cdef Arrival with_ports
         if d == NULL:
             self.counts.observed_packets += 1
             self.counts.ignored_packets += 1
@@ -609,6 +615,11 @@ cdef class FlowTable:
         time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
+        if d.status & (DIGEST_MORE_FRAGMENTS | DIGEST_LATER_FRAGMENT) and self.fragments is not None:
+            if self.fragments.complete(d, a.key.ports_vlans >> 32, a.key.interface, self.now_ns, &completed):
+                self.take_in(&with_ports, &completed)
+                a = &with_ports
+                d = a.packet
         flow = self.find(&a.key, a.hash)
         while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split empties it
             if reason == END_ACTIVE:
@@ -778,6 +789,7 @@ cdef class FlowTable:
         return (
             <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
+            + (self.fragments.memory_bytes if self.fragments is not None else 0)
         )
 
     @property
@@ -800,7 +812,7 @@ cdef class FlowTable:
             "exported_flows": self.counts.exported_flows,
             "exported_packets": self.counts.exported_packets,
             "exported_octets": self.counts.exported_octets,
-        }
+        } | (self.fragments.counters() if self.fragments is not None else {})
 
     def gauges(self):
         return {

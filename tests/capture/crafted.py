@@ -210,3 +210,14 @@ TUNNELS: dict[str, tuple[int, bytes]] = {
     name: (ETHERNET, ethernet(0x0800 if packet[0] >> 4 == 4 else 0x86DD, packet)) for name, packet in _TUNNELS.items()
 }
 CRAFTED = SEEDS | TUNNELS
+
+
+def packet_record(
+    packet: bytes, *, interface: int = 0, timestamp_ns: int = 0, original: int = 0, options: bytes = b""
+) -> bytes:
+    """An Enhanced Packet Block in the framing of the rings (ring/layout.h)."""
+    body = packet + b"\0" * (-len(packet) % 4) + options
+    length = 32 + len(body)
+    high, low = divmod(timestamp_ns, 1 << 32)
+    head = struct.pack("=7I", 6, length, interface, high, low, len(packet), original or len(packet))
+    return head + body + struct.pack("=I", length)

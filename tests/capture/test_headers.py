@@ -26,6 +26,7 @@ from capture.crafted import (
     fragment6,
     ipv4,
     ipv6,
+    packet_record,
     tag,
     tcp,
     udp,
@@ -239,16 +240,6 @@ def test_no_read_crosses_into_an_unreadable_page() -> None:
 
 
 # ---- batches of records ----
-
-
-def packet_record(
-    packet: bytes, *, interface: int = 0, timestamp_ns: int = 0, original: int = 0, options: bytes = b""
-) -> bytes:
-    body = packet + b"\0" * (-len(packet) % 4) + options
-    length = 32 + len(body)
-    high, low = divmod(timestamp_ns, 1 << 32)
-    head = struct.pack("=7I", 6, length, interface, high, low, len(packet), original or len(packet))
-    return head + body + struct.pack("=I", length)
 
 
 def test_a_batch_gives_one_digest_for_every_metered_packet() -> None:

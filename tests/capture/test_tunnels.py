@@ -32,7 +32,7 @@ from capture.crafted import (
     tcp,
     vxlan,
 )
-from support.judges import IpHeader, ip_headers
+from support.judges import IpHeader, ip_headers, packets
 
 from appliance.capture import headers
 
@@ -243,12 +243,66 @@ def judged(fields: dict[str, object]) -> IpHeader:
     "linktype", sorted({linktype for name, (linktype, _) in CRAFTED.items() if name not in NOT_FOR_TSHARK})
 )
 def test_tshark_finds_the_same_outermost_and_innermost_headers(linktype: int, tmp_path: Path) -> None:
-    packets = {name: packet for name, (of, packet) in CRAFTED.items() if of == linktype and name not in NOT_FOR_TSHARK}
-    write_pcap(tmp_path / "crafted.pcap", linktype, list(packets.values()))
+    frames = {name: packet for name, (of, packet) in CRAFTED.items() if of == linktype and name not in NOT_FOR_TSHARK}
+    write_pcap(tmp_path / "crafted.pcap", linktype, list(frames.values()))
     found = ip_headers(tmp_path / "crafted.pcap", *DECODE_AS)
-    theirs = {name: (found[0], found[-1]) for name, found in zip(packets, found, strict=True)}
+    theirs = {name: (found[0], found[-1]) for name, found in zip(frames, found, strict=True)}
     ours = {
         name: (judged(headers.parse(packet, linktype)), judged(inner(packet, linktype)))
-        for name, packet in packets.items()
+        for name, packet in frames.items()
     }
     assert ours == theirs
+
+
+# ---- real captures ----
+
+DECODED_CAPTURES = (
+    "6in4tunnel.pcap",
+    "HDLC.pcap",
+    "LINKTYPE_IPV4.pcap",
+    "Teredo.pcap",
+    "dlt_ppp.pcap",
+    "erspan.pcap",
+    "gre-within-gre.pcap",
+    "gso-ipv4.pcap",
+    "gtp-u.pcap",
+    "http-qinq-0.pcap",
+    "icmp-tunnel.pcap",
+    "ip-in-mpls.pcap.gz",
+    "ip4_fragments.pcap",
+    "ip6_fragments.pcap",
+    "ip_fragmented_garbage.pcap",
+    "ipsec_isakmp_esp.pcap",
+    "ipv6-gtp6.pcap",
+    "ipv6-http-atomic-frag.pcap",
+    "ipv6-srh-ext-header.pcap",
+    "linux_dlt_sll2.pcap",
+    "many-protocols.pcap",
+    "mix-apps.pcap",
+    "mixed-vlan-mpls.pcap",
+    "mpls-basic.pcap",
+    "pppoe-over-qinq.pcap",
+    "raw_ip.pcap",
+    "sctp-www.pcap",
+    "sll.pcap",
+    "tcpdump-geneve.pcap",
+    "test_loopback.pcap",
+    "vlan.pcap",
+    "vxlan.pcap",
+)
+
+
+@pytest.mark.parametrize("name", DECODED_CAPTURES)
+def test_tshark_finds_the_same_headers_in_every_packet_of_real_captures(name: str, shared_data: Path) -> None:
+    path = shared_data / "captures" / name
+    different = []
+    for number, (packet, theirs) in enumerate(zip(packets(path), ip_headers(path), strict=True), 1):
+        data, original = bytes(packet.data), packet.original_length
+        outer, innermost = (headers.parse(data, packet.linktype, original, inner=i) for i in (False, True))
+        if "ignored" in outer:
+            agree = not theirs and outer == innermost and outer["ignored"] in ("not_ip", "truncated")
+        else:
+            agree = bool(theirs) and (judged(outer), judged(innermost)) == (theirs[0], theirs[-1])
+        if not agree:
+            different.append((number, outer, innermost, theirs))
+    assert different == []

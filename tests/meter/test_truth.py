@@ -112,16 +112,23 @@ def test_there_is_truth_for_25_captures() -> None:
 @pytest.mark.parametrize("name", truth_files() or [pytest.param("", marks=pytest.mark.skip(reason=NO_SHARED))])
 @pytest.mark.parametrize("vlan_in_key", [True, False])
 def test_packets_and_octets_of_every_conversation_equal_the_truth(name: str, vlan_in_key: bool, tmp_path: Path) -> None:
-    records, _, _ = meter(SHARED / "captures" / name, tmp_path, vlan_in_key=vlan_in_key)
+    records, _, _ = meter(SHARED / "captures" / name, tmp_path, vlan_in_key=vlan_in_key, max_fragmented=0)
     assert conversations(records) == truth(truth_files()[name])
 
 
 @pytest.mark.parametrize("name", truth_files("inner") or [pytest.param("", marks=pytest.mark.skip(reason=NO_SHARED))])
 def test_packets_and_octets_inside_the_tunnels_equal_the_truth(name: str, tmp_path: Path) -> None:
     """The truth knows TCP and UDP alone, so a tunnel's packet that carries ICMP counts there as the tunnel's own UDP:
-    tunnels' own conversations are left out here (the next test has them)."""
-    records, _, _ = meter(SHARED / "captures" / name, tmp_path, tunnels="inner")
+    tunnels' own conversations are left out here. tests/capture/test_tunnels.py has them, packet by packet."""
+    records, _, _ = meter(SHARED / "captures" / name, tmp_path, tunnels="inner", max_fragmented=0)
     assert without_tunnels(conversations(records)) == without_tunnels(truth(truth_files("inner")[name]))
+
+
+@pytest.mark.skipif(not truth_files(), reason=NO_SHARED)
+def test_real_later_fragments_get_the_ports_of_the_first(tmp_path: Path) -> None:
+    records, metered, _ = meter(SHARED / "captures" / "ip4_fragments.pcap", tmp_path)
+    assert metered == 53
+    assert sum(packets for ends in conversations(records).values() for packets, _ in ends.values()) == 53
 
 
 def without_tunnels(totals: Totals) -> Totals:
