@@ -113,6 +113,12 @@ def test_a_zero_ip_length_counts_no_octets_and_still_has_ports_and_payload() -> 
     assert fields["status"] & ZERO_LENGTH
 
 
+def test_an_ipv6_payload_length_of_zero_counts_the_header_and_still_has_ports_and_payload() -> None:
+    fields = headers.parse(ethernet(0x86DD, ipv6(6, tcp(b"s" * 70_000), length=0)), ETHERNET)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (40, 40000, 70_000)
+    assert fields["status"] & ZERO_LENGTH
+
+
 def test_icmp_type_and_code_are_no_ports() -> None:
     fields = headers.parse(SEEDS["icmp"][1], ETHERNET)
     assert (fields["icmp_type"], fields["icmp_code"], fields["source_port"], fields["destination_port"]) == (3, 1, 0, 0)
@@ -237,6 +243,30 @@ def test_no_read_crosses_into_an_unreadable_page() -> None:
         for length, inner in product(range(min(len(packet), 250)), (False, True)):
             in_place = headers.parse(page.at_the_end(packet[:length]), linktype, len(packet), inner=inner)
             assert in_place == headers.parse(packet[:length], linktype, len(packet), inner=inner)
+
+
+PAGE = GuardedPage()
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    st.sampled_from(list(CRAFTED.values())),
+    st.lists(st.tuples(st.integers(0, 160), st.integers(0, 255)), max_size=4),
+    st.integers(0, 220),
+    st.integers(0, 3000),
+)
+def test_damaged_packets_of_every_kind_are_read_within_their_bounds(
+    crafted: tuple[int, bytes], changes: list[tuple[int, int]], length: int, longer: int
+) -> None:
+    linktype, packet = crafted
+    damaged = bytearray(packet[:length])
+    for at, value in changes:
+        if at < len(damaged):
+            damaged[at] = value
+    for inner in (False, True):
+        in_place = headers.parse(PAGE.at_the_end(bytes(damaged)), linktype, len(damaged) + longer, inner=inner)
+        elsewhere = bytes(damaged) + b"\xff" * 300
+        assert in_place == headers.parse(elsewhere, linktype, len(damaged) + longer, len(damaged), inner=inner)
 
 
 # ---- batches of records ----
