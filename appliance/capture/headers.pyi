@@ -21,12 +21,13 @@ Rules of the parser:
 
 Link types: Ethernet with 802.1Q, QinQ, 802.1ad, PPPoE, MPLS (IP or an Ethernet pseudowire below, with or without a
 control word) and SNAP; raw IP; Linux cooked (SLL, SLL2); BSD loopback (NULL, LOOP); PPP, also with a direction octet or
-in HDLC framing, Cisco HDLC, PPPoE and MPLS alone.
+in HDLC framing, Cisco HDLC, PPPoE, MPLS and LLC alone.
 
 Tunnels: IPv4 and IPv6 in each other and in themselves, also behind extension headers (segment routing: the key has the
 addresses of the IPv6 header as it was on this link); GRE of version 0 with all its options, NVGRE, GRE of version 1
-(PPTP); ERSPAN I, II and III; MPLS, Ethernet and EtherIP in IP; over UDP, by port: VXLAN (to 4789 or 8472), VXLAN-GPE
-(to 4790), Geneve (to 6081), GTP-U (2152), Teredo (3544) and CAPWAP data (5247) from or to it. ESP ends the way.
+(PPTP); ERSPAN I, II and III; MPLS, Ethernet and EtherIP in IP; over UDP, to a port: VXLAN (4789, 8472), VXLAN-GPE
+(4790), Geneve (6081), GRE (4754) and MPLS (6635); over UDP, to or from a port: GTP-U (2152), Teredo (3544), CAPWAP data
+(5247) and L2TP of version 2 (1701). ESP ends the way.
 """
 
 from collections.abc import Sequence

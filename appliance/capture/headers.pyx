@@ -44,6 +44,7 @@ cdef enum:
     DLT_RAW_OPENBSD = 14
     LINKTYPE_PPP_HDLC = 50
     LINKTYPE_PPP_ETHER = 51
+    LINKTYPE_ATM_RFC1483 = 100
     LINKTYPE_RAW = 101
     LINKTYPE_C_HDLC = 104
     LINKTYPE_LOOP = 108
@@ -169,6 +170,8 @@ cdef int parse_link(Cursor* c, digest* d, uint16_t linktype) noexcept nogil:
         return parse_ppp_framing(c)
     if linktype == LINKTYPE_PPP_ETHER:
         c.ethertype = ETHERTYPE_PPPOE_SESSION
+        return METERED
+    if linktype == LINKTYPE_ATM_RFC1483:  # LLC
         return METERED
     if linktype == LINKTYPE_MPLS:
         c.ethertype = ETHERTYPE_MPLS

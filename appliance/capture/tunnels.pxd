@@ -11,12 +11,15 @@ from appliance.ring.digest cimport DIGEST_LATER_FRAGMENT, DIGEST_PORTS, digest
 
 cdef enum:
     # UDP ports (IANA), and the one that Linux and flannel take for VXLAN
+    PORT_L2TP = 1701
     PORT_GTP_USER = 2152
     PORT_TEREDO = 3544
+    PORT_GRE = 4754
     PORT_VXLAN = 4789
     PORT_VXLAN_GPE = 4790
     PORT_CAPWAP_DATA = 5247
     PORT_GENEVE = 6081
+    PORT_MPLS = 6635
     PORT_VXLAN_LINUX = 8472
 
     GRE_CHECKSUM = 0x8000
@@ -25,6 +28,12 @@ cdef enum:
     GRE_SEQUENCE = 0x1000
     GRE_ACKNOWLEDGEMENT = 0x0080
     GRE_VERSION = 0x0007
+
+    L2TP_CONTROL = 0x8000
+    L2TP_LENGTH = 0x4000
+    L2TP_SEQUENCE = 0x0800
+    L2TP_OFFSET = 0x0200
+    L2TP_VERSION = 0x000F
 
     GTP_EXTENSION = 0x04
     GTP_OPTIONAL = 0x07  # extension, sequence number or N-PDU number: all three fields are there
@@ -44,7 +53,8 @@ cdef enum:
 cdef inline bint is_tunnel_port(uint16_t port) noexcept nogil:
     return (
         port == PORT_VXLAN or port == PORT_VXLAN_LINUX or port == PORT_VXLAN_GPE or port == PORT_GENEVE
-        or port == PORT_GTP_USER or port == PORT_TEREDO or port == PORT_CAPWAP_DATA
+        or port == PORT_GTP_USER or port == PORT_TEREDO or port == PORT_CAPWAP_DATA or port == PORT_L2TP
+        or port == PORT_MPLS or port == PORT_GRE
     )
 
 
@@ -158,7 +168,7 @@ cdef inline bint enter_erspan_3(Cursor* c) noexcept nogil:
 
 
 cdef inline bint enter_over_udp(Cursor* c, uint16_t source_port, uint16_t destination_port) noexcept nogil:
-    """Overlays are addressed to their port; GTP, Teredo and CAPWAP answer from theirs."""
+    """Overlays are addressed to their port; GTP, Teredo, L2TP and CAPWAP answer from theirs."""
     cdef uint32_t length
     if not (is_tunnel_port(destination_port) or is_tunnel_port(source_port)) or not holds(c, 8):
         return False
@@ -172,12 +182,19 @@ cdef inline bint enter_over_udp(Cursor* c, uint16_t source_port, uint16_t destin
         return enter_vxlan_gpe(c)
     if destination_port == PORT_GENEVE:
         return enter_geneve(c)
+    if destination_port == PORT_GRE:  # RFC 8086
+        return enter_gre(c)
+    if destination_port == PORT_MPLS:  # RFC 7510
+        c.ethertype = ETHERTYPE_MPLS
+        return True
     if destination_port == PORT_GTP_USER or source_port == PORT_GTP_USER:
         return enter_gtp(c)
     if destination_port == PORT_TEREDO or source_port == PORT_TEREDO:
         return enter_teredo(c)
     if destination_port == PORT_CAPWAP_DATA or source_port == PORT_CAPWAP_DATA:
         return enter_capwap(c)
+    if destination_port == PORT_L2TP or source_port == PORT_L2TP:
+        return enter_l2tp(c)
     return False
 
 
@@ -228,6 +245,27 @@ cdef inline bint enter_geneve(Cursor* c) noexcept nogil:
         return False
     c.ethertype = be16(p + 2)
     c.offset += 8 + (p[0] & 0x3F) * 4
+    return True
+
+
+cdef inline bint enter_l2tp(Cursor* c) noexcept nogil:
+    """RFC 2661, 3.1: a data message of version 2, with what its flags announce before the PPP frame."""
+    cdef uint32_t flags, length = 6
+    if not holds(c, 2):
+        return False
+    flags = be16(c.packet + c.offset)
+    if flags & L2TP_CONTROL or flags & L2TP_VERSION != 2:
+        return False
+    if flags & L2TP_LENGTH:
+        length += 2
+    if flags & L2TP_SEQUENCE:
+        length += 4
+    if flags & L2TP_OFFSET:
+        if not holds(c, length + 2):
+            return False
+        length += 2 + <uint32_t>be16(c.packet + c.offset + length)
+    c.offset += length
+    c.ethertype = ETHERTYPE_PPP
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 ETHERNET, RAW, NULL, LOOP, SLL, SLL2, PPP, PPP_HDLC, C_HDLC = 1, 101, 0, 108, 113, 276, 9, 50, 104
-PPP_ETHER, PPP_WITH_DIRECTION, MPLS = 51, 204, 219
+PPP_ETHER, ATM, PPP_WITH_DIRECTION, MPLS = 51, 100, 204, 219
 
 MACS = bytes.fromhex("020000000002020000000001")
 A4, B4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
@@ -92,6 +92,7 @@ SEEDS: dict[str, tuple[int, bytes]] = {
     "cisco hdlc": (C_HDLC, b"\x0f\0\x08\0" + ipv4(6, tcp())),
     "ppp with a direction": (PPP_WITH_DIRECTION, b"\0\xff\3\0\x21" + ipv4(6, tcp())),
     "pppoe without ethernet": (PPP_ETHER, b"\x11\0\0\1\0\x40\0\x21" + ipv4(6, tcp())),
+    "llc alone": (ATM, b"\xaa\xaa\3\0\0\0\x08\0" + ipv4(6, tcp())),
     "mpls alone": (MPLS, struct.pack(">I", 0x0001_1140) + ipv6(6, tcp())),
     "mpls pseudowire without control word": (
         ETHERNET,
@@ -200,6 +201,12 @@ _TUNNELS: dict[str, bytes] = {
         INSIDE6, b"\0\1\2\3idkey" + b"\0" * 9 + b"\0\0\x12\x34\xf5\xff\xff\xfe"
     ),
     "teredo from its port": over_udp(50001, INSIDE6, source_port=3544),
+    "l2tp": over_udp(1701, b"\0\2\0\1\0\2" + b"\xff\3\0\x21" + INSIDE),
+    "l2tp with length, sequence and offset": over_udp(
+        1701, b"\x4a\2\0\x40\0\1\0\2\0\3\0\4\0\2\xee\xee" + b"\0\x57" + INSIDE6
+    ),
+    "mpls over udp": over_udp(6635, struct.pack(">I", 0x0002_1140) + INSIDE, source_port=50002),
+    "gre over udp": over_udp(4754, b"\0\0\x08\0" + INSIDE),
     "capwap with ethernet": over_udp(5247, b"\0\x10\2\0" + b"\0" * 4 + inner_ethernet()),
     "capwap with 802.11": over_udp(5247, capwap(b"\x08\x01") + INSIDE),
     "capwap with 802.11 of exchanged octets": over_udp(5247, capwap(b"\x01\x08") + INSIDE),

@@ -39,6 +39,8 @@ from appliance.capture import headers
 LATER, ZERO_LENGTH, CUT_TRANSPORT = 0x40, 0x400, 0x800
 DECODE_AS = (  # what tshark has to be told
     "udp.port==8472,vxlan",
+    "udp.port==4754,gre",
+    "udp.port==6635,mpls",
     "mpls.label==32,pwethcw",
     "mpls.label==48,pwethnocw",
 )
@@ -98,6 +100,8 @@ NO_PACKET_INSIDE = {
     "vxlan without its flag": over_udp(4789, b"\0" * 8 + inner_ethernet()),
     "an answer to a client on vxlan's port": over_udp(4789, b"\x08" + b"d" * 40, source_port=53),
     "gtp echo": over_udp(2152, struct.pack(">BBHIHBB", 0x32, 1, 4, 0, 1, 0, 0)),
+    "l2tp control": over_udp(1701, b"\xc8\2\0\x0c\0\1\0\0\0\0\0\0"),
+    "l2tp of another version": over_udp(1701, b"\0\3\0\1\0\2" + b"\xff\3\0\x21" + INSIDE),
     "gtp version 2": over_udp(2152, b"\x48" + gtp(INSIDE)[1:]),
     "gtp extension of length 0": over_udp(2152, gtp(INSIDE, flags=0x34, options=b"\0\0\0\x85" + b"\0\0\0\0")),
     "geneve of another version": over_udp(6081, b"\x40\0\x65\x58\0\0\x63\0" + inner_ethernet()),
