@@ -467,6 +467,10 @@ def flows(
             help="Datagrams in fragments at once, whose later fragments get the ports of the first; 0: they have none.",
         ),
     ] = MAX_FRAGMENTED,
+    zero_length: Annotated[
+        Literal["field", "frame"],
+        typer.Option(help="IP octets of a packet whose length field is 0: 0 (IPv6: 40), or what its frame held."),
+    ] = "field",
     as_json: AsJson = False,
 ) -> int:
     """Meter capture files into an IPFIX file.
@@ -481,6 +485,7 @@ def flows(
         max_flows,
         tunnels,
         max_fragmented,
+        zero_length,
         as_json,
     )
 

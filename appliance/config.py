@@ -338,6 +338,11 @@ class Meter(_Table):
     fragment_timeout_s: Seconds = Field(
         default=30, description="a datagram in fragments is forgotten this long after the last of them"
     )
+    zero_length: Literal["field", "frame"] = Field(
+        default="field",
+        description='IP octets of a packet whose length field is 0 (BIG TCP, other offloads): "field" = 0 (IPv6: 40), '
+        '"frame" = what its frame held',
+    )
     tunnels: Literal["outer", "inner"] = Field(
         default="outer",
         description='the flow of a packet in a tunnel: "outer" = that of the tunnel, "inner" = that of the packet '

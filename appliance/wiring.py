@@ -469,6 +469,7 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        zero_length=meter.zero_length,
         tunnels=meter.tunnels,
         max_fragmented=meter.max_fragmented,
         fragment_timeout_s=meter.fragment_timeout_s,

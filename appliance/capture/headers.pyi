@@ -13,8 +13,8 @@ Rules of the parser:
   their packet (`malformed`), when there are too many of them (`too_many_layers`), or when its link type is unknown.
 - A transport header that is missing or cut does not matter for that: the ports are 0 and the status says so.
 - Later fragments have ports 0; the first one has its ports; an IPv6 atomic fragment (RFC 6946) is no fragment.
-- `ip_octets` is the IP length field (IPv6: plus 40; jumbograms: the option's length). It stays 0 where IPv4 carries 0
-  because segmentation was left to the interface.
+- `ip_octets` is the IP length field (IPv6: plus 40; jumbograms: the option's length). Where that is 0 because
+  segmentation was left to the interface (BIG TCP), it is what the frame had on the wire, and the status says so.
 - With `inner`, a packet inside a tunnel that holds no IP, or whose headers are cut or broken, leaves the packet to the
   last IP header that could be read: it belongs to the tunnel's own flow. Later fragments of a tunnel's packets do, too.
   Tags, labels and link addresses are those of the innermost frame. Headers quoted in ICMP errors are no packets.

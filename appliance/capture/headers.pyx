@@ -326,6 +326,7 @@ cdef int parse_ipv4(Cursor* c, digest* d) noexcept nogil:
             return IGNORED_MALFORMED
         end_at(c, c.offset + total)
     else:
+        total = <uint32_t>max(c.wire_end - c.offset, <uint64_t>header_octets)
         d.status |= DIGEST_ZERO_LENGTH
     if not holds(c, header_octets):
         return shortage(c, header_octets)
@@ -390,6 +391,7 @@ cdef int parse_ipv6(Cursor* c, digest* d) noexcept nogil:
         end_at(c, start + 40 + payload)
     elif d.protocol != 59 and start + 40 < c.wire_end:  # not an empty packet: a jumbogram, or an offloaded segment
         d.status |= DIGEST_ZERO_LENGTH
+        d.ip_octets = <uint32_t>(c.wire_end - start)
     c.offset += 40
     return parse_extension_headers(c, d, start)
 
@@ -431,6 +433,7 @@ cdef int parse_extension_headers(Cursor* c, digest* d, uint64_t start) noexcept 
             jumbo = jumbo_octets(p + 2, length - 2)
             if jumbo > 0xFFFF and jumbo <= <uint32_t>0xFFFFFFD7:  # 40 more still fit
                 d.ip_octets = jumbo + 40
+                d.status ^= DIGEST_ZERO_LENGTH
                 end_at(c, start + 40 + jumbo)
 
 

@@ -59,6 +59,7 @@ class Metering:
             vlan_in_key=settings.vlan_in_key,
             interface_in_key=settings.interface_in_key,
             fragments=fragment_table(settings),
+            frame_octets=settings.zero_length == "frame",
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [

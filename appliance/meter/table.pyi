@@ -22,7 +22,8 @@ class FlowTable:
     """All time-outs in nanoseconds. ValueError for sizes and times out of range.
 
     With a VLAN or the interface in the key, the same conversation in two of them is two flows. `fragments` gives later
-    fragments the ports of the first; without it they have none, and are a flow of their own.
+    fragments the ports of the first; without it they have none, and are a flow of their own. `frame_octets`: a packet
+    whose IP length field is 0 counts with the octets of its frame instead of 0 (IPv6: 40).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class FlowTable:
         interface_in_key: bool = False,
         row_capacity: int = 4096,
         fragments: FragmentTable | None = None,
+        frame_octets: bool = False,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:
         """Meters the digests among `length` octets of records at `address` (aligned to 4), in time order.

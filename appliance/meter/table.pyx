@@ -152,14 +152,14 @@ cdef class FlowTable:
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
-    cdef bint vlan_in_key, interface_in_key
+    cdef bint vlan_in_key, interface_in_key, frame_octets
     cdef FragmentTable fragments  # or None
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
         bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
-        FragmentTable fragments=None,
+        FragmentTable fragments=None, bint frame_octets=False,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -185,6 +185,7 @@ cdef class FlowTable:
         self.vlan_in_key = vlan_in_key
         self.interface_in_key = interface_in_key
         self.fragments = fragments
+        self.frame_octets = frame_octets
         self.tick_shift = MIN_TICK_SHIFT
         while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
             self.tick_shift += 1
@@ -555,8 +556,12 @@ cdef class FlowTable:
         cdef const digest* d = a.packet
         cdef Direction* x = &flow.directions[a.from_low ^ flow.key.forward_is_low]
         cdef uint64_t time_ns = min((<uint64_t>d.timestamp_high << 32) | d.timestamp_low, MAX_TIME_NS)
-        cdef uint16_t length = <uint16_t>min(d.ip_octets, <uint32_t>0xFFFF)
+        cdef uint32_t octets = d.ip_octets
+        cdef uint16_t length
         cdef uint8_t flags = <uint8_t>d.tcp_flags
+        if d.status & DIGEST_ZERO_LENGTH and not self.frame_octets:
+            octets = 0 if d.ip_version == 4 else 40
+        length = <uint16_t>min(octets, <uint32_t>0xFFFF)
         if flow.key.state & STATE_EMPTY:
             flow.start_ns = self.now_ns
             flow.key.state ^= STATE_EMPTY
@@ -571,7 +576,7 @@ cdef class FlowTable:
         else:
             x.tcp_later_flags |= flags
         x.packets += 1
-        x.octets += d.ip_octets
+        x.octets += octets
         x.payload_octets += d.payload_octets
         x.tcp_flags |= flags
         x.first_ns = min(x.first_ns, time_ns)
@@ -586,7 +591,7 @@ cdef class FlowTable:
             x.fragment_flags |= 0x20
         flow.last_ns = self.now_ns
         self.counts.metered_packets += 1
-        self.counts.metered_octets += d.ip_octets
+        self.counts.metered_octets += octets
         self.counts.active_flow_packets += 1
         if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)

@@ -104,18 +104,18 @@ def test_an_atomic_fragment_is_no_fragment() -> None:
 def test_a_jumbogram_counts_its_option_length() -> None:
     fields = headers.parse(SEEDS["jumbogram"][1], RAW)
     assert (fields["ip_octets"], fields["payload_octets"]) == (70040, 70000 - 28)
-    assert fields["status"] & ZERO_LENGTH
+    assert not fields["status"] & ZERO_LENGTH
 
 
-def test_a_zero_ip_length_counts_no_octets_and_still_has_ports_and_payload() -> None:
+def test_a_zero_ip_length_is_marked_and_the_octets_are_those_of_the_frame() -> None:
     fields = headers.parse(ethernet(0x0800, ipv4(6, tcp(b"s" * 3000), total=0)), ETHERNET)
-    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (0, 40000, 3000)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (3040, 40000, 3000)
     assert fields["status"] & ZERO_LENGTH
 
 
-def test_an_ipv6_payload_length_of_zero_counts_the_header_and_still_has_ports_and_payload() -> None:
+def test_an_ipv6_payload_length_of_zero_is_marked_and_the_octets_are_those_of_the_frame() -> None:
     fields = headers.parse(ethernet(0x86DD, ipv6(6, tcp(b"s" * 70_000), length=0)), ETHERNET)
-    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (40, 40000, 70_000)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (70_060, 40000, 70_000)
     assert fields["status"] & ZERO_LENGTH
 
 
