@@ -116,10 +116,10 @@ cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* ou
     for i in range(plan.step_count):
         step = &plan.steps[i]
         source = <const uint8_t*>row + step.offset
-        if step.kind == STEP_CONSTANT:
-            memcpy(out, plan.constants + step.offset, step.bytes)
-        elif step.kind == STEP_COPY:
+        if step.kind == STEP_COPY:
             memcpy(out, source, step.bytes)
+        elif step.kind == STEP_CONSTANT:
+            memcpy(out, plan.constants + step.offset, step.bytes)
         else:
             value = load(source, step.source_bytes)
             if step.kind == STEP_MILLISECONDS:
