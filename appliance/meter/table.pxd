@@ -54,6 +54,25 @@ cdef struct Flow:
     uint8_t[6] destination_mac
     uint8_t[12] unused
 
+# What TCP analysis says of one direction (tcp.pxd); microseconds are rounded down, 0: unknown.
+cdef struct TcpReport:
+    uint64_t goodput_octets  # payload without what was sent before
+    uint32_t retransmitted_packets
+    uint32_t out_of_order_packets
+    uint32_t lost_segments
+    uint32_t duplicate_acks
+    uint32_t zero_windows
+    uint32_t stalls
+    uint32_t keep_alives
+    uint32_t max_window  # octets
+    uint32_t rtt_min_us
+    uint32_t rtt_last_us
+    uint32_t rtt_samples
+    uint32_t initial_rtt_us  # of the connection: the same in both directions
+    uint16_t mss
+    uint16_t window_scale  # 0 also when none was declared
+    uint32_t unused
+
 # What leaves the table.
 cdef struct FlowRow:
     uint8_t[16] source_address
@@ -79,3 +98,9 @@ cdef struct FlowRow:
     uint32_t unused2
     Direction forward
     Direction reverse
+    uint32_t rtt_min_us  # of the whole way: the handshake's, or the sum of both directions' shortest
+    uint32_t rtt_last_us
+    uint32_t rtt_samples
+    uint32_t unused3
+    TcpReport forward_tcp  # with the three above: nothing without TCP analysis and in rows of other protocols
+    TcpReport reverse_tcp

@@ -1,6 +1,7 @@
 """A bounded table of bidirectional flows, in compiled code without the GIL, driven by stream time alone.
 
-Memory: 256 octets a flow, 24 to 48 for its index, and the row buffer; mapped at once, taken when first used.
+Memory: 256 octets a flow, as much again for TCP analysis, 24 to 48 for its index, and the row buffer; mapped at once,
+taken when first used.
 
 A flow ends when it was silent for the idle time-out (flowEndReason 1), when FIN came from both sides or RST from one
 and then nothing for the linger time (3), when the table is flushed (4), or when a new flow needs its place (5). At the
@@ -31,6 +32,7 @@ class FlowTable:
         tcp_linger_ns: int,
         vlan_in_key: bool = True,
         interface_in_key: bool = False,
+        tcp_analysis: bool = False,
         row_capacity: int = 4096,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:
@@ -60,5 +62,8 @@ class FlowTable:
     """An expired flow leaves at most this much stream time late."""
     def counters(self) -> dict[str, int]:
         """The counters of METER_FIELDS, from the beginning of this table."""
+    def tcp_events(self) -> dict[str, int]:
+        """Segments by what TCP analysis took them for (tcp.pxd), from the beginning of this table; a segment may be
+        several. All 0 without that analysis."""
     def gauges(self) -> dict[str, int]:
         """The gauges of METER_FIELDS."""

@@ -2,8 +2,9 @@
 """A bounded table of bidirectional flows, driven by digests and by stream time alone.
 
 A pool of flows of 256 octets, an index of (hash, flow) slots with linear probing at a load of at most a half, and a
-timer wheel. A packet moves no timer: when a flow's bucket comes up, the flow either has expired or goes to the bucket
-of its new deadline, so a flow is looked at about once per idle time-out, however many packets it has.
+timer wheel; beside the pool, 256 octets more for each flow's TCP analysis (tcp.pxd), if that is wanted. A packet moves
+no timer: when a flow's bucket comes up, the flow either has expired or goes to the bucket of its new deadline, so a
+flow is looked at about once per idle time-out, however many packets it has.
 
 Whether a packet belongs to a flow or begins the next one is decided by exact times when the packet comes; the wheel's
 tick only decides how soon an expired flow leaves. So the flows do not depend on how the packets were batched.
@@ -18,6 +19,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, P
 
 cimport cython
 
+from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
@@ -28,12 +30,14 @@ cdef extern from *:
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
     static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
     static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
+    static inline int lowest_bit(unsigned int word) { return __builtin_ctz(word); }
     static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
     /* Anonymous memory of our own: it reads as zeros afterwards. */
     static inline void give_back(void *p, size_t n) { if (madvise(p, n, MADV_DONTNEED)) memset(p, 0, n); }
     """
     void prefetch(const void* p) noexcept nogil
     void prefetch_for_write(const void* p) noexcept nogil
+    int lowest_bit(unsigned int word) noexcept nogil
     void prefer_huge_pages(void* p, size_t n) noexcept nogil
     void give_back(void* p, size_t n) noexcept nogil
 
@@ -55,10 +59,6 @@ cdef enum:
     FORWARD = 0
     REVERSE = 1
 
-    TCP_FIN = 0x01
-    TCP_SYN = 0x02
-    TCP_RST = 0x04
-    TCP_ACK = 0x10
     PROTOCOL_TCP = 6
 
     END_IDLE = 1
@@ -103,6 +103,7 @@ cdef struct Counters:
     uint64_t exported_octets
     uint64_t peak_flows
     uint64_t[6] ended  # by flowEndReason
+    uint64_t[TCP_EVENTS] tcp_events
 
 
 cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
@@ -138,6 +139,7 @@ cdef void unmap_memory(void* memory, size_t length) noexcept:
 @cython.final
 cdef class FlowTable:
     cdef Flow* flows
+    cdef TcpFlow* tcp_flows  # beside `flows`; NULL without TCP analysis
     cdef Slot* slots  # the index, in one of the two rooms
     cdef Slot* slot_room
     cdef Slot* other_slot_room
@@ -156,7 +158,7 @@ cdef class FlowTable:
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
-        bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
+        bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t row_capacity=4096,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -189,6 +191,8 @@ cdef class FlowTable:
         memcpy(self.secrets, <const char*>secrets, sizeof(self.secrets))
         self.zero_ends = pair(0, &self.secrets[2]) + pair(0, &self.secrets[6])
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
+        if tcp_analysis:
+            self.tcp_flows = <TcpFlow*>map_memory(<size_t>max_flows * sizeof(TcpFlow))
         self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
         self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
         self.slots = self.room_of_slots(slots)
@@ -197,6 +201,7 @@ cdef class FlowTable:
 
     def __dealloc__(self):
         unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
+        unmap_memory(self.tcp_flows, <size_t>self.max_flows * sizeof(TcpFlow))
         unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
         unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
         unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
@@ -425,6 +430,8 @@ cdef class FlowTable:
             self.high_water += 1
         flow = &self.flows[number]
         memset(flow, 0, sizeof(Flow))
+        if self.tcp_flows != NULL and d.protocol == PROTOCOL_TCP:
+            memset(&self.tcp_flows[number], 0, sizeof(TcpFlow))
         flow.key = a.key
         flow.hash = a.hash
         flow.flow_id = self.next_flow_id
@@ -468,6 +475,8 @@ cdef class FlowTable:
         """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
         self.write_row(flow, END_ACTIVE)
         memset(flow.directions, 0, sizeof(flow.directions))
+        if self.tcp_flows != NULL and flow.key.protocol == PROTOCOL_TCP:
+            forget_counts(&self.tcp_flows[flow - self.flows])
         flow.key.state |= STATE_EMPTY
 
     cdef void evict(self) noexcept nogil:
@@ -538,6 +547,10 @@ cdef class FlowTable:
         memcpy(row.source_mac, flow.source_mac, 12)  # both
         row.forward = f[0]
         row.reverse = r[0]
+        if self.tcp_flows != NULL and flow.key.protocol == PROTOCOL_TCP:
+            report_tcp(&row.forward_tcp, &self.tcp_flows[flow - self.flows], FORWARD, f.payload_octets)
+            report_tcp(&row.reverse_tcp, &self.tcp_flows[flow - self.flows], REVERSE, r.payload_octets)
+            report_round_trips(row)
         self.rows_ready += 1
         self.counts.ended[reason] += 1
         self.counts.exported_flows += 1
@@ -580,12 +593,27 @@ cdef class FlowTable:
             x.fragment_flags |= 0x40
         if d.status & DIGEST_MORE_FRAGMENTS:
             x.fragment_flags |= 0x20
+        if self.tcp_flows != NULL and d.status & DIGEST_TCP:
+            self.analyse_tcp(&self.tcp_flows[flow - self.flows], a.from_low ^ flow.key.forward_is_low, d, time_ns)
         flow.last_ns = self.now_ns
         self.counts.metered_packets += 1
         self.counts.metered_octets += d.ip_octets
         self.counts.active_flow_packets += 1
         if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)
+
+    cdef inline void analyse_tcp(self, TcpFlow* t, int side, const digest* d, uint64_t time_ns) noexcept nogil:
+        """Of a segment whose length is not known, nothing is said, and the next one begins anew."""
+        cdef uint32_t events
+        cdef Segment segment
+        if d.status & (DIGEST_CUT_TRANSPORT | DIGEST_MORE_FRAGMENTS):
+            forget_state(&t.halves[side], &t.counts[side])
+            return
+        take_digest(&segment, d, time_ns)
+        events = analyse(t, side, &segment)
+        while events != 0:
+            self.counts.tcp_events[lowest_bit(events)] += 1
+            events &= events - 1
 
     cdef void close_tcp(self, Flow* flow, uint8_t flags) noexcept nogil:
         """FIN both ways or RST ends the flow after a short wait, for the last acknowledgement and for repeats."""
@@ -673,6 +701,9 @@ cdef class FlowTable:
                 prefetch_for_write(flow)
                 prefetch_for_write(&flow.directions[FORWARD])
                 prefetch_for_write(&flow.directions[REVERSE])
+                if self.tcp_flows != NULL and group.arrivals[i].key.protocol == PROTOCOL_TCP:
+                    prefetch_for_write(&self.tcp_flows[self.slots[slot].flow - 1].halves[FORWARD])
+                    prefetch_for_write(&self.tcp_flows[self.slots[slot].flow - 1].halves[REVERSE])
 
     cdef uint64_t run(self, Input* source) noexcept nogil:
         """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
@@ -776,7 +807,8 @@ cdef class FlowTable:
     @property
     def memory_bytes(self):
         return (
-            <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
+            <size_t>self.max_flows * (sizeof(Flow) + (sizeof(TcpFlow) if self.tcp_flows != NULL else 0))
+            + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
         )
 
@@ -802,6 +834,9 @@ cdef class FlowTable:
             "exported_octets": self.counts.exported_octets,
         }
 
+    def tcp_events(self):
+        return {name: self.counts.tcp_events[bit] for bit, name in enumerate(TCP_EVENT_NAMES)}
+
     def gauges(self):
         return {
             "active_flows": self.used,
@@ -812,6 +847,44 @@ cdef class FlowTable:
         }
 
 
+cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_octets) noexcept nogil:
+    cdef const TcpHalf* half = &t.halves[side]
+    cdef const TcpCounts* c = &t.counts[side]
+    r.goodput_octets = payload_octets - min(payload_octets, c.repeated_octets)
+    r.retransmitted_packets = c.retransmitted_packets
+    r.out_of_order_packets = c.out_of_order_packets
+    r.lost_segments = c.lost_segments
+    r.duplicate_acks = c.duplicate_acks
+    r.zero_windows = c.zero_windows
+    r.stalls = c.stalls
+    r.keep_alives = c.keep_alives
+    r.max_window = half.max_window
+    r.rtt_min_us = half.rtt_min_us
+    r.rtt_last_us = half.rtt_last_us
+    r.rtt_samples = half.rtt_samples
+    r.initial_rtt_us = t.halves[0].initial_rtt_us
+    r.mss = c.mss
+    r.window_scale = half.window_scale - 1 if half.window_scale != 0 else 0
+
+
+cdef void report_round_trips(FlowRow* row) noexcept nogil:
+    """This is somewhere on the way: from here to either end and back is the whole way once."""
+    cdef const TcpReport* f = &row.forward_tcp
+    cdef const TcpReport* r = &row.reverse_tcp
+    row.rtt_min_us = row.rtt_last_us = f.initial_rtt_us
+    row.rtt_samples = f.rtt_samples + r.rtt_samples
+    if f.rtt_samples != 0 and r.rtt_samples != 0:
+        row.rtt_last_us = f.rtt_last_us + r.rtt_last_us
+        if row.rtt_min_us == 0 or f.rtt_min_us + r.rtt_min_us < row.rtt_min_us:
+            row.rtt_min_us = f.rtt_min_us + r.rtt_min_us
+
+
+TCP_EVENT_NAMES = (
+    "retransmission", "fast_retransmission", "spurious_retransmission", "out_of_order", "lost_segment",
+    "duplicate_ack", "keep_alive", "keep_alive_ack", "zero_window", "zero_window_probe",
+)
+
+
 cdef dict direction_fields(const Direction* x):
     return {
         "packets": x.packets, "octets": x.octets, "first_ns": x.first_ns, "last_ns": x.last_ns,
@@ -819,6 +892,17 @@ cdef dict direction_fields(const Direction* x):
         "min_length": x.min_length, "max_length": x.max_length, "min_ttl": x.min_ttl, "max_ttl": x.max_ttl,
         "tos": x.tos, "fragment_flags": x.fragment_flags,
         "tcp_flags": x.tcp_flags, "tcp_initial_flags": x.tcp_initial_flags, "tcp_later_flags": x.tcp_later_flags,
+    }
+
+
+cdef dict tcp_fields(const TcpReport* r):
+    return {
+        "goodput_octets": r.goodput_octets, "retransmitted_packets": r.retransmitted_packets,
+        "out_of_order_packets": r.out_of_order_packets, "lost_segments": r.lost_segments,
+        "duplicate_acks": r.duplicate_acks, "zero_windows": r.zero_windows, "stalls": r.stalls,
+        "keep_alives": r.keep_alives, "max_window": r.max_window,
+        "rtt_min_us": r.rtt_min_us, "rtt_last_us": r.rtt_last_us, "rtt_samples": r.rtt_samples,
+        "initial_rtt_us": r.initial_rtt_us, "mss": r.mss, "window_scale": r.window_scale,
     }
 
 
@@ -835,6 +919,8 @@ cdef dict row_fields(const FlowRow* row):
         "start_ns": row.start_ns, "end_ns": row.end_ns,
         "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
         "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
+        "rtt_min_us": row.rtt_min_us, "rtt_last_us": row.rtt_last_us, "rtt_samples": row.rtt_samples,
+        "forward_tcp": tcp_fields(&row.forward_tcp), "reverse_tcp": tcp_fields(&row.reverse_tcp),
     }
 
 

@@ -44,6 +44,11 @@ class Packet:
     tos: int = 0
     status: int = 0x80
     sequence: int = 0
+    acknowledgement: int = 0
+    window: int = 512
+    payload: int = 0
+    mss: int = 0  # instead of `icmp`
+    window_scale: int | None = None
     icmp: tuple[int, int] = (0, 0)
     version: int = 1
 
@@ -51,14 +56,17 @@ class Packet:
     def digest(self) -> bytes:
         high, low = divmod(self.time_ns, 1 << 32)
         ip_version = 4 if len(self.source) == 4 else 6
+        scale = 0 if self.window_scale is None else self.window_scale + 1
+        two = struct.pack("=H", self.mss) if self.mss else bytes(self.icmp)
         return DIGEST.pack(
             0x80000D16, 128, self.interface, high, low,
             self.version, self.ttl, ip_version, self.protocol,
             self.source.ljust(16, b"\0"), self.destination.ljust(16, b"\0"),
             self.source_port, self.destination_port, self.vlan, self.vlan_inner,
-            self.octets, 0, self.octets + 14, self.sequence, 0, 512, self.flags,
+            self.octets, self.payload, self.octets + 14,
+            self.sequence & 0xFFFFFFFF, self.acknowledgement & 0xFFFFFFFF, self.window, self.flags | scale << 12,
             0, 0, self.status, b"\2\0\0\0\0\1", b"\2\0\0\0\0\2",
-            *self.icmp, 1 if self.vlan else 0, self.tos, 0, self.octets + 14, 0, 0, 128,
+            *two, 1 if self.vlan else 0, self.tos, 0, self.octets + 14, 0, 0, 128,
         )  # fmt: skip
 
     @property
