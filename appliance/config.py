@@ -330,6 +330,17 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    vlan_in_key: bool = Field(
+        default=True, description="packets of different VLANs are different flows; false = they may be one flow"
+    )
+    interface_in_key: bool = Field(
+        default=False,
+        description="packets of different interfaces are different flows; false = both halves of a tap meet in one",
+    )
+    tcp_analysis: bool = Field(
+        default=True,
+        description="count repeats, disorder, losses, stalls and round trips of TCP; 256 bytes more for each flow",
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 from appliance.capture.digestfile import DigestFile
@@ -99,15 +99,7 @@ def _meter(
 
 def with_export(settings: MeterSettings, destination: str) -> MeterSettings:
     export = ExportSettings(f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0)
-    return MeterSettings(
-        idle_timeout_s=settings.idle_timeout_s,
-        active_timeout_s=settings.active_timeout_s,
-        tcp_linger_s=settings.tcp_linger_s,
-        max_flows=settings.max_flows,
-        vlan_in_key=settings.vlan_in_key,
-        interface_in_key=settings.interface_in_key,
-        export=(export,),
-    )
+    return replace(settings, export=(export,))
 
 
 class _Batch:

@@ -468,6 +468,9 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        vlan_in_key=meter.vlan_in_key,
+        interface_in_key=meter.interface_in_key,
+        tcp_analysis=meter.tcp_analysis,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

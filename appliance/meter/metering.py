@@ -57,6 +57,7 @@ class Metering:
             tcp_linger_ns=int(min(settings.tcp_linger_s, settings.idle_timeout_s) * NS_PER_S),
             vlan_in_key=settings.vlan_in_key,
             interface_in_key=settings.interface_in_key,
+            tcp_analysis=settings.tcp_analysis,
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [

@@ -9,12 +9,12 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from appliance.meter.table cimport Direction, FlowRow
+from appliance.meter.table cimport Direction, FlowRow, TcpReport
 
 cdef enum:
     MESSAGE_HEADER_BYTES = 16
     SET_HEADER_BYTES = 4
-    MAX_STEPS = 64
+    MAX_STEPS = 96
     MAX_MESSAGE_BYTES = 65535
     ROW_CLASSES = 6
 
@@ -23,6 +23,7 @@ cdef enum:
     STEP_MILLISECONDS = 2
     STEP_NANOSECONDS = 3
     STEP_VLAN = 4
+    STEP_THOUSANDTHS = 5  # of a microsecond count: milliseconds
 
     SHAPE_FORWARD = 0
     SHAPE_REVERSE = 1
@@ -124,6 +125,8 @@ cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* ou
                 value = ((value // 1000000000 + NTP_OFFSET_S) << 32) | (((value % 1000000000) << 32) // 1000000000)
             elif step.kind == STEP_VLAN:
                 value &= 0x0FFF
+            elif step.kind == STEP_THOUSANDTHS:
+                value //= 1000
             put_unsigned(out, value, step.bytes)
         out += step.bytes
 
@@ -267,7 +270,7 @@ cdef class Packer:
 
 KINDS = {
     "copy": STEP_COPY, "unsigned": STEP_UNSIGNED, "milliseconds": STEP_MILLISECONDS,
-    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN,
+    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN, "thousandths": STEP_THOUSANDTHS,
 }
 SHAPES = {"forward": SHAPE_FORWARD, "reverse": SHAPE_REVERSE, "biflow": SHAPE_BIFLOW}
 
@@ -294,10 +297,17 @@ cdef dict offsets_of_rows():
         "end_ns": (<char*>&row.end_ns - base, sizeof(row.end_ns)),
         "source_mac": (<char*>&row.source_mac - base, 6),
         "destination_mac": (<char*>&row.destination_mac - base, 6),
+        "rtt_min_us": (<char*>&row.rtt_min_us - base, sizeof(row.rtt_min_us)),
+        "rtt_last_us": (<char*>&row.rtt_last_us - base, sizeof(row.rtt_last_us)),
+        "rtt_samples": (<char*>&row.rtt_samples - base, sizeof(row.rtt_samples)),
+        "initial_rtt_us": (<char*>&row.forward_tcp.initial_rtt_us - base, sizeof(row.forward_tcp.initial_rtt_us)),
     }
     for name, (offset, length) in offsets_of_directions().items():
         fields["forward." + name] = (<char*>&row.forward - base + offset, length)
         fields["reverse." + name] = (<char*>&row.reverse - base + offset, length)
+    for name, (offset, length) in offsets_of_reports().items():
+        fields["forward.tcp." + name] = (<char*>&row.forward_tcp - base + offset, length)
+        fields["reverse.tcp." + name] = (<char*>&row.reverse_tcp - base + offset, length)
     return fields
 
 
@@ -319,6 +329,23 @@ cdef dict offsets_of_directions():
         "tcp_flags": (<char*>&x.tcp_flags - base, sizeof(x.tcp_flags)),
         "tcp_initial_flags": (<char*>&x.tcp_initial_flags - base, sizeof(x.tcp_initial_flags)),
         "tcp_later_flags": (<char*>&x.tcp_later_flags - base, sizeof(x.tcp_later_flags)),
+    }
+
+
+cdef dict offsets_of_reports():
+    cdef TcpReport x
+    cdef char* base = <char*>&x
+    return {
+        "goodput_octets": (<char*>&x.goodput_octets - base, sizeof(x.goodput_octets)),
+        "retransmitted_packets": (<char*>&x.retransmitted_packets - base, sizeof(x.retransmitted_packets)),
+        "out_of_order_packets": (<char*>&x.out_of_order_packets - base, sizeof(x.out_of_order_packets)),
+        "lost_segments": (<char*>&x.lost_segments - base, sizeof(x.lost_segments)),
+        "duplicate_acks": (<char*>&x.duplicate_acks - base, sizeof(x.duplicate_acks)),
+        "stalls": (<char*>&x.stalls - base, sizeof(x.stalls)),
+        "max_window": (<char*>&x.max_window - base, sizeof(x.max_window)),
+        "rtt_min_us": (<char*>&x.rtt_min_us - base, sizeof(x.rtt_min_us)),
+        "mss": (<char*>&x.mss - base, sizeof(x.mss)),
+        "window_scale": (<char*>&x.window_scale - base, sizeof(x.window_scale)),
     }
 
 

@@ -54,6 +54,7 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
+    tcp_analysis: bool = True  # repeats, losses, round trips ...: TCP_ANALYSIS in templates.py
     export: tuple[ExportSettings, ...] = field(default=())
 
 

@@ -44,6 +44,28 @@ class Field:
     key: bool = False  # part of the flow key
 
 
+# Of both directions together (appliance/meter/tcp.pxd). QoF's elements have milliseconds, the other microseconds.
+ROUND_TRIPS = [
+    Field("minTcpRttMilliseconds", "rtt_min_us", "thousandths"),
+    Field("lastTcpRttMilliseconds", "rtt_last_us", "thousandths"),
+    Field("tcpRttSampleCount", "rtt_samples"),
+    Field("npmRoundTripTime", "initial_rtt_us"),
+]
+# Of each direction; counts in four octets where the element has eight (RFC 7011, 6.2).
+TCP_ANALYSIS = [
+    Field("tcpSequenceCount", "tcp.goodput_octets"),
+    Field("tcpRetransmitCount[4]", "tcp.retransmitted_packets"),
+    Field("npmTcpOutOfOrder", "tcp.out_of_order_packets"),
+    Field("tcpSequenceLossCount[4]", "tcp.lost_segments"),
+    Field("tcpDupAckCount", "tcp.duplicate_acks"),
+    Field("tcpReceiverStallCount", "tcp.stalls"),
+    Field("maxTcpRwin", "tcp.max_window"),
+    Field("rttMinMicroseconds", "tcp.rtt_min_us"),
+    Field("declaredTcpMss[2]", "tcp.mss"),
+    Field("tcpWindowScale", "tcp.window_scale"),
+]
+
+
 def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nanoseconds: bool) -> list[Field]:
     fields = [
         Field("flowStartMilliseconds", "start_ns", "milliseconds"),
@@ -63,6 +85,8 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
             Field("sourceTransportPort", "source_port", key=True),
             Field("destinationTransportPort", "destination_port", key=True),
         ]
+    if protocol_class == TCP and meter.tcp_analysis:
+        fields += ROUND_TRIPS
     return fields + [
         Field("protocolIdentifier", "protocol", key=True),
         Field("ipVersion", "ip_version", key=True),
@@ -77,7 +101,7 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
     ]
 
 
-def direction_fields(protocol_class: int) -> list[Field]:
+def direction_fields(protocol_class: int, meter: MeterSettings) -> list[Field]:
     """What each direction has of its own."""
     fields = [
         Field("octetDeltaCount", "octets"),
@@ -96,6 +120,8 @@ def direction_fields(protocol_class: int) -> list[Field]:
             Field("initialTCPFlags", "tcp_initial_flags"),
             Field("unionTCPFlags", "tcp_later_flags"),
         ]
+        if meter.tcp_analysis:
+            fields += TCP_ANALYSIS
     return fields
 
 
@@ -230,7 +256,7 @@ class TemplateSet:
         for row_class in range(6):
             ip_version, protocol_class = (4, row_class) if row_class < 3 else (6, row_class - 3)
             base = base_fields(ip_version, protocol_class, meter, export.nanoseconds)
-            direction = direction_fields(protocol_class)
+            direction = direction_fields(protocol_class, meter)
             template_id = MIN_TEMPLATE_ID + 2 * row_class
             yield FlowTemplate(template_id, row_class, base, direction, ())
             if export.biflow:
