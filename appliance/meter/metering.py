@@ -37,6 +37,7 @@ class Metering:
         export_pages: Sequence[CounterPage] | None = None,
         *,
         ignored_packets: Callable[[], int] = lambda: 0,
+        live: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`page` of METER_FIELDS; `export_pages` of EXPORT_FIELDS, one for each of `settings.export`. Counters are
@@ -48,6 +49,7 @@ class Metering:
         if export_pages is not None and len(export_pages) != len(settings.export):
             raise ConfigError(f"{len(settings.export)} exporters, but {len(export_pages)} counter pages for them")
         self.settings = settings
+        self._live, self._clock = live, clock
         self.page = page or CounterPage(memoryview(bytearray(PAGE_BYTES)), METER_FIELDS, 0)
         self._ignored_by_capture = ignored_packets
         self.table = FlowTable(
@@ -135,6 +137,7 @@ class Metering:
     def _hand_over(self) -> None:
         count = self.table.row_count
         if count:
+            self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()

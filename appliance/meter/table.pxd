@@ -91,6 +91,7 @@ cdef struct FlowRow:
     uint8_t vlan_tags
     uint8_t unused
     uint64_t flow_id
+    uint64_t due_ns  # when its time-out was over; 0: it was ended before
     uint64_t start_ns  # over both directions
     uint64_t end_ns
     uint8_t[6] source_mac

@@ -51,6 +51,9 @@ class FlowTable:
     rows_address: int
     """Where the expired flows stand, `row_count` rows of ROW_BYTES (FlowRow in table.pxd)."""
     row_count: int
+    def count_delays(self, now_ns: int) -> None:
+        """Notes how long ago each row was due, by the clock that stamps the packets. Rows of flows that were ended
+        before their time-out do not count."""
     def clear_rows(self) -> None: ...
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dictionaries with the names of FlowRow, for tests and tools."""
@@ -60,6 +63,10 @@ class FlowTable:
     """The bound: no more than this is ever used."""
     tick_ns: int
     """An expired flow leaves at most this much stream time late."""
+    def index_probes(self) -> tuple[int, int]:
+        """(flows, slots that are looked at until each of them is found once)"""
+    def hash_of(self, address: int) -> int:
+        """The hash of a digest's flow, under this table's secrets: for tests."""
     def counters(self) -> dict[str, int]:
         """The counters of METER_FIELDS, from the beginning of this table."""
     def tcp_events(self) -> dict[str, int]:

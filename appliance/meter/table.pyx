@@ -19,6 +19,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, P
 
 cimport cython
 
+from appliance.counters import EXPORT_DELAY_BUCKETS_MS
 from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
@@ -55,6 +56,14 @@ cdef enum:
 
     STATE_CLOSED = 1  # FIN both ways, or RST
     STATE_EMPTY = 2  # no packet since its last record
+    STATE_OLD = 4  # has had a record
+
+    WORTH_NOTHING = 0  # has ended, or is empty
+    WORTH_SINGLE_PACKET = 1
+    WORTH_HALF_OPEN = 2
+    WORTH_MORE = 3
+
+    DELAY_BUCKETS = 6  # EXPORT_DELAY_BUCKETS_MS
 
     FORWARD = 0
     REVERSE = 1
@@ -104,6 +113,15 @@ cdef struct Counters:
     uint64_t peak_flows
     uint64_t[6] ended  # by flowEndReason
     uint64_t[TCP_EVENTS] tcp_events
+    uint64_t[WORTH_MORE + 1] evicted  # for lack of resources, by worth
+    uint64_t delay_ns
+    uint64_t[DELAY_BUCKETS + 1] delays
+
+
+cdef uint64_t[DELAY_BUCKETS] delay_bounds_ns
+for _i, _bound_ms in enumerate(EXPORT_DELAY_BUCKETS_MS):
+    delay_bounds_ns[_i] = _bound_ms * 1000000
+DELAY_FIELDS = (*(f"export_delay_{bound_ms}_ms" for bound_ms in EXPORT_DELAY_BUCKETS_MS), "export_delay_longer")
 
 
 cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
@@ -477,7 +495,7 @@ cdef class FlowTable:
         memset(flow.directions, 0, sizeof(flow.directions))
         if self.tcp_flows != NULL and flow.key.protocol == PROTOCOL_TCP:
             forget_counts(&self.tcp_flows[flow - self.flows])
-        flow.key.state |= STATE_EMPTY
+        flow.key.state |= STATE_EMPTY | STATE_OLD
 
     cdef void evict(self) noexcept nogil:
         """Makes room: the first flow that the hand meets which has ended or is a single packet, else of EVICTION_SAMPLE
@@ -485,7 +503,7 @@ cdef class FlowTable:
 
         The hand visits every flow once a round in steps of the golden section, so that its next few flows are spread
         over the pool, and a flow that took a place has a whole round to show more packets."""
-        cdef int _i, value, least = 100
+        cdef int _i, value, reason, least = 100
         cdef Flow* flow
         cdef Flow* victim = NULL
         for _i in range(EVICTION_SAMPLE):
@@ -495,9 +513,12 @@ cdef class FlowTable:
             if victim == NULL or value < least or (value == least and flow.last_ns < victim.last_ns):
                 victim = flow
                 least = value
-            if least <= 1:
+            if least <= WORTH_SINGLE_PACKET:
                 break
-        self.end(victim, self.reason_now(victim, END_LACK_OF_RESOURCES))
+        reason = self.reason_now(victim, END_LACK_OF_RESOURCES)
+        if reason == END_LACK_OF_RESOURCES and not victim.key.state & STATE_EMPTY:
+            self.counts.evicted[least] += 1
+        self.end(victim, reason)
 
     cdef inline int reason_now(self, const Flow* flow, int otherwise) noexcept nogil:
         """The reason of a flow that has to go before the wheel came to it."""
@@ -511,12 +532,23 @@ cdef class FlowTable:
         cdef uint64_t forward = flow.directions[FORWARD].packets
         cdef uint64_t reverse = flow.directions[REVERSE].packets
         if flow.key.state & (STATE_EMPTY | STATE_CLOSED):
-            return 0
+            return WORTH_NOTHING
+        if flow.key.state & STATE_OLD:  # these packets are only those since its last record
+            return WORTH_MORE
         if forward + reverse == 1:
-            return 1
+            return WORTH_SINGLE_PACKET
         if flow.key.protocol == PROTOCOL_TCP and (forward == 0 or reverse == 0):
-            return 2
-        return 3
+            return WORTH_HALF_OPEN
+        return WORTH_MORE
+
+    cdef inline uint64_t due_ns(self, const Flow* flow, int reason) noexcept nogil:
+        """When the flow's time-out was over, by the clock that stamps the packets; 0: it was ended before that."""
+        cdef int _reason
+        cdef uint64_t deadline
+        if reason == END_FORCED or reason == END_LACK_OF_RESOURCES:
+            return 0
+        deadline = self.deadline_ns(flow, &_reason)
+        return <uint64_t>max(<int64_t>min(deadline, self.now_ns) + self.stepped_ns, <int64_t>1)
 
     cdef void write_row(self, const Flow* flow, int reason) noexcept nogil:
         cdef FlowRow* row = &self.row_buffer[self.rows_ready]
@@ -542,6 +574,7 @@ cdef class FlowTable:
         row.biflow_direction = flow.biflow_direction
         row.icmp_type_code = flow.icmp_type_code
         row.flow_id = flow.flow_id
+        row.due_ns = self.due_ns(flow, reason)
         row.start_ns = f.first_ns if r.packets == 0 or (f.packets != 0 and f.first_ns < r.first_ns) else r.first_ns
         row.end_ns = f.last_ns if f.last_ns > r.last_ns else r.last_ns
         memcpy(row.source_mac, flow.source_mac, 12)  # both
@@ -790,6 +823,20 @@ cdef class FlowTable:
     def row_count(self):
         return self.rows_ready
 
+    def count_delays(self, uint64_t now_ns):
+        cdef uint64_t delay_ns
+        cdef uint32_t i
+        cdef int bucket
+        for i in range(self.rows_ready):
+            if self.row_buffer[i].due_ns == 0:
+                continue
+            delay_ns = now_ns - min(now_ns, self.row_buffer[i].due_ns)
+            bucket = 0
+            while bucket < DELAY_BUCKETS and delay_ns > delay_bounds_ns[bucket]:
+                bucket += 1
+            self.counts.delays[bucket] += 1
+            self.counts.delay_ns += delay_ns
+
     def clear_rows(self):
         self.rows_ready = 0
 
@@ -816,6 +863,19 @@ cdef class FlowTable:
     def tick_ns(self):
         return 1 << self.tick_shift
 
+    def index_probes(self):
+        cdef uint64_t probes = 0
+        cdef uint32_t i
+        for i in range(self.slot_mask + 1):
+            if self.slots[i].flow != 0:
+                probes += ((i - self.slots[i].hash) & self.slot_mask) + 1
+        return self.used, probes
+
+    def hash_of(self, uintptr_t address):
+        cdef Arrival arrival
+        self.take_in(&arrival, <const digest*>address)
+        return arrival.hash
+
     def counters(self):
         return {
             "observed_packets": self.counts.observed_packets,
@@ -832,7 +892,18 @@ cdef class FlowTable:
             "exported_flows": self.counts.exported_flows,
             "exported_packets": self.counts.exported_packets,
             "exported_octets": self.counts.exported_octets,
-        }
+            "evicted_single_packet_flows": self.counts.evicted[WORTH_SINGLE_PACKET],
+            "evicted_half_open_flows": self.counts.evicted[WORTH_HALF_OPEN],
+            "evicted_other_flows": self.counts.evicted[WORTH_MORE],
+            "tcp_retransmitted_packets": (
+                self.counts.tcp_events[0] + self.counts.tcp_events[1] + self.counts.tcp_events[2]
+            ),
+            "tcp_out_of_order_packets": self.counts.tcp_events[3],
+            "tcp_lost_segments": self.counts.tcp_events[4],
+            "tcp_duplicate_acks": self.counts.tcp_events[5],
+            "tcp_zero_windows": self.counts.tcp_events[8],
+            "export_delay_ns": self.counts.delay_ns,
+        } | {name: self.counts.delays[i] for i, name in enumerate(DELAY_FIELDS)}
 
     def tcp_events(self):
         return {name: self.counts.tcp_events[bit] for bit, name in enumerate(TCP_EVENT_NAMES)}
@@ -915,7 +986,8 @@ cdef dict row_fields(const FlowRow* row):
         "protocol": row.protocol, "ip_version": row.ip_version,
         "vlan_tags": row.vlan_tags, "vlan_outer": row.vlan_outer, "vlan_inner": row.vlan_inner,
         "interface": row.interface, "mpls": row.mpls, "icmp_type_code": row.icmp_type_code,
-        "end_reason": row.end_reason, "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
+        "end_reason": row.end_reason, "due_ns": row.due_ns,
+        "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
         "start_ns": row.start_ns, "end_ns": row.end_ns,
         "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
         "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),

@@ -275,6 +275,115 @@ def test_single_packets_go_before_conversations_when_the_table_is_full() -> None
     assert reasons[UDP, RESOURCES] == 5000 - 80
 
 
+def test_half_open_connections_go_before_answered_ones_and_what_went_is_counted() -> None:
+    table = make_table(max_flows=100)
+    talk = Packet(protocol=TCP, flags=ACK, status=0x180)
+    answered = [replace(talk, source_port=port) for port in range(40)]
+    feed(table, digests([*answered, *(replace(p, **p.back) for p in answered)]))
+    syn = Packet(protocol=TCP, flags=SYN, status=0x180)
+    half_open = [replace(syn, source_port=1000 + i // 2, time_ns=START + i) for i in range(120)]  # each SYN is repeated
+    rows = feed(table, digests(half_open))
+    flood = [replace(syn, source=(i // 2).to_bytes(4, "big"), time_ns=START + 200 + i) for i in range(4000)]
+    rows += feed(table, digests(flood))
+    assert {row["destination_port"] for row in rows if row["reverse"]["packets"]} == set(), "no conversation had to go"
+    counters = table.counters()
+    assert counters["evicted_half_open_flows"] + counters["evicted_single_packet_flows"] == len(rows) == 2000 - 40 + 40
+    assert counters["evicted_half_open_flows"] > 1900 and counters["evicted_other_flows"] == 0
+
+
+def test_an_old_flow_with_one_packet_since_its_last_record_is_no_single_packet() -> None:
+    table = make_table(max_flows=10, active_timeout_ns=10 * SECOND)
+    old = Packet(source_port=7)
+    feed(table, digests([old, at(5, old), at(11, old), *(at(11, Packet(source_port=20 + i)) for i in range(9))]))
+    rows = feed(table, digests(at(12, Packet(source=bytes([i, 0, 0, 9]))) for i in range(200)))
+    assert len(rows) == 200 and 7 not in {row["source_port"] for row in rows}
+
+
+def test_the_table_of_a_flood_with_analysis_stays_within_its_bound() -> None:
+    table = make_table(max_flows=500, tcp_analysis=True)
+    flood = [Packet(protocol=TCP, flags=SYN, status=0x190, source=i.to_bytes(4, "big")) for i in range(5000)]
+    feed_quietly(table, digests(flood))
+    check_identity(table)
+    assert table.memory_bytes == 500 * 512 + 1024 * 3 // 2 * 8 + 4096 * ROW_BYTES + 8193 * 4
+    assert table.counters()["evicted_single_packet_flows"] == 4500
+
+
+# ---- the index under chosen keys ----
+
+
+def probes_for_each(packets: list[Packet]) -> float:
+    table = make_table(max_flows=len(packets))
+    feed_quietly(table, digests(packets))
+    flows, probes = table.index_probes()
+    assert flows == len(packets)
+    return probes / flows
+
+
+def colliding_elsewhere(count: int) -> list[Packet]:
+    """Keys whose hashes end in the same 6 bits in another table: what somebody could choose who knew its secrets."""
+    other, rng, found = make_table(), random.Random(5), []
+    while len(found) < count:
+        packet = Packet(source=rng.randbytes(4), source_port=rng.randrange(1 << 16))
+        if other.hash_of(Memory(packet.digest).address) & 63 == 0:
+            found.append(packet)
+    return found
+
+
+CHOSEN_KEYS = {
+    "one network, ascending": lambda n: [Packet(source=(0x0A000000 + i).to_bytes(4, "big")) for i in range(n)],
+    "one pair of hosts, all ports": lambda n: [
+        Packet(source_port=i % 256, destination_port=i // 256) for i in range(n)
+    ],
+    "steps of 2^16": lambda n: [Packet(source=(i << 16 & 0xFFFFFFFF | i >> 16).to_bytes(4, "big")) for i in range(n)],
+    "the same sum of both ports": lambda n: [Packet(source_port=i, destination_port=60_000 - i) for i in range(n)],
+    "the same exclusive or of both hosts": lambda n: [
+        Packet(source=i.to_bytes(4, "big"), destination=(i ^ 0x5A5A5A5A).to_bytes(4, "big")) for i in range(n)
+    ],
+    "equal hashes in another table": colliding_elsewhere,
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN_KEYS)
+def test_chosen_keys_cost_no_more_than_three_times_the_probes_of_random_ones(name: str) -> None:
+    count = 3000
+    rng = random.Random(3)
+    at_random = probes_for_each(
+        [Packet(source=rng.randbytes(4), source_port=rng.randrange(65536)) for _ in range(count)]
+    )
+    assert at_random < 2  # half full at most: about 1.5 by theory (Knuth, 6.4)
+    assert probes_for_each(CHOSEN_KEYS[name](count)) <= 3 * at_random
+
+
+# ---- how late ----
+
+
+def test_the_time_from_a_flows_end_to_its_record_is_counted() -> None:
+    table = make_table(active_timeout_ns=100 * SECOND)
+    feed(table, Packet().digest)
+    while not table.advance(START + 60 * SECOND):
+        pass
+    assert table.row_count == 1 and table.rows()[0]["due_ns"] == START + 30 * SECOND
+    table.count_delays(START + 30 * SECOND + 60 * MILLISECOND)
+    counters = table.counters()
+    assert (counters["export_delay_250_ms"], counters["export_delay_ns"]) == (1, 60 * MILLISECOND)
+
+
+def test_a_flow_that_was_ended_before_its_time_has_no_delay() -> None:
+    table = make_table()
+    feed(table, Packet().digest)
+    assert table.flush() and table.rows()[0]["due_ns"] == 0
+    table.count_delays(START + 99 * SECOND)
+    assert table.counters()["export_delay_ns"] == 0
+
+
+def test_after_a_step_of_the_clock_a_delay_is_told_by_the_new_time() -> None:
+    table = make_table()
+    feed(table, Packet().digest)
+    table.step(1000 * SECOND)
+    assert table.advance(START + 1030 * SECOND + table.tick_ns)
+    assert table.rows()[0]["due_ns"] == START + 1030 * SECOND
+
+
 def test_memory_stays_below_the_bound_under_five_times_as_many_flows() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     table = make_table(max_flows=20_000)
