@@ -341,6 +341,12 @@ class Meter(_Table):
         default=True,
         description="count repeats, disorder, losses, stalls and round trips of TCP; 256 bytes more for each flow",
     )
+    packet_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one packet of so many is metered, and tcp_analysis is off; 1 = all"
+    )
+    flow_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one flow of so many is metered; 1 = all"
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

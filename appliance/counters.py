@@ -115,6 +115,7 @@ METER_FIELDS = COMMON_FIELDS + (
     "metered_packets",
     "metered_octets",
     "ignored_packets",
+    "unsampled_packets",  # passed over by packet or flow sampling
     "active_flows",
     "active_flow_packets",
     "peak_flows",

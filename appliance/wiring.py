@@ -471,6 +471,8 @@ def meter_settings(config: Config) -> MeterSettings:
         vlan_in_key=meter.vlan_in_key,
         interface_in_key=meter.interface_in_key,
         tcp_analysis=meter.tcp_analysis,
+        packet_sampling=meter.packet_sampling,
+        flow_sampling=meter.flow_sampling,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

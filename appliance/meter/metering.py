@@ -26,8 +26,8 @@ class Metering:
     """The flow table and its exporters, and their counters.
 
     The identities that hold after every call, in packets and from the start of this object:
-    observed = metered + ignored, and metered = exported + active. `exported` have left the table; each exporter's own
-    page says which of them it could not send, and what still waits in its queue.
+    observed = metered + ignored + unsampled, and metered = exported + active. `exported` have left the table; each
+    exporter's own page says which of them it could not send, and what still waits in its queue.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class Metering:
             tcp_linger_ns=int(min(settings.tcp_linger_s, settings.idle_timeout_s) * NS_PER_S),
             vlan_in_key=settings.vlan_in_key,
             interface_in_key=settings.interface_in_key,
-            tcp_analysis=settings.tcp_analysis,
+            tcp_analysis=settings.analyses_tcp,
+            packet_sampling=settings.packet_sampling,
+            flow_sampling=settings.flow_sampling,
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [

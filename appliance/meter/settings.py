@@ -55,7 +55,14 @@ class MeterSettings:
     vlan_in_key: bool = True
     interface_in_key: bool = False
     tcp_analysis: bool = True  # repeats, losses, round trips ...: TCP_ANALYSIS in templates.py
+    packet_sampling: int = 1  # one packet of so many is metered
+    flow_sampling: int = 1  # one flow of so many
     export: tuple[ExportSettings, ...] = field(default=())
+
+    @property
+    def analyses_tcp(self) -> bool:
+        """Of a connection that is seen in part the analysis would say nothing but losses."""
+        return self.tcp_analysis and self.packet_sampling == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ ROW_BYTES: int
 class FlowTable:
     """All time-outs in nanoseconds. ValueError for sizes and times out of range.
 
+    Sampling takes one of so many: packets in turn, flows by their hash; the rest is counted as unsampled.
+
     With a VLAN or the interface in the key, the same conversation in two of them is two flows.
     """
 
@@ -33,6 +35,8 @@ class FlowTable:
         vlan_in_key: bool = True,
         interface_in_key: bool = False,
         tcp_analysis: bool = False,
+        packet_sampling: int = 1,
+        flow_sampling: int = 1,
         row_capacity: int = 4096,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:

@@ -104,6 +104,7 @@ cdef struct Counters:
     uint64_t metered_packets
     uint64_t metered_octets
     uint64_t ignored_packets
+    uint64_t unsampled_packets
     uint64_t late_packets
     uint64_t active_flow_packets
     uint64_t flows_created
@@ -171,12 +172,14 @@ cdef class FlowTable:
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
+    cdef uint32_t packet_sampling, flow_sampling, sampling_turn
     cdef bint vlan_in_key, interface_in_key
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
-        bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t row_capacity=4096,
+        bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t packet_sampling=1,
+        uint32_t flow_sampling=1, uint32_t row_capacity=4096,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -186,6 +189,8 @@ cdef class FlowTable:
             raise ValueError(f"row_capacity {row_capacity} is not within 1 .. {1 << 20}")
         if min(idle_timeout_ns, active_timeout_ns) == 0 or longest_ns > MAX_TIME_NS:
             raise ValueError("time-outs must be above 0 and below 146 years")
+        if packet_sampling == 0 or flow_sampling == 0:
+            raise ValueError("sampling is one out of at least 1")
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
         self.most_slots = slots
@@ -201,6 +206,8 @@ cdef class FlowTable:
         self.linger_ns = tcp_linger_ns
         self.vlan_in_key = vlan_in_key
         self.interface_in_key = interface_in_key
+        self.packet_sampling = packet_sampling
+        self.flow_sampling = flow_sampling
         self.tick_shift = MIN_TICK_SHIFT
         while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
             self.tick_shift += 1
@@ -657,6 +664,15 @@ cdef class FlowTable:
             self.disarm(flow)
             self.arm(flow, self.deadline_ns(flow, &reason))
 
+    cdef bint selects(self, uint32_t hash) noexcept nogil:
+        """Every packet_sampling-th packet (RFC 5475, 5.1), of the flows that have one flow_sampling-th of all hashes
+        (RFC 7014, 6.1.2): both directions of a flow have one hash, and nobody knows its secrets."""
+        cdef bint in_turn = self.sampling_turn == 0
+        self.sampling_turn += 1
+        if self.sampling_turn == self.packet_sampling:
+            self.sampling_turn = 0
+        return in_turn and (<uint64_t>hash * self.flow_sampling) >> 32 == 0
+
     cdef inline bint meter(self, const Arrival* a) noexcept nogil:
         """One packet into its flow. False, and nothing done, when the row buffer is full."""
         cdef const digest* d = a.packet
@@ -670,6 +686,10 @@ cdef class FlowTable:
         time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
+        if (self.packet_sampling != 1 or self.flow_sampling != 1) and not self.selects(a.hash):
+            self.counts.observed_packets += 1
+            self.counts.unsampled_packets += 1
+            return True
         flow = self.find(&a.key, a.hash)
         while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split empties it
             if reason == END_ACTIVE:
@@ -882,6 +902,7 @@ cdef class FlowTable:
             "metered_packets": self.counts.metered_packets,
             "metered_octets": self.counts.metered_octets,
             "ignored_packets": self.counts.ignored_packets,
+            "unsampled_packets": self.counts.unsampled_packets,
             "late_packets": self.counts.late_packets,
             "flows_created": self.counts.flows_created,
             "flows_idle_timeout": self.counts.ended[END_IDLE],

@@ -34,6 +34,9 @@ EXPORTING_PROCESS_ID = 1
 OTHER, TCP, ICMP = range(3)
 
 STATISTICS_ID, METERING_RELIABILITY_ID, EXPORTING_RELIABILITY_ID, FLOW_KEYS_ID = range(300, 304)
+PACKET_SAMPLING_ID, FLOW_SAMPLING_ID = range(304, 306)
+SYSTEMATIC_COUNT_BASED = 1  # selectorAlgorithm
+UNIFORM_PROBABILISTIC = 4  # flowSelectorAlgorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
             Field("sourceTransportPort", "source_port", key=True),
             Field("destinationTransportPort", "destination_port", key=True),
         ]
-    if protocol_class == TCP and meter.tcp_analysis:
+    if protocol_class == TCP and meter.analyses_tcp:
         fields += ROUND_TRIPS
     return fields + [
         Field("protocolIdentifier", "protocol", key=True),
@@ -120,7 +123,7 @@ def direction_fields(protocol_class: int, meter: MeterSettings) -> list[Field]:
             Field("initialTCPFlags", "tcp_initial_flags"),
             Field("unionTCPFlags", "tcp_later_flags"),
         ]
-        if meter.tcp_analysis:
+        if meter.analyses_tcp:
             fields += TCP_ANALYSIS
     return fields
 
@@ -210,7 +213,7 @@ class OptionsTemplate:
         return encode_template(self.template_id, self.specs, self.scope_fields)
 
     def encode(self, values: Sequence[int]) -> bytes:
-        """One Data Record; all elements here are unsigned or times in milliseconds."""
+        """One Data Record; all elements here are unsigned or times in milliseconds, or given as such bits."""
         lengths = [element(spec).length for spec in self.specs]
         return b"".join(
             (value & ((1 << 8 * length) - 1)).to_bytes(length, "big")
@@ -244,6 +247,23 @@ FLOW_KEYS = OptionsTemplate(FLOW_KEYS_ID, ("templateId", "flowKeyIndicator"), 1)
 OPTIONS = (STATISTICS, METERING_RELIABILITY, EXPORTING_RELIABILITY, FLOW_KEYS)
 
 
+PACKET_SAMPLING = OptionsTemplate(  # RFC 5476, 6.5.2.1
+    PACKET_SAMPLING_ID, ("selectorId", "selectorAlgorithm", "samplingPacketInterval", "samplingPacketSpace"), 1
+)
+FLOW_SAMPLING = OptionsTemplate(  # RFC 7014, 7
+    FLOW_SAMPLING_ID, ("selectorId", "flowSelectorAlgorithm", "samplingProbability"), 1
+)
+
+
+def sampling(meter: MeterSettings) -> Iterator[tuple[OptionsTemplate, tuple[int, ...]]]:
+    """Options data about what is not metered on purpose."""
+    if meter.packet_sampling > 1:
+        yield PACKET_SAMPLING, (PACKET_SAMPLING_ID, SYSTEMATIC_COUNT_BASED, 1, meter.packet_sampling - 1)
+    if meter.flow_sampling > 1:
+        probability = int.from_bytes(struct.pack("!d", 1 / meter.flow_sampling), "big")
+        yield FLOW_SAMPLING, (FLOW_SAMPLING_ID, UNIFORM_PROBABILISTIC, probability)
+
+
 class TemplateSet:
     """All templates of one exporter, their plans, and the messages that announce them."""
 
@@ -251,6 +271,7 @@ class TemplateSet:
         self.observation_domain = export.domain
         self.biflow = export.biflow
         self.flows = list(self._flow_templates(meter, export))
+        self.sampling = list(sampling(meter))
 
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:
         for row_class in range(6):
@@ -271,9 +292,10 @@ class TemplateSet:
     def _sets(self) -> list[tuple[int, bytes, int]]:
         """(set ID, one record, data records in it) of all that a collector needs before the first flow record."""
         templates = [(TEMPLATE_SET_ID, t.encoded, 0) for t in self.flows]
-        options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in OPTIONS]
+        options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in (*OPTIONS, *(o for o, _ in self.sampling))]
         keys = [(FLOW_KEYS_ID, FLOW_KEYS.encode((t.template_id, t.key_indicator)), 1) for t in self.flows]
-        return templates + options + keys
+        samples = [(o.template_id, o.encode(values), 1) for o, values in self.sampling]
+        return templates + options + keys + samples
 
     def announcement(self, message_bytes: int) -> list[Message]:
         """Templates, options templates and the flow keys, in messages of at most `message_bytes`. New ones each time:

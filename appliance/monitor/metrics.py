@@ -318,7 +318,7 @@ FAMILIES: tuple[Family, ...] = (
         "Modification time of the oldest published file.",
         lambda row: row.storage.oldest_file_s if row.storage else None,
     ),
-    # Meter: observed = metered + ignored; metered = exported + not sent + active.
+    # Meter: observed = metered + ignored + unsampled; metered = exported + not sent + active.
     _METER.counter(
         "appliance_meter_observed_packets_total",
         "Packet headers that reached the meter.",
@@ -329,6 +329,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _METER.counter(
         "appliance_meter_metered_bytes_total", "IP octets counted in flows.", lambda row: row.metered_octets
+    ),
+    _METER.counter(
+        "appliance_meter_unsampled_packets_total",
+        "Packets passed over by packet or flow sampling.",
+        lambda row: row.unsampled_packets,
     ),
     _METER.counter(
         "appliance_meter_late_packets_total",

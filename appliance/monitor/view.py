@@ -205,6 +205,7 @@ class MeterView:
     metered_packets: int
     metered_octets: int
     ignored_packets: int
+    unsampled_packets: int
     late_packets: int
     active_flows: int
     active_flow_packets: int
@@ -454,6 +455,7 @@ def _meter(pages: CounterPages) -> MeterView | None:
         metered_packets=page["metered_packets"],
         metered_octets=page["metered_octets"],
         ignored_packets=page["ignored_packets"],
+        unsampled_packets=page["unsampled_packets"],
         late_packets=page["late_packets"],
         active_flows=page["active_flows"],
         active_flow_packets=page["active_flow_packets"],

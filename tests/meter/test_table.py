@@ -238,7 +238,8 @@ def test_time_begins_anywhere_without_walking_there() -> None:
 
 def check_identity(table: Any) -> None:
     counters, gauges = table.counters(), table.gauges()
-    assert counters["observed_packets"] == counters["metered_packets"] + counters["ignored_packets"]
+    seen = counters["metered_packets"] + counters["ignored_packets"] + counters["unsampled_packets"]
+    assert counters["observed_packets"] == seen
     assert counters["metered_packets"] == counters["exported_packets"] + gauges["active_flow_packets"]
     reasons = ("idle_timeout", "active_timeout", "end_of_flow", "forced_end", "lack_of_resources")
     assert counters["exported_flows"] == sum(counters[f"flows_{reason}"] for reason in reasons)
@@ -306,6 +307,33 @@ def test_the_table_of_a_flood_with_analysis_stays_within_its_bound() -> None:
     check_identity(table)
     assert table.memory_bytes == 500 * 512 + 1024 * 3 // 2 * 8 + 4096 * ROW_BYTES + 8193 * 4
     assert table.counters()["evicted_single_packet_flows"] == 4500
+
+
+# ---- sampling ----
+
+
+def test_every_nth_packet_is_metered_and_the_others_are_counted() -> None:
+    table = make_table(packet_sampling=10, row_capacity=3)
+    rows = feed(table, digests(Packet(source_port=i) for i in range(95))) + flush(table)
+    assert sorted(row["source_port"] for row in rows) == list(range(0, 95, 10))
+    assert table.counters()["unsampled_packets"] == 85
+    check_identity(table)
+
+
+def test_a_flow_is_sampled_with_all_packets_of_both_directions_or_not_at_all() -> None:
+    table = make_table(flow_sampling=8, max_flows=5000)
+    there = [Packet(source_port=port) for port in range(4000)]
+    rows = feed(table, digests([*there, *(replace(p, **p.back) for p in there)])) + flush(table)
+    assert 350 < len(rows) < 650  # 500 expected; 7 standard deviations
+    assert {(row["forward"]["packets"], row["reverse"]["packets"]) for row in rows} == {(1, 1)}
+    assert table.counters()["unsampled_packets"] == 8000 - 2 * len(rows)
+    check_identity(table)
+
+
+def test_what_sampling_passes_over_moves_the_time_all_the_same() -> None:
+    table = make_table(packet_sampling=2)
+    rows = feed(table, digests([Packet(), at(31, Packet(source_port=5))]))
+    assert len(rows) == 1 or len(advance(table, START + 32 * SECOND)) == 1
 
 
 # ---- the index under chosen keys ----
@@ -471,7 +499,15 @@ def test_digests_of_any_content_are_metered_within_bounds(contents: list[bytes])
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_flows": 0}, {"max_flows": 1 << 28}, {"row_capacity": 0}, {"idle_timeout_ns": 0}, {"active_timeout_ns": 0}],
+    [
+        {"max_flows": 0},
+        {"max_flows": 1 << 28},
+        {"row_capacity": 0},
+        {"idle_timeout_ns": 0},
+        {"active_timeout_ns": 0},
+        {"packet_sampling": 0},
+        {"flow_sampling": 0},
+    ],
 )
 def test_sizes_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError):

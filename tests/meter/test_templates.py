@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -244,6 +245,22 @@ def test_the_announcement_says_templates_options_and_flow_keys() -> None:
         addresses = {8, 12} if template_id < 262 else {27, 28}
         ports = set() if template_id in (260, 261, 266, 267) else {7, 11}
         assert named == addresses | ports | {4, 60, 243, 245}
+
+
+def test_sampling_parameters_are_options_data(tmp_path: Path) -> None:
+    meter = MeterSettings(packet_sampling=100, flow_sampling=8)
+    data = stamped(TemplateSet(meter, ExportSettings("file:")).announcement(65535))
+    (message,) = Decoder().stream(data)
+    assert (message.scopes[304], message.scopes[305]) == (1, 1)
+    by_template = dict(message.records)
+    assert [number(by_template[304], element) for element in (302, 304, 305, 306)] == [304, 1, 1, 99]
+    assert (number(by_template[305], 390), struct.unpack("!d", by_template[305][0, 311])) == (4, (0.125,))
+    assert all((35566, 1025) not in [f[:2] for f in fields] for fields in message.templates.values())
+    if shutil.which("tshark"):
+        (tmp_path / "sampling.ipfix").write_bytes(data)
+        command = ["tshark", "-n", "-V", "-r", tmp_path / "sampling.ipfix"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "Malformed" not in text and "Sampling Packet Space: 99" in text and "0.125" in text
 
 
 def test_statistics_are_options_data() -> None:
