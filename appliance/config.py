@@ -347,6 +347,10 @@ class Meter(_Table):
     flow_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
         default=1, description="one flow of so many is metered; 1 = all"
     )
+    packet_sequence: Annotated[int, _between(0, 20)] = Field(
+        default=0,
+        description="of so many first packets of a flow: times, lengths, directions, TCP flags, in a record beside",
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

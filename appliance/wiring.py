@@ -473,6 +473,7 @@ def meter_settings(config: Config) -> MeterSettings:
         tcp_analysis=meter.tcp_analysis,
         packet_sampling=meter.packet_sampling,
         flow_sampling=meter.flow_sampling,
+        packet_sequence=meter.packet_sequence,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

@@ -38,6 +38,7 @@ ENTERPRISE_SPECS = (
     "npmTcpOutOfOrder(39499/72)<unsigned32>[4]",
     "rttMinMicroseconds(12325/179)<unsigned32>[4]",  # Fraunhofer FOKUS's
 )
+STRUCTURED_SPECS = ("basicList(0/291)<octetArray>[65535]",)  # RFC 6313
 REVERSE_BIT = 0x4000
 
 ipfix.ie.use_iana_default()
@@ -72,6 +73,8 @@ def _reverse_spec(spec: str) -> str:
     return f"{reverse_name(name)}({enterprise}/{int(number) | REVERSE_BIT}){rest.split(')', 1)[1]}"
 
 
+for _spec in STRUCTURED_SPECS:
+    ipfix.ie.for_spec(_spec)
 for _spec in ENTERPRISE_SPECS:
     ipfix.ie.for_spec(_spec)
     ipfix.ie.for_spec(_reverse_spec(_spec))

@@ -62,6 +62,7 @@ class Metering:
             tcp_analysis=settings.analyses_tcp,
             packet_sampling=settings.packet_sampling,
             flow_sampling=settings.flow_sampling,
+            packet_sequence=settings.packet_sequence,
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [

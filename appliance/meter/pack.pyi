@@ -10,7 +10,9 @@ Plan: TypeAlias = tuple[int, int, int, Sequence[Step]]
 """(template ID, row class, one of SHAPES, steps in template order); at most 96 steps and 492 octets a record.
 
 Row class: 0 other, 1 TCP, 2 ICMP over IPv4; 3, 4, 5 over IPv6. Shape `forward` and `reverse`: one direction (the plan
-of `reverse` has source and destination exchanged); `biflow`: both."""
+of `reverse` has source and destination exchanged); `biflow`: both.
+`sequence`: the flow's first packets, four basicLists (RFC 6313) behind the fields of the steps: times, lengths,
+directions (1 forward, -1 reverse) and TCP flags, one value for each packet."""
 
 KINDS: dict[str, int]
 SHAPES: dict[str, int]

@@ -57,6 +57,7 @@ class MeterSettings:
     tcp_analysis: bool = True  # repeats, losses, round trips ...: TCP_ANALYSIS in templates.py
     packet_sampling: int = 1  # one packet of so many is metered
     flow_sampling: int = 1  # one flow of so many
+    packet_sequence: int = 0  # of so many first packets of a flow: times, lengths, directions, TCP flags
     export: tuple[ExportSettings, ...] = field(default=())
 
     @property

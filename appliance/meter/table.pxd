@@ -1,6 +1,6 @@
 """The flow table's records, for compiled modules. All times are nanoseconds, all integers in host byte order."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef struct Direction:  # one cache line
@@ -52,7 +52,16 @@ cdef struct Flow:
     uint8_t biflow_direction  # RFC 5103, 6.3: 0 arbitrary, 1 initiator, 2 reverse initiator
     uint8_t[6] source_mac
     uint8_t[6] destination_mac
-    uint8_t[12] unused
+    uint8_t noted_packets  # in its sequence
+    uint8_t[11] unused
+
+# One of a flow's first packets.
+cdef struct PacketNote:
+    uint64_t time_ns
+    uint16_t length  # IP total length, at most 65535
+    uint8_t tcp_flags
+    int8_t direction  # 1 forward, -1 reverse
+    uint32_t unused
 
 # What TCP analysis says of one direction (tcp.pxd); microseconds are rounded down, 0: unknown.
 cdef struct TcpReport:
@@ -89,7 +98,8 @@ cdef struct FlowRow:
     uint8_t biflow_direction
     uint16_t icmp_type_code
     uint8_t vlan_tags
-    uint8_t unused
+    uint8_t noted_packets  # in `notes`; only in a flow's first record
+    const PacketNote* notes  # valid as long as the row
     uint64_t flow_id
     uint64_t due_ns  # when its time-out was over; 0: it was ended before
     uint64_t start_ns  # over both directions

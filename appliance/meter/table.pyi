@@ -22,6 +22,9 @@ class FlowTable:
 
     Sampling takes one of so many: packets in turn, flows by their hash; the rest is counted as unsampled.
 
+    `packet_sequence`: of so many first packets (at most 20) a flow's first row says time, length, direction and TCP
+    flags; 16 octets more for each packet of each flow.
+
     With a VLAN or the interface in the key, the same conversation in two of them is two flows.
     """
 
@@ -37,6 +40,7 @@ class FlowTable:
         tcp_analysis: bool = False,
         packet_sampling: int = 1,
         flow_sampling: int = 1,
+        packet_sequence: int = 0,
         row_capacity: int = 4096,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:

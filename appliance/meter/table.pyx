@@ -57,6 +57,9 @@ cdef enum:
     STATE_CLOSED = 1  # FIN both ways, or RST
     STATE_EMPTY = 2  # no packet since its last record
     STATE_OLD = 4  # has had a record
+    STATE_NOTED = 8  # its first packets are
+
+    MAX_SEQUENCE = 20  # a record of so many packets fits into the shortest message
 
     WORTH_NOTHING = 0  # has ended, or is empty
     WORTH_SINGLE_PACKET = 1
@@ -173,13 +176,16 @@ cdef class FlowTable:
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
     cdef uint32_t packet_sampling, flow_sampling, sampling_turn
+    cdef uint32_t sequence_packets
+    cdef PacketNote* notes  # sequence_packets beside each flow
+    cdef PacketNote* row_notes  # and beside each row
     cdef bint vlan_in_key, interface_in_key
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
         bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t packet_sampling=1,
-        uint32_t flow_sampling=1, uint32_t row_capacity=4096,
+        uint32_t flow_sampling=1, uint32_t packet_sequence=0, uint32_t row_capacity=4096,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -191,6 +197,8 @@ cdef class FlowTable:
             raise ValueError("time-outs must be above 0 and below 146 years")
         if packet_sampling == 0 or flow_sampling == 0:
             raise ValueError("sampling is one out of at least 1")
+        if packet_sequence > MAX_SEQUENCE:
+            raise ValueError(f"packet_sequence {packet_sequence} is not within 0 .. {MAX_SEQUENCE}")
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
         self.most_slots = slots
@@ -208,6 +216,7 @@ cdef class FlowTable:
         self.interface_in_key = interface_in_key
         self.packet_sampling = packet_sampling
         self.flow_sampling = flow_sampling
+        self.sequence_packets = packet_sequence
         self.tick_shift = MIN_TICK_SHIFT
         while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
             self.tick_shift += 1
@@ -218,6 +227,9 @@ cdef class FlowTable:
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
         if tcp_analysis:
             self.tcp_flows = <TcpFlow*>map_memory(<size_t>max_flows * sizeof(TcpFlow))
+        if packet_sequence:
+            self.notes = <PacketNote*>map_memory(<size_t>max_flows * packet_sequence * sizeof(PacketNote))
+            self.row_notes = <PacketNote*>map_memory(<size_t>row_capacity * packet_sequence * sizeof(PacketNote))
         self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
         self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
         self.slots = self.room_of_slots(slots)
@@ -227,6 +239,8 @@ cdef class FlowTable:
     def __dealloc__(self):
         unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
         unmap_memory(self.tcp_flows, <size_t>self.max_flows * sizeof(TcpFlow))
+        unmap_memory(self.notes, <size_t>self.max_flows * self.sequence_packets * sizeof(PacketNote))
+        unmap_memory(self.row_notes, <size_t>self.row_capacity * self.sequence_packets * sizeof(PacketNote))
         unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
         unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
         unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
@@ -591,6 +605,9 @@ cdef class FlowTable:
             report_tcp(&row.forward_tcp, &self.tcp_flows[flow - self.flows], FORWARD, f.payload_octets)
             report_tcp(&row.reverse_tcp, &self.tcp_flows[flow - self.flows], REVERSE, r.payload_octets)
             report_round_trips(row)
+        row.noted_packets = 0
+        if flow.noted_packets != 0 and not flow.key.state & STATE_OLD:
+            self.write_notes(flow, row)
         self.rows_ready += 1
         self.counts.ended[reason] += 1
         self.counts.exported_flows += 1
@@ -598,7 +615,26 @@ cdef class FlowTable:
         self.counts.exported_octets += f.octets + r.octets
         self.counts.active_flow_packets -= f.packets + r.packets
 
+    cdef void write_notes(self, const Flow* flow, FlowRow* row) noexcept nogil:
+        cdef PacketNote* room = &self.row_notes[<size_t>self.rows_ready * self.sequence_packets]
+        memcpy(room, self.notes_of(flow), flow.noted_packets * sizeof(PacketNote))
+        row.noted_packets = flow.noted_packets
+        row.notes = room
+
     # ---- a packet ----
+
+    cdef inline PacketNote* notes_of(self, const Flow* flow) noexcept nogil:
+        return &self.notes[<size_t>(flow - self.flows) * self.sequence_packets]
+
+    cdef void note_packet(self, Flow* flow, uint64_t time_ns, uint16_t length, uint8_t flags, bint back) noexcept nogil:
+        cdef PacketNote* note = self.notes_of(flow) + flow.noted_packets
+        note.time_ns = time_ns
+        note.length = length
+        note.tcp_flags = flags
+        note.direction = -1 if back else 1
+        flow.noted_packets += 1
+        if flow.noted_packets == self.sequence_packets:
+            flow.key.state |= STATE_NOTED
 
     cdef inline void count(self, Flow* flow, const Arrival* a) noexcept nogil:
         cdef const digest* d = a.packet
@@ -635,6 +671,8 @@ cdef class FlowTable:
             x.fragment_flags |= 0x20
         if self.tcp_flows != NULL and d.status & DIGEST_TCP:
             self.analyse_tcp(&self.tcp_flows[flow - self.flows], a.from_low ^ flow.key.forward_is_low, d, time_ns)
+        if self.sequence_packets != 0 and not flow.key.state & (STATE_OLD | STATE_NOTED):
+            self.note_packet(flow, time_ns, length, flags, a.from_low ^ flow.key.forward_is_low)
         flow.last_ns = self.now_ns
         self.counts.metered_packets += 1
         self.counts.metered_octets += d.ip_octets
@@ -876,6 +914,7 @@ cdef class FlowTable:
         return (
             <size_t>self.max_flows * (sizeof(Flow) + (sizeof(TcpFlow) if self.tcp_flows != NULL else 0))
             + self.most_slots * 3 // 2 * sizeof(Slot)
+            + <size_t>(self.max_flows + self.row_capacity) * self.sequence_packets * sizeof(PacketNote)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
         )
 
@@ -1011,6 +1050,10 @@ cdef dict row_fields(const FlowRow* row):
         "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
         "start_ns": row.start_ns, "end_ns": row.end_ns,
         "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
+        "packet_sequence": [
+            (row.notes[i].time_ns, row.notes[i].length, row.notes[i].direction, row.notes[i].tcp_flags)
+            for i in range(row.noted_packets)
+        ],
         "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
         "rtt_min_us": row.rtt_min_us, "rtt_last_us": row.rtt_last_us, "rtt_samples": row.rtt_samples,
         "forward_tcp": tcp_fields(&row.forward_tcp), "reverse_tcp": tcp_fields(&row.reverse_tcp),

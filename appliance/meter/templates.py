@@ -32,6 +32,8 @@ IPFIX_VERSION = 10
 METERING_PROCESS_ID = 1
 EXPORTING_PROCESS_ID = 1
 OTHER, TCP, ICMP = range(3)
+SEQUENCE_ID = 280  # of IPv4; the next one of IPv6
+LISTS = 4  # basicLists of a packet sequence
 
 STATISTICS_ID, METERING_RELIABILITY_ID, EXPORTING_RELIABILITY_ID, FLOW_KEYS_ID = range(300, 304)
 PACKET_SAMPLING_ID, FLOW_SAMPLING_ID = range(304, 306)
@@ -202,6 +204,40 @@ class FlowTemplate:
             yield self.template_id, self.row_class, SHAPES["reverse"], reverse
 
 
+@dataclass(frozen=True)
+class SequenceTemplate:
+    """Records of a flow's first packets, beside its flow record: the flow's key and identity, and four basicLists."""
+
+    template_id: int
+    ip_version: int
+
+    @property
+    def fields(self) -> list[Field]:
+        return [
+            Field("flowStartMilliseconds", "start_ns", "milliseconds"),
+            Field(f"sourceIPv{self.ip_version}Address", "source_address", "copy", key=True),
+            Field(f"destinationIPv{self.ip_version}Address", "destination_address", "copy", key=True),
+            Field("sourceTransportPort", "source_port", key=True),
+            Field("destinationTransportPort", "destination_port", key=True),
+            Field("protocolIdentifier", "protocol", key=True),
+            Field("flowId", "flow_id"),
+        ]
+
+    @property
+    def encoded(self) -> bytes:
+        return encode_template(self.template_id, [f.spec for f in self.fields] + ["basicList"] * LISTS)
+
+    @property
+    def key_indicator(self) -> int:
+        return sum(1 << i for i, f in enumerate(self.fields) if f.key)
+
+    def plans(self, biflow: bool) -> Iterator[Plan]:
+        steps = [step(f, f.source) for f in self.fields]
+        for protocol_class in (OTHER, TCP, ICMP):
+            row_class = protocol_class if self.ip_version == 4 else protocol_class + 3
+            yield self.template_id, row_class, SHAPES["sequence"], steps
+
+
 @dataclass(frozen=True, slots=True)
 class OptionsTemplate:
     template_id: int
@@ -270,7 +306,9 @@ class TemplateSet:
     def __init__(self, meter: MeterSettings, export: ExportSettings) -> None:
         self.observation_domain = export.domain
         self.biflow = export.biflow
-        self.flows = list(self._flow_templates(meter, export))
+        self.flows: list[FlowTemplate | SequenceTemplate] = list(self._flow_templates(meter, export))
+        if meter.packet_sequence:
+            self.flows += [SequenceTemplate(SEQUENCE_ID, 4), SequenceTemplate(SEQUENCE_ID + 1, 6)]
         self.sampling = list(sampling(meter))
 
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:

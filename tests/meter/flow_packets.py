@@ -151,6 +151,9 @@ def capture_digests(path: Path) -> Iterator[tuple[bytes, dict[str, int]]]:
 # ---- IPFIX ----
 
 
+BASIC_LIST = 291
+
+
 @dataclass
 class Decoded:
     """One IPFIX message. A template is a list of (enterprise, element number, length)."""
@@ -165,7 +168,9 @@ class Decoded:
 
 
 class Decoder:
-    """Reads messages strictly: whatever RFC 7011 forbids is an AssertionError. Templates last as long as it."""
+    """Reads messages strictly: whatever RFC 7011 forbids is an AssertionError. Templates last as long as it.
+
+    A record is by (enterprise, element); a basicList by (291, place in the template)."""
 
     def __init__(self) -> None:
         self.templates: dict[int, list[tuple[int, int, int]]] = {}
@@ -216,13 +221,17 @@ class Decoder:
             body = body[offset:]
 
     def _records(self, decoded: Decoded, template_id: int, body: bytes) -> None:
-        fields = self.templates[template_id]
-        size = sum(length for _, _, length in fields)
-        assert len(body) % size == 0, "no padding is written"
-        for start in range(0, len(body), size):
-            record, offset = {}, start
-            for enterprise, number, length in fields:
-                record[enterprise, number] = body[offset : offset + length]
+        offset = 0
+        while offset < len(body):
+            record: dict[tuple[int, int], bytes] = {}
+            for place, (enterprise, element, length) in enumerate(self.templates[template_id]):
+                if length == 65535:  # variable
+                    length, offset = body[offset], offset + 1
+                    if length == 255:
+                        length, offset = int.from_bytes(body[offset : offset + 2], "big"), offset + 2
+                key = (enterprise, element) if element != BASIC_LIST else (BASIC_LIST, place)
+                record[key] = body[offset : offset + length]
+                assert len(record[key]) == length, "a field is cut, or there is padding"
                 offset += length
             decoded.records.append((template_id, record))
 
@@ -232,4 +241,4 @@ def number(record: dict[tuple[int, int], bytes], element: int, enterprise: int =
 
 
 def flow_records(messages: Iterable[Decoded]) -> list[dict[tuple[int, int], bytes]]:
-    return [record for message in messages for template_id, record in message.records if template_id < 300]
+    return [record for message in messages for template_id, record in message.records if template_id < 280]

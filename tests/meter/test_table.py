@@ -336,6 +336,41 @@ def test_what_sampling_passes_over_moves_the_time_all_the_same() -> None:
     assert len(rows) == 1 or len(advance(table, START + 32 * SECOND)) == 1
 
 
+# ---- the first packets ----
+
+
+def test_the_first_packets_of_a_flow_are_told_one_by_one_in_its_first_row_alone() -> None:
+    table = make_table(packet_sequence=3, active_timeout_ns=10 * SECOND)
+    packet = Packet(protocol=TCP, flags=SYN, status=0x180, octets=60)
+    talk = [
+        packet,
+        at(1, packet, **packet.back, flags=SYN | ACK, octets=70_000),
+        at(2, packet, flags=ACK),
+        at(3, packet),
+    ]
+    first, second = feed(table, digests([*talk, at(11, packet)])) + flush(table)
+    assert first["packet_sequence"] == [
+        (START, 60, 1, SYN),
+        (START + SECOND, 65535, -1, SYN | ACK),
+        (START + 2 * SECOND, 60, 1, ACK),
+    ]
+    assert second["packet_sequence"] == []
+
+
+def test_sequences_of_flows_that_leave_together_do_not_mix() -> None:
+    table = make_table(packet_sequence=2, max_flows=50, row_capacity=7)
+    rows = feed(table, digests(Packet(source_port=i, octets=100 + i) for i in range(500))) + flush(table)
+    assert len(rows) == 500
+    assert all(row["packet_sequence"] == [(START, 100 + row["source_port"], 1, 0)] for row in rows)
+
+
+def test_packet_sequences_are_within_the_memory_that_is_told() -> None:
+    plain, noting = make_table(max_flows=1000), make_table(max_flows=1000, packet_sequence=20)
+    assert noting.memory_bytes - plain.memory_bytes == 16 * 20 * (1000 + 4096)
+    with pytest.raises(ValueError, match="packet_sequence"):
+        make_table(packet_sequence=21)
+
+
 # ---- the index under chosen keys ----
 
 

@@ -263,6 +263,64 @@ def test_sampling_parameters_are_options_data(tmp_path: Path) -> None:
         assert "Malformed" not in text and "Sampling Packet Space: 99" in text and "0.125" in text
 
 
+def with_sequences(packets: list[Packet], count: int, message_bytes: int = 1400) -> bytes:
+    meter, export = MeterSettings(packet_sequence=count), ExportSettings("file:")
+    templates = TemplateSet(meter, export)
+    table = expired(packets, packet_sequence=count)
+    packer = Packer(templates.plans, biflow=True, observation_domain=1, message_bytes=message_bytes)
+    return stamped(templates.announcement(message_bytes) + packer.pack(table.rows_address, table.row_count))
+
+
+def listed(record: dict[tuple[int, int], bytes], place: int) -> tuple[tuple[int, int, int], list[int]]:
+    """((enterprise, element, octets of each), values) of an ordered basicList (RFC 6313, 4.5.1)."""
+    data = record[291, place]
+    semantic, element, octets = struct.unpack_from("!BHH", data)
+    assert semantic == 4
+    enterprise, start = (int.from_bytes(data[5:9], "big"), 9) if element & 0x8000 else (0, 5)
+    values = [int.from_bytes(data[i : i + octets], "big") for i in range(start, len(data), octets)]
+    return (enterprise, element & 0x7FFF, octets), values
+
+
+def test_the_first_packets_are_records_of_their_own_beside_the_flows() -> None:
+    messages = Decoder().stream(with_sequences(TALKS, 8))
+    records = [r for message in messages for template_id, r in message.records if template_id in (280, 281)]
+    assert len(records) == len(flow_records(messages)) == 5
+    tcp = next(r for r in records if number(r, 4) == TCP)
+    assert (tcp[0, 8], number(tcp, 11), number(tcp, 148)) == (TCP_TALK.source, 80, 1)
+    elements, times = listed(tcp, 7)
+    assert elements == (0, 325, 8) and [t >> 32 for t in times] == [START // SECOND + 2_208_988_800] * 2
+    assert times[1] - times[0] == (1 << 32) * 15 // 10_000  # 1.5 ms
+    assert listed(tcp, 8) == ((0, 224, 8), [60, 1500])
+    assert listed(tcp, 9) == ((8057, 1016, 1), [1, 255])  # forward, reverse
+    assert listed(tcp, 10) == ((0, 6, 2), [SYN, SYN | ACK])
+
+
+@pytest.mark.parametrize("message_bytes", [512, 1400, 65535])
+def test_the_longest_sequences_fit_into_every_message(message_bytes: int) -> None:
+    v6 = {"source": b"\x20\1" + b"\0" * 13 + b"\1", "destination": b"\x20\1" + b"\0" * 13 + b"\2"}
+    packets = [Packet(time_ns=START + i, source_port=i % 7, **v6) for i in range(7 * 40)]
+    messages = Decoder().stream(with_sequences(packets, 20, message_bytes))
+    assert max(message.length for message in messages) <= message_bytes
+    records = [r for message in messages for template_id, r in message.records if template_id == 281]
+    assert [len(listed(r, 8)[1]) for r in records] == [20] * 7
+
+
+@pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
+@pytest.mark.skipif(shutil.which("ipfixDump") is None, reason="ipfixDump is not installed")
+def test_tshark_and_ipfixdump_read_the_first_packets(tmp_path: Path) -> None:
+    path = tmp_path / "flows.ipfix"
+    path.write_bytes(with_sequences(TALKS, 8))
+    command = ["tshark", "-n", "-o", "cflow.max_template_fields:0", "-V", "-r", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
+    dumped = subprocess.run(["ipfixDump", "--in", path, "--yaf"], capture_output=True, text=True, check=True).stdout
+    tcp = dumped[dumped.index("protocolIdentifier : 6\n") :]  # of its flow record; its sequence comes later
+    sequence = tcp[tcp.index("basicList") :]
+    words = [line.split() for line in sequence.splitlines()]
+    values = [line[2] for line in words if len(line) > 2 and line[0] in ("1", "2") and line[1] == ":"]
+    assert {"60", "1500"} <= set(values) and "ipTotalLength" in sequence and "0x02" not in values
+
+
 def test_statistics_are_options_data() -> None:
     templates = TemplateSet(MeterSettings(), ExportSettings("file:", domain=9))
     counts = dict.fromkeys(
