@@ -161,7 +161,8 @@ cdef void unmap_memory(void* memory, size_t length) noexcept:
 @cython.final
 cdef class FlowTable:
     cdef Flow* flows
-    cdef TcpFlow* tcp_flows  # beside `flows`; NULL without TCP analysis
+    cdef TcpHalf* tcp_halves  # two beside each flow; NULL without TCP analysis
+    cdef TcpCounts* tcp_counts  # two beside each flow
     cdef Slot* slots  # the index, in one of the two rooms
     cdef Slot* slot_room
     cdef Slot* other_slot_room
@@ -226,7 +227,8 @@ cdef class FlowTable:
         self.zero_ends = pair(0, &self.secrets[2]) + pair(0, &self.secrets[6])
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
         if tcp_analysis:
-            self.tcp_flows = <TcpFlow*>map_memory(<size_t>max_flows * sizeof(TcpFlow))
+            self.tcp_halves = <TcpHalf*>map_memory(<size_t>max_flows * 2 * sizeof(TcpHalf))
+            self.tcp_counts = <TcpCounts*>map_memory(<size_t>max_flows * 2 * sizeof(TcpCounts))
         if packet_sequence:
             self.notes = <PacketNote*>map_memory(<size_t>max_flows * packet_sequence * sizeof(PacketNote))
             self.row_notes = <PacketNote*>map_memory(<size_t>row_capacity * packet_sequence * sizeof(PacketNote))
@@ -238,7 +240,8 @@ cdef class FlowTable:
 
     def __dealloc__(self):
         unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
-        unmap_memory(self.tcp_flows, <size_t>self.max_flows * sizeof(TcpFlow))
+        unmap_memory(self.tcp_halves, <size_t>self.max_flows * 2 * sizeof(TcpHalf))
+        unmap_memory(self.tcp_counts, <size_t>self.max_flows * 2 * sizeof(TcpCounts))
         unmap_memory(self.notes, <size_t>self.max_flows * self.sequence_packets * sizeof(PacketNote))
         unmap_memory(self.row_notes, <size_t>self.row_capacity * self.sequence_packets * sizeof(PacketNote))
         unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
@@ -469,8 +472,8 @@ cdef class FlowTable:
             self.high_water += 1
         flow = &self.flows[number]
         memset(flow, 0, sizeof(Flow))
-        if self.tcp_flows != NULL and d.protocol == PROTOCOL_TCP:
-            memset(&self.tcp_flows[number], 0, sizeof(TcpFlow))
+        if self.tcp_halves != NULL and d.protocol == PROTOCOL_TCP:
+            memset(&self.tcp_halves[2 * <size_t>number], 0, 2 * sizeof(TcpHalf))
         flow.key = a.key
         flow.hash = a.hash
         flow.flow_id = self.next_flow_id
@@ -512,10 +515,12 @@ cdef class FlowTable:
 
     cdef void split(self, Flow* flow) noexcept nogil:
         """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
+        cdef TcpFlow tcp
         self.write_row(flow, END_ACTIVE)
         memset(flow.directions, 0, sizeof(flow.directions))
-        if self.tcp_flows != NULL and flow.key.protocol == PROTOCOL_TCP:
-            forget_counts(&self.tcp_flows[flow - self.flows])
+        if self.tcp_halves != NULL and flow.key.protocol == PROTOCOL_TCP:
+            tcp = self.tcp_of(flow)
+            forget_counts(&tcp)
         flow.key.state |= STATE_EMPTY | STATE_OLD
 
     cdef void evict(self) noexcept nogil:
@@ -573,6 +578,7 @@ cdef class FlowTable:
 
     cdef void write_row(self, const Flow* flow, int reason) noexcept nogil:
         cdef FlowRow* row = &self.row_buffer[self.rows_ready]
+        cdef TcpFlow tcp
         cdef const Direction* f = &flow.directions[FORWARD]
         cdef const Direction* r = &flow.directions[REVERSE]
         cdef int source = 0 if flow.key.forward_is_low else 2
@@ -601,9 +607,10 @@ cdef class FlowTable:
         memcpy(row.source_mac, flow.source_mac, 12)  # both
         row.forward = f[0]
         row.reverse = r[0]
-        if self.tcp_flows != NULL and flow.key.protocol == PROTOCOL_TCP:
-            report_tcp(&row.forward_tcp, &self.tcp_flows[flow - self.flows], FORWARD, f.payload_octets)
-            report_tcp(&row.reverse_tcp, &self.tcp_flows[flow - self.flows], REVERSE, r.payload_octets)
+        if self.tcp_halves != NULL and flow.key.protocol == PROTOCOL_TCP:
+            tcp = self.tcp_of(flow)
+            report_tcp(&row.forward_tcp, &tcp, FORWARD, f.payload_octets)
+            report_tcp(&row.reverse_tcp, &tcp, REVERSE, r.payload_octets)
             report_round_trips(row)
         row.noted_packets = 0
         if flow.noted_packets != 0 and not flow.key.state & STATE_OLD:
@@ -669,8 +676,8 @@ cdef class FlowTable:
             x.fragment_flags |= 0x40
         if d.status & DIGEST_MORE_FRAGMENTS:
             x.fragment_flags |= 0x20
-        if self.tcp_flows != NULL and d.status & DIGEST_TCP:
-            self.analyse_tcp(&self.tcp_flows[flow - self.flows], a.from_low ^ flow.key.forward_is_low, d, time_ns)
+        if self.tcp_halves != NULL and d.status & DIGEST_TCP:
+            self.analyse_tcp(flow, a.from_low ^ flow.key.forward_is_low, d, time_ns)
         if self.sequence_packets != 0 and not flow.key.state & (STATE_OLD | STATE_NOTED):
             self.note_packet(flow, time_ns, length, flags, a.from_low ^ flow.key.forward_is_low)
         flow.last_ns = self.now_ns
@@ -680,15 +687,23 @@ cdef class FlowTable:
         if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)
 
-    cdef inline void analyse_tcp(self, TcpFlow* t, int side, const digest* d, uint64_t time_ns) noexcept nogil:
+    cdef inline TcpFlow tcp_of(self, const Flow* flow) noexcept nogil:
+        cdef TcpFlow tcp
+        cdef size_t first = 2 * <size_t>(flow - self.flows)
+        tcp.halves = &self.tcp_halves[first]
+        tcp.counts = &self.tcp_counts[first]
+        return tcp
+
+    cdef inline void analyse_tcp(self, const Flow* flow, int side, const digest* d, uint64_t time_ns) noexcept nogil:
         """Of a segment whose length is not known, nothing is said, and the next one begins anew."""
         cdef uint32_t events
         cdef Segment segment
+        cdef TcpFlow tcp = self.tcp_of(flow)
         if d.status & (DIGEST_CUT_TRANSPORT | DIGEST_MORE_FRAGMENTS):
-            forget_state(&t.halves[side], &t.counts[side])
+            forget_state(&tcp, side)
             return
         take_digest(&segment, d, time_ns)
-        events = analyse(t, side, &segment)
+        events = analyse(&tcp, side, &segment)
         while events != 0:
             self.counts.tcp_events[lowest_bit(events)] += 1
             events &= events - 1
@@ -792,9 +807,9 @@ cdef class FlowTable:
                 prefetch_for_write(flow)
                 prefetch_for_write(&flow.directions[FORWARD])
                 prefetch_for_write(&flow.directions[REVERSE])
-                if self.tcp_flows != NULL and group.arrivals[i].key.protocol == PROTOCOL_TCP:
-                    prefetch_for_write(&self.tcp_flows[self.slots[slot].flow - 1].halves[FORWARD])
-                    prefetch_for_write(&self.tcp_flows[self.slots[slot].flow - 1].halves[REVERSE])
+                if self.tcp_halves != NULL and group.arrivals[i].key.protocol == PROTOCOL_TCP:
+                    prefetch_for_write(&self.tcp_halves[2 * <size_t>(self.slots[slot].flow - 1) + FORWARD])
+                    prefetch_for_write(&self.tcp_halves[2 * <size_t>(self.slots[slot].flow - 1) + REVERSE])
 
     cdef uint64_t run(self, Input* source) noexcept nogil:
         """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
@@ -912,7 +927,8 @@ cdef class FlowTable:
     @property
     def memory_bytes(self):
         return (
-            <size_t>self.max_flows * (sizeof(Flow) + (sizeof(TcpFlow) if self.tcp_flows != NULL else 0))
+            <size_t>self.max_flows * sizeof(Flow)
+            + <size_t>self.max_flows * (2 * (sizeof(TcpHalf) + sizeof(TcpCounts)) if self.tcp_halves != NULL else 0)
             + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>(self.max_flows + self.row_capacity) * self.sequence_packets * sizeof(PacketNote)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
@@ -981,6 +997,10 @@ cdef class FlowTable:
 cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_octets) noexcept nogil:
     cdef const TcpHalf* half = &t.halves[side]
     cdef const TcpCounts* c = &t.counts[side]
+    cdef TcpCounts nothing
+    if not t.halves[0].has_counts:
+        memset(&nothing, 0, sizeof(nothing))
+        c = &nothing
     r.goodput_octets = payload_octets - min(payload_octets, c.repeated_octets)
     r.retransmitted_packets = c.retransmitted_packets
     r.out_of_order_packets = c.out_of_order_packets
@@ -994,7 +1014,7 @@ cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_
     r.rtt_last_us = half.rtt_last_us
     r.rtt_samples = half.rtt_samples
     r.initial_rtt_us = t.halves[0].initial_rtt_us
-    r.mss = c.mss
+    r.mss = half.mss
     r.window_scale = half.window_scale - 1 if half.window_scale != 0 else 0
 
 

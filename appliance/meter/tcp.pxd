@@ -22,7 +22,8 @@ cdef enum:
     TCP_ACK = 0x10
 
     HOLES = 2  # missing ranges that are remembered; further ones are joined with the last
-    FAST_NS = 20000000  # a repeat this soon after the last of two duplicate acknowledgements is a fast one
+    HEARD_SHIFT = 10
+    FAST = 20000000 >> HEARD_SHIFT  # 20 ms: so soon after the last of two duplicate acknowledgements a repeat is fast
     DISORDER_NS = 3000000  # what comes later than this fills no hole but is a repeat, while no round trip is known
 
     # bits of TcpHalf.state
@@ -53,8 +54,9 @@ cdef enum:
 
 cdef struct TcpHalf:  # one side's state: one cache line, which every segment of either side touches
     uint64_t advanced_ns  # time stamp of the segment that moved next_sequence last
-    uint64_t heard_ns  # of its newest segment
     uint64_t sample_ns  # of the segment that ends at sample_sequence
+    uint32_t heard  # of its newest segment, in units of 2^HEARD_SHIFT ns
+    uint32_t first_sequence  # of its SYN, or of what must have been it
     uint32_t next_sequence  # behind the highest octet that it sent
     uint32_t acknowledged
     uint32_t sample_sequence
@@ -64,10 +66,11 @@ cdef struct TcpHalf:  # one side's state: one cache line, which every segment of
     uint32_t rtt_samples
     uint32_t initial_rtt_us  # of the connection, in the first half: SYN to the acknowledgement that ends the handshake
     uint16_t window  # as it stands in the header
-    uint16_t duplicate_acks  # in a row; counted to 2
+    uint16_t mss  # of its SYN
+    uint8_t duplicate_acks  # in a row; counted to 2
     uint8_t window_scale  # + 1; 0: none declared, or no SYN seen
     uint8_t state
-    uint8_t[2] unused
+    uint8_t has_counts  # in the first half: both sides' counts are valid
 
 cdef struct TcpHole:
     uint32_t start
@@ -82,15 +85,13 @@ cdef struct TcpCounts:  # one side's; one cache line, touched when something hap
     uint32_t zero_windows
     uint32_t stalls  # times that its window closed
     uint32_t keep_alives
-    uint32_t first_sequence  # of its SYN, or of what must have been it
+    uint32_t hole_count
     TcpHole[HOLES] holes
-    uint16_t mss
-    uint8_t hole_count
-    uint8_t[5] unused
+    uint64_t unused
 
-cdef struct TcpFlow:
-    TcpHalf[2] halves
-    TcpCounts[2] counts
+cdef struct TcpFlow:  # where a connection's two halves and its counts stand: most connections never need the latter
+    TcpHalf* halves
+    TcpCounts* counts
 
 
 cdef struct Segment:
@@ -132,40 +133,49 @@ cdef inline uint32_t microseconds(uint64_t later_ns, uint64_t earlier_ns) noexce
     return <uint32_t>max(<uint64_t>1, min((later_ns - earlier_ns) // 1000, <uint64_t>0xFFFFFFFF))
 
 
+cdef inline TcpCounts* counts_of(TcpFlow* t, int side) noexcept nogil:
+    """To write into; zero at first."""
+    if not t.halves[0].has_counts:
+        t.halves[0].has_counts = True
+        memset(t.counts, 0, 2 * sizeof(TcpCounts))
+    return &t.counts[side]
+
+
 cdef inline void forget_counts(TcpFlow* t) noexcept nogil:
     """A record has left and the next one begins; what is known of the connection stays."""
     cdef int side
     for side in range(2):
         t.halves[side].max_window = 0
         t.halves[side].rtt_min_us = t.halves[side].rtt_last_us = t.halves[side].rtt_samples = 0
-        t.counts[side].repeated_octets = 0
-        t.counts[side].retransmitted_packets = t.counts[side].out_of_order_packets = 0
-        t.counts[side].lost_segments = t.counts[side].duplicate_acks = 0
-        t.counts[side].zero_windows = t.counts[side].stalls = t.counts[side].keep_alives = 0
+        if t.halves[0].has_counts:
+            t.counts[side].repeated_octets = 0
+            t.counts[side].retransmitted_packets = t.counts[side].out_of_order_packets = 0
+            t.counts[side].lost_segments = t.counts[side].duplicate_acks = 0
+            t.counts[side].zero_windows = t.counts[side].stalls = t.counts[side].keep_alives = 0
 
 
-cdef inline void forget_state(TcpHalf* half, TcpCounts* counts) noexcept nogil:
+cdef inline void forget_state(TcpFlow* t, int side) noexcept nogil:
     """A new connection on the same ports; what was counted stays."""
-    half.state = 0
-    half.duplicate_acks = 0
-    counts.hole_count = 0
+    t.halves[side].state = 0
+    t.halves[side].duplicate_acks = 0
+    if t.halves[0].has_counts:
+        t.counts[side].hole_count = 0
 
 
 cdef inline void take_syn(TcpFlow* t, int side, const Segment* s) noexcept nogil:
     """What a SYN declares. A sequence number of its own begins a new connection; the same one is a repeat, and the
     handshake is timed from the last of them."""
     cdef TcpHalf* half = &t.halves[side]
-    cdef TcpCounts* counts = &t.counts[side]
-    if half.state & HALF_KNOWN and counts.first_sequence != s.sequence:
-        forget_state(half, counts)
+    if half.state & HALF_KNOWN and half.first_sequence != s.sequence:
+        forget_state(t, side)
         if not s.flags & TCP_ACK:
-            forget_state(&t.halves[1 - side], &t.counts[1 - side])
+            forget_state(t, 1 - side)
             t.halves[0].initial_rtt_us = 0
     elif half.state & HALF_KNOWN and half.next_sequence == s.sequence + 1:
         half.advanced_ns = s.time_ns
     half.state |= HALF_SYN
-    counts.first_sequence = s.sequence
-    counts.mss = s.mss
+    half.first_sequence = s.sequence
+    half.mss = s.mss
     half.window_scale = <uint8_t>s.window_scale
 
 
@@ -214,7 +224,8 @@ cdef inline uint32_t judge_repeat(
     cdef TcpHalf* half = &t.halves[side]
     cdef const TcpHalf* other = &t.halves[1 - side]
     cdef int64_t disorder_ns = DISORDER_NS
-    if other.duplicate_acks >= 2 and other.acknowledged == s.sequence and s.time_ns - other.heard_ns < FAST_NS:
+    cdef uint32_t since_heard = <uint32_t>(s.time_ns >> HEARD_SHIFT) - other.heard
+    if other.duplicate_acks >= 2 and other.acknowledged == s.sequence and since_heard < FAST:
         return TCP_FAST_RETRANSMISSION
     if t.halves[0].initial_rtt_us != 0:
         disorder_ns = <int64_t>t.halves[0].initial_rtt_us * 1000
@@ -286,14 +297,14 @@ cdef inline void take_window(TcpFlow* t, int side, const Segment* s) noexcept no
             half.state &= <uint8_t>~HALF_STALLED
         elif not half.state & HALF_STALLED:
             half.state |= HALF_STALLED
-            t.counts[side].stalls += 1
+            counts_of(t, side).stalls += 1
 
 
 cdef inline void count_events(
     TcpFlow* t, int side, const Segment* s, uint32_t events, uint32_t sent_before,
 ) noexcept nogil:
     """`sent_before`: what next_sequence was before this segment."""
-    cdef TcpCounts* c = &t.counts[side]
+    cdef TcpCounts* c = counts_of(t, side)
     cdef TcpHalf* half = &t.halves[side]
     c.retransmitted_packets += (events & TCP_RESENT) != 0
     c.out_of_order_packets += (events & TCP_OUT_OF_ORDER) != 0
@@ -312,7 +323,7 @@ cdef inline void take_handshake(TcpFlow* t, int side, const Segment* s) noexcept
     """The first acknowledgement by the side that sent the SYN."""
     if (
         t.halves[0].initial_rtt_us == 0 and t.halves[side].state & HALF_SYN
-        and t.halves[side].next_sequence == t.counts[side].first_sequence + 1
+        and t.halves[side].next_sequence == t.halves[side].first_sequence + 1
         and not t.halves[side].state & HALF_ACKNOWLEDGED
     ):
         t.halves[0].initial_rtt_us = microseconds(s.time_ns, t.halves[side].advanced_ns)
@@ -330,7 +341,7 @@ cdef inline uint32_t judge(TcpFlow* t, int side, const Segment* s) noexcept nogi
     if ahead > 0:
         if not s.flags & TCP_RST:
             events |= TCP_LOST_SEGMENT
-            open_hole(&t.counts[side], half.next_sequence, s.sequence)
+            open_hole(counts_of(t, side), half.next_sequence, s.sequence)
     elif ahead == 0:
         if s.payload_octets == 1 and other.state & HALF_ACKNOWLEDGED and other.window == 0:
             events = TCP_ZERO_WINDOW_PROBE
@@ -340,7 +351,7 @@ cdef inline uint32_t judge(TcpFlow* t, int side, const Segment* s) noexcept nogi
         return events | TCP_KEEP_ALIVE | TCP_REPEATED
     elif s.end == s.sequence:
         return events
-    elif t.counts[side].hole_count == 0 or not fills_hole(&t.counts[side], s.sequence, s.end):
+    elif not t.halves[0].has_counts or not fills_hole(&t.counts[side], s.sequence, s.end):
         events |= TCP_REPEATED
     if was_acknowledged(other, s):
         events |= TCP_SPURIOUS_RETRANSMISSION
@@ -357,7 +368,7 @@ cdef inline uint32_t analyse(TcpFlow* t, int side, const Segment* s) noexcept no
     if s.flags & TCP_SYN:
         take_syn(t, side, s)
     elif not half.state & HALF_KNOWN:
-        t.counts[side].first_sequence = s.sequence - 1
+        half.first_sequence = s.sequence - 1
     events = judge(t, side, s)
     if s.flags & TCP_ACK:
         if s.flags & (TCP_SYN | TCP_RST) == 0:
@@ -366,7 +377,7 @@ cdef inline uint32_t analyse(TcpFlow* t, int side, const Segment* s) noexcept no
             half.duplicate_acks = 0
         take_acknowledgement(&t.halves[1 - side], s.acknowledgement, s.time_ns)
         half.acknowledged = s.acknowledgement
-        half.heard_ns = s.time_ns
+        half.heard = <uint32_t>(s.time_ns >> HEARD_SHIFT)
         half.state |= HALF_ACKNOWLEDGED
     take_window(t, side, s)
     sent_before = half.next_sequence
