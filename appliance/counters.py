@@ -80,6 +80,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "recovered_packets",
     "write_errors",
     "compressor_failures",
+    "hook_failures",
     "open_packets",  # in the segment that is being written
     "segment_opened_ns",  # CLOCK_REALTIME; 0 when none is open
     "last_published_ns",  # CLOCK_REALTIME
@@ -142,6 +143,10 @@ METER_FIELDS = COMMON_FIELDS + (
     "export_delay_ns",  # sum of the times from a flow's end to its record
     *(f"export_delay_{bound_ms}_ms" for bound_ms in EXPORT_DELAY_BUCKETS_MS),  # how many fell below this bound only
     "export_delay_longer",  # and above the last one
+    "fragments_keyed",  # later fragments that got the ports of their first
+    "fragments_unmatched",  # that did not, though their protocol has ports
+    "fragments_overlapping",  # that begin where others have been
+    "fragment_evictions",  # datagrams forgotten before their end for want of room
 )
 
 # One page per collector or file of the meter.

@@ -60,7 +60,7 @@ def meter_files(
         raise UsageError(f"{len(paths)} files; between 1 and {MAX_FILES} are metered together")
     inputs: list[_Input] = []
     try:
-        inputs += (_Input(path, i) for i, path in enumerate(paths))
+        inputs += (_Input(path, i, inner=settings.tunnels == "inner") for i, path in enumerate(paths))
         return _meter(inputs, destination, settings, progress)
     finally:
         for one in inputs:
@@ -143,10 +143,10 @@ def _ahead(fill: Callable[[int, int], int]) -> Generator[_Batch, None, None]:
 class _Input:
     """One capture file as digests."""
 
-    def __init__(self, path: str, number: int) -> None:
+    def __init__(self, path: str, number: int, *, inner: bool) -> None:
         self.path = path
         self.damage = ""
-        self._file = DigestFile(path, number)
+        self._file = DigestFile(path, number, inner=inner)
 
     @property
     def packets(self) -> int:

@@ -193,11 +193,12 @@ cdef class LiveCapture:
     cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
+    cdef bint inner                 # tunnels are metered by their innermost IP header
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50):
+                  uint64_t step_ms=50, bint inner=False):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -206,6 +207,7 @@ cdef class LiveCapture:
         self.digests = digests
         self.linktype = linktype
         self.cooked = cooked
+        self.inner = inner
         self.snaplen = snaplen
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
@@ -260,7 +262,10 @@ cdef class LiveCapture:
 
     cdef void resume_digests(self, uint64_t committed_head) noexcept:
         """The packets were published and their digests not yet: the bytes are there, only the head is missing."""
-        if 0 < committed_head - self.digests.view.published <= self.digests.view.capacity:
+        cdef uint64_t rewound = ring_rewound(self.digests.view.header, committed_head)
+        cdef uint64_t start = max(rewound, self.digests.view.published)
+        if 0 < committed_head - start <= self.digests.view.capacity:
+            self.digests.view.rewound = rewound
             self.digests.view.position = committed_head
             ring_publish(&self.digests.view, committed_head, self.digests.view.header.watermark_ns, NULL, 0)
 
@@ -362,6 +367,9 @@ cdef class LiveCapture:
         cdef uint32_t taken = 0
         if self.watermark_is_wanted():
             self.owes_watermark = True
+        ring_rewind(&self.records.view)
+        if self.digests is not None:
+            ring_rewind(&self.digests.view)
         while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
             if self.held == self.block_count:
                 self.publish(UINT64_MAX)  # the whole kernel ring is in the tail: it must go back
@@ -595,7 +603,7 @@ cdef class LiveCapture:
             return
         memset(ignored, 0, sizeof(ignored))
         length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_status(status, outbound), room, ignored)
+                               digest_status(status, outbound), self.inner, room, ignored)
         if length == 0:
             for i in range(<uint32_t>REASONS):
                 if ignored[i]:

@@ -58,6 +58,10 @@ class MeterSettings:
     packet_sampling: int = 1  # one packet of so many is metered
     flow_sampling: int = 1  # one flow of so many
     packet_sequence: int = 0  # of so many first packets of a flow: times, lengths, directions, TCP flags
+    max_fragmented: int = 65_536  # datagrams in fragments at once; 0: later fragments have no ports
+    fragment_timeout_s: float = 30.0  # after a datagram's last fragment so far
+    zero_length: str = "field"  # or "frame": the octets of a packet whose IP length field is 0 (offloaded segments)
+    tunnels: str = "outer"  # or "inner": which IP header of a tunnel the digests describe; whoever makes them heeds it
     export: tuple[ExportSettings, ...] = field(default=())
 
     @property

@@ -14,6 +14,8 @@ keep their flow alive. Time stamps are taken as they are; beyond the year 2116 t
 
 from typing import Any
 
+from appliance.meter.fragments import FragmentTable
+
 FLOW_BYTES: int
 ROW_BYTES: int
 
@@ -25,7 +27,9 @@ class FlowTable:
     `packet_sequence`: of so many first packets (at most 20) a flow's first row says time, length, direction and TCP
     flags; 16 octets more for each packet of each flow.
 
-    With a VLAN or the interface in the key, the same conversation in two of them is two flows.
+    With a VLAN or the interface in the key, the same conversation in two of them is two flows. `fragments` gives later
+    fragments the ports of the first; without it they have none, and are a flow of their own. `frame_octets`: a packet
+    whose IP length field is 0 counts with the octets of its frame instead of 0 (IPv6: 40).
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class FlowTable:
         flow_sampling: int = 1,
         packet_sequence: int = 0,
         row_capacity: int = 4096,
+        fragments: FragmentTable | None = None,
+        frame_octets: bool = False,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:
         """Meters the digests among `length` octets of records at `address` (aligned to 4), in time order.
