@@ -368,6 +368,27 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    vlan_in_key: bool = Field(
+        default=True, description="packets of different VLANs are different flows; false = they may be one flow"
+    )
+    interface_in_key: bool = Field(
+        default=False,
+        description="packets of different interfaces are different flows; false = both halves of a tap meet in one",
+    )
+    tcp_analysis: bool = Field(
+        default=True,
+        description="count repeats, disorder, losses, stalls and round trips of TCP; 256 bytes more for each flow",
+    )
+    packet_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one packet of so many is metered, and tcp_analysis is off; 1 = all"
+    )
+    flow_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one flow of so many is metered; 1 = all"
+    )
+    packet_sequence: Annotated[int, _between(0, 20)] = Field(
+        default=0,
+        description="of so many first packets of a flow: times, lengths, directions, TCP flags, in a record beside",
+    )
     max_fragmented: Annotated[int, _between(0, 1 << 24)] = Field(
         default=65_536,
         description="datagrams in fragments at once, whose later fragments get the ports of the first (64 bytes each); "

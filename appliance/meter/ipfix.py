@@ -26,18 +26,29 @@ TEMPLATE_SET_ID = 2
 OPTIONS_TEMPLATE_SET_ID = 3
 MIN_TEMPLATE_ID = 256
 
-# CERT's elements (YAF); their reverse counterparts have bit 14 of the number set.
+# Elements of enterprises, each with its reverse counterpart, which has bit 14 of the number set.
 ENTERPRISE_SPECS = (
-    "initialTCPFlags(6871/14)<unsigned8>[1]",
+    "initialTCPFlags(6871/14)<unsigned8>[1]",  # CERT's (YAF)
     "unionTCPFlags(6871/15)<unsigned8>[1]",
-    "reverseInitialTCPFlags(6871/16398)<unsigned8>[1]",
-    "reverseUnionTCPFlags(6871/16399)<unsigned8>[1]",
+    "tcpSequenceCount(35566/1024)<unsigned64>[8]",  # QoF's, from here on: octets of payload, none counted twice
+    "tcpRetransmitCount(35566/1025)<unsigned64>[8]",
+    "minTcpRttMilliseconds(35566/1029)<unsigned32>[4]",
+    "lastTcpRttMilliseconds(35566/1030)<unsigned32>[4]",
+    "declaredTcpMss(35566/1033)<unsigned32>[4]",
+    "tcpSequenceLossCount(35566/1035)<unsigned64>[8]",
+    "tcpDupAckCount(35566/1040)<unsigned32>[4]",
+    "maxTcpRwin(35566/1044)<unsigned32>[4]",
+    "tcpReceiverStallCount(35566/1045)<unsigned32>[4]",
+    "tcpRttSampleCount(35566/1046)<unsigned32>[4]",
+    "npmRoundTripTime(39499/69)<unsigned32>[4]",  # Flowmon's: of the handshake, in microseconds
+    "npmTcpOutOfOrder(39499/72)<unsigned32>[4]",
+    "rttMinMicroseconds(12325/179)<unsigned32>[4]",  # Fraunhofer FOKUS's
 )
+STRUCTURED_SPECS = ("basicList(0/291)<octetArray>[65535]",)  # RFC 6313
+REVERSE_BIT = 0x4000
 
 ipfix.ie.use_iana_default()
 ipfix.ie.use_5103_default()
-for _spec in ENTERPRISE_SPECS:
-    ipfix.ie.for_spec(_spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,20 @@ def element(spec: str) -> Element:
 def reverse_name(name: str) -> str:
     """The name of an element's reverse counterpart (RFC 5103, section 6.1)."""
     return "reverse" + name[0].upper() + name[1:]
+
+
+def _reverse_spec(spec: str) -> str:
+    """Of an enterprise's element: a name and a number of its own."""
+    name, rest = spec.split("(", 1)
+    enterprise, number = rest.split(")", 1)[0].split("/")
+    return f"{reverse_name(name)}({enterprise}/{int(number) | REVERSE_BIT}){rest.split(')', 1)[1]}"
+
+
+for _spec in STRUCTURED_SPECS:
+    ipfix.ie.for_spec(_spec)
+for _spec in ENTERPRISE_SPECS:
+    ipfix.ie.for_spec(_spec)
+    ipfix.ie.for_spec(_reverse_spec(_spec))
 
 
 def encode_template(template_id: int, specs: Sequence[str], scope_fields: int = 0) -> bytes:
