@@ -126,6 +126,15 @@ def _capture_uri(value: str) -> str:
     return value
 
 
+def _argv(value: object) -> object:
+    """A list of strings becomes a tuple."""
+    if isinstance(value, list | tuple) and all(isinstance(word, str) and "\0" not in word for word in value):
+        argv = tuple(value)
+        if not argv or argv[0]:
+            return argv
+    raise ValueError(f'must be a list of strings such as ["/usr/local/bin/notify", "-q"], is {_shown(value)}')
+
+
 def _export_uri(value: str) -> str:
     parse_destination(value)
     return value
@@ -280,6 +289,17 @@ class Output(_Table):
     )
     compressor_timeout_s: Annotated[int, _between(1, 3600)] = Field(
         default=60, description="a compressor that takes no byte or does not end for so long has failed"
+    )
+    hook: Annotated[tuple[str, ...], BeforeValidator(_argv)] = Field(
+        default=(),
+        description="the argv of a program that is run after each publication, with the file's path behind it; without "
+        "rights, one at a time; [] = none",
+    )
+    hook_timeout_s: Annotated[int, _between(1, 3600)] = Field(
+        default=60, description="a hook that has not ended after so long is ended"
+    )
+    close_write: bool = Field(
+        default=False, description="each published file is opened and closed once more, for readers that wait for that"
     )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the merge and its compressor run on; [] = any")
     group_readable: bool = Field(default=True, description="files have mode 0640; false = 0600")

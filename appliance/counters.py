@@ -80,6 +80,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "recovered_packets",
     "write_errors",
     "compressor_failures",
+    "hook_failures",
     "open_packets",  # in the segment that is being written
     "segment_opened_ns",  # CLOCK_REALTIME; 0 when none is open
     "last_published_ns",  # CLOCK_REALTIME

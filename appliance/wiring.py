@@ -29,7 +29,7 @@ from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest,
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
-from appliance.merge.compressor import compressor_argv, compressor_suffix
+from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
@@ -311,6 +311,7 @@ class Wiring:
             wake_fd=self.merge_wakes[output.name],
             naming=self.namings[output.name],
             compressor=compressor_argv(output.compressor),
+            hook=hook_argv(output),
             is_successor=is_successor,
             count_captured_bytes=self.options.count_captured_bytes,
             watch_file=self.options.watch_file,
@@ -448,6 +449,10 @@ def eventfd() -> int:
 def appliance_naming(output: Output) -> Naming:
     ending = ".pcapng" if output.format == "pcapng" else ".pcap"
     return ApplianceNaming(output.directory, output.name, ending + compressor_suffix(output.compressor))
+
+
+def hook_argv(output: Output) -> tuple[str, ...]:
+    return program_argv(output.hook, "hook") if output.hook else ()
 
 
 def live_description(source: Source, linktype: int) -> InterfaceDescription:

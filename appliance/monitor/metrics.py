@@ -280,8 +280,8 @@ FAMILIES: tuple[Family, ...] = (
     _OUTPUT.counter("appliance_expired_bytes_total", "Bytes deleted by retention.", lambda row: row.expired_bytes),
     _OUTPUT.counter(
         "appliance_file_errors_total",
-        "Failed writes and compressors.",
-        lambda row: {"write": row.write_errors, "compressor": row.compressor_failures},
+        "Failed writes, compressors and hooks.",
+        lambda row: {"write": row.write_errors, "compressor": row.compressor_failures, "hook": row.hook_failures},
         by="reason",
     ),
     _OUTPUT.gauge("appliance_files_queued", "Closed files that are not yet published.", lambda row: row.queued_files),
