@@ -350,6 +350,24 @@ class Meter(_Table):
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
     )
+    max_fragmented: Annotated[int, _between(0, 1 << 24)] = Field(
+        default=65_536,
+        description="datagrams in fragments at once, whose later fragments get the ports of the first (64 bytes each); "
+        "0 = they have none",
+    )
+    fragment_timeout_s: Seconds = Field(
+        default=30, description="a datagram in fragments is forgotten this long after the last of them"
+    )
+    zero_length: Literal["field", "frame"] = Field(
+        default="field",
+        description='IP octets of a packet whose length field is 0 (BIG TCP, other offloads): "field" = 0 (IPv6: 40), '
+        '"frame" = what its frame held',
+    )
+    tunnels: Literal["outer", "inner"] = Field(
+        default="outer",
+        description='the flow of a packet in a tunnel: "outer" = that of the tunnel, "inner" = that of the packet '
+        "inside, as far as it can be read",
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 

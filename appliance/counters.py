@@ -128,6 +128,10 @@ METER_FIELDS = COMMON_FIELDS + (
     "exported_octets",
     "stream_time_ns",
     "late_packets",
+    "fragments_keyed",  # later fragments that got the ports of their first
+    "fragments_unmatched",  # that did not, though their protocol has ports
+    "fragments_overlapping",  # that begin where others have been
+    "fragment_evictions",  # datagrams forgotten before their end for want of room
 )
 
 # One page per collector or file of the meter.

@@ -288,6 +288,7 @@ class Wiring:
             meter_wake_fd=self.meter_wake,
             opened=self.opened.get(source.label),
             socket_serial=self.serials.get(source.label, 0),
+            inner=self.config.meter.tunnels == "inner",
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
@@ -473,6 +474,10 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        zero_length=meter.zero_length,
+        tunnels=meter.tunnels,
+        max_fragmented=meter.max_fragmented,
+        fragment_timeout_s=meter.fragment_timeout_s,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

@@ -333,6 +333,22 @@ FAMILIES: tuple[Family, ...] = (
         "Packets that reached the meter after later ones.",
         lambda row: row.late_packets,
     ),
+    _METER.counter(
+        "appliance_meter_later_fragments_total",
+        "Fragments behind the first of protocols with ports: keyed by its ports, or unmatched and keyed without.",
+        lambda row: {"keyed": row.fragments_keyed, "unmatched": row.fragments_unmatched},
+        by="outcome",
+    ),
+    _METER.counter(
+        "appliance_meter_overlapping_fragments_total",
+        "Fragments that begin where others of their datagram have been: overlaps, repeats, disorder.",
+        lambda row: row.fragments_overlapping,
+    ),
+    _METER.counter(
+        "appliance_meter_fragment_evictions_total",
+        "Datagrams in fragments that were forgotten before their end for want of room.",
+        lambda row: row.fragment_evictions,
+    ),
     _METER.gauge("appliance_meter_active_flows", "Flows in the table.", lambda row: row.active_flows),
     _METER.gauge(
         "appliance_meter_active_flow_packets", "Packets of the flows in the table.", lambda row: row.active_flow_packets

@@ -212,6 +212,10 @@ class MeterView:
     exported_packets: int
     exported_octets: int
     stream_time_ns: int
+    fragments_keyed: int
+    fragments_unmatched: int
+    fragments_overlapping: int
+    fragment_evictions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +465,10 @@ def _meter(pages: CounterPages) -> MeterView | None:
         exported_packets=page["exported_packets"],
         exported_octets=page["exported_octets"],
         stream_time_ns=page["stream_time_ns"],
+        fragments_keyed=page["fragments_keyed"],
+        fragments_unmatched=page["fragments_unmatched"],
+        fragments_overlapping=page["fragments_overlapping"],
+        fragment_evictions=page["fragment_evictions"],
     )
 
 
