@@ -191,7 +191,7 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     """
     from appliance.capture.interfaces import host_interfaces
     from appliance.config import expand_interfaces, load
-    from appliance.merge.compressor import compressor_argv
+    from appliance.merge.compressor import compressor_argv, program_argv
     from appliance.plan import make_plan
     from appliance.wiring import meter_settings
 
@@ -199,6 +199,8 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     plan = make_plan(loaded)
     for output in loaded.outputs:
         compressor_argv(output.compressor)
+        if output.hook:
+            program_argv(output.hook, "hook")
     _check_sources(plan)
     meter_settings(loaded)
     tables = _plan_tables(plan)

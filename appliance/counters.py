@@ -59,6 +59,9 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
 # Upper bounds of the histogram of the time from a segment's close to its publication.
 PUBLISH_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
 
+# What the publisher counts with the rename of a file, so that a death between the two costs neither.
+SETTLED_FIELDS = ("segments_published", "published_packets", "segments_recovered", "recovered_packets")
+
 # One page per output.
 MERGE_FIELDS = COMMON_FIELDS + (
     "merged_packets",
@@ -86,6 +89,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "last_published_ns",  # CLOCK_REALTIME
     "queued_segments",  # closed, not yet published
     "settling_inode",  # of the staging file that is being published or quarantined; 0: none (merge/ledger.py)
+    *(f"settling_{name}" for name in SETTLED_FIELDS),  # what they become with that file
     "expired_files",
     "expired_bytes",
     "clock_steps",
