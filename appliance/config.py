@@ -38,6 +38,7 @@ KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
 MAX_SNAPLEN = 262144  # libpcap's MAXIMUM_SNAPLEN: more is refused by the readers
 MIN_RING_BYTES = MIB  # the longest record must fit (RECORD_MAX_BYTES in ring/layout.h)
 MAX_LABEL_CHARACTERS = 64
+MAX_CAPTURE_FILTERS, MAX_CAPTURE_FILTER_BYTES = 16, 1024  # PORT_FILTERS, PORT_FILTER_TEXT_BYTES of ring/port.h
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with the final zero (sys/un.h)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}", re.ASCII)
 _FILE_ENDINGS = re.compile(r"(\.(gz|lz4|zst|xz|bz2|pcap|pcapng|cap|ntar|dmp|erf))+$", re.IGNORECASE)
@@ -89,6 +90,18 @@ def _printable(value: str) -> str:
     return value
 
 
+def _short(value: str) -> str:
+    if len(value.encode()) > MAX_CAPTURE_FILTER_BYTES:
+        raise ValueError(f"must have at most {MAX_CAPTURE_FILTER_BYTES} bytes")
+    return value
+
+
+def _at_most_filters(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) > MAX_CAPTURE_FILTERS:
+        raise ValueError(f"there can be {MAX_CAPTURE_FILTERS} filters, not {len(values)}")
+    return values
+
+
 def _path(value: object) -> object:
     if isinstance(value, str):
         if not value or "\0" in value:
@@ -137,6 +150,7 @@ def _listen(value: str) -> str:
     return value
 
 
+CaptureFilter = Annotated[str, AfterValidator(_printable), AfterValidator(_short)]
 Seconds = Annotated[int, _between(1, 86400)]
 Milliseconds = Annotated[int, _between(1, 60_000)]
 Bytes = Annotated[int, _between(0, 1 << 60)]
@@ -234,6 +248,13 @@ class Interface(_Table):
     )
     output: Annotated[str, AfterValidator(_name)] = Field(
         default="main", description="the name of the [[output]] that records it"
+    )
+    capture_buffer_bytes: Annotated[int, _zero_or_between(64 * KIB, 4 * GIB)] = Field(
+        default=16 * MIB,
+        description="port capture (ring: only): memory for captured packets, taken when one is started; 0 = none",
+    )
+    capture_filters: Annotated[tuple[CaptureFilter, ...], AfterValidator(_at_most_filters)] = Field(
+        default=(), strict=False, description="port capture: BPF filters that triggers and keep rules name by index"
     )
 
     @property

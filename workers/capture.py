@@ -22,6 +22,7 @@ from appliance.capture.afpacket import LiveCapture
 from appliance.capture.filesource import FileCapture
 from appliance.capture.opener import OpenedInterface
 from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
+from appliance.capture.trigger import PortTap
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
 from appliance.process import DRAIN, WorkerContext, set_capabilities
@@ -55,10 +56,11 @@ class CaptureParts:
     meter_wake_fd: int
     opened: OpenedInterface | None
     socket_serial: int
+    port_fd: int = -1  # -1: no port capture
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        fds = (self.ring_fd, self.digest_fd, self.wake_fd, self.merge_wake_fd, self.meter_wake_fd)
+        fds = (self.ring_fd, self.digest_fd, self.wake_fd, self.merge_wake_fd, self.meter_wake_fd, self.port_fd)
         return tuple(fd for fd in fds if fd >= 0) + ((self.opened.fd,) if self.opened else ())
 
 
@@ -90,6 +92,7 @@ class LiveWorker:
         self.is_gone = False
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
+        self.port = PortTap(parts.port_fd, parts.generation) if parts.port_fd >= 0 else None
         assert parts.opened is not None
         self.use(parts.opened)
 
@@ -110,6 +113,7 @@ class LiveWorker:
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
+            port=self.port,
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, 0)  # for its errors

@@ -18,6 +18,7 @@ from posix.unistd cimport read
 
 from appliance.capture.headers cimport digest_packet
 from appliance.capture.reorder cimport *
+from appliance.capture.trigger cimport PortTap, packet_view
 from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
@@ -193,11 +194,12 @@ cdef class LiveCapture:
     cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
+    cdef PortTap port               # None: the interface has no port capture
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50):
+                  uint64_t step_ms=50, PortTap port=None):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -225,6 +227,9 @@ cdef class LiveCapture:
         self.end_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
         if self.start_arrival == NULL or self.end_arrival == NULL:
             raise MemoryError
+        self.port = port
+        if port is not None:
+            port.attach(socket_serial, linktype)
         self.map_kernel_ring()
         self.resume()
 
@@ -360,6 +365,8 @@ cdef class LiveCapture:
         cdef int64_t offset = <int64_t>(now - now_ns(CLOCK_MONOTONIC))
         cdef bint stepped = self.differs(offset)
         cdef uint32_t taken = 0
+        if self.port is not None:
+            self.port.look(now)
         if self.watermark_is_wanted():
             self.owes_watermark = True
         while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
@@ -375,6 +382,8 @@ cdef class LiveCapture:
                 self.begin_epoch(offset)
             self.publish(older_by(now, self.reorder_ns))
             self.owes_watermark = False
+            if self.port is not None:
+                self.port.kernel_was_empty()
         elif self.tail.count and self.tail.newest_ns <= older_by(now, self.reorder_ns):
             self.publish(self.tail.newest_ns)
         if taken == 0:
@@ -448,6 +457,8 @@ cdef class LiveCapture:
                     self.begin_epoch(offset)
                 self.take(packet)
             at += packet.tp_next_offset
+        if self.port is not None and self.port.is_on:
+            self.show_port(block)
         self.skip = 0
         self.end_arrival[self.block_index] = self.arrivals
         self.block_index = (self.block_index + 1) % self.block_count
@@ -603,6 +614,45 @@ cdef class LiveCapture:
             return
         entry.digest_bytes = length
         ring_advance(&self.digests.view, length)
+
+    # ---- port capture ----
+
+    cdef void show_port(self, tpacket_block_desc *block) noexcept nogil:
+        """A walked block once more, packet by packet, to the port's triggers. Only while a capture is on."""
+        cdef uint64_t at = block.hdr.bh1.offset_to_first_pkt
+        cdef uint32_t shown = self.port.begin_block(block.hdr.bh1.seq_num)
+        cdef uint32_t i
+        cdef tpacket3_hdr *packet
+        cdef sockaddr_ll *link
+        for i in range(block.hdr.bh1.num_pkts):
+            if at + sizeof(tpacket3_hdr) > self.block_bytes:
+                break
+            packet = <tpacket3_hdr *>(<uint8_t *>block + at)
+            link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
+            if i >= shown:
+                self.show_packet(packet, link)
+            at += packet.tp_next_offset
+
+    cdef void show_packet(self, tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
+        """As `copy` would write it: with its tag or cooked header, cut to the snaplen."""
+        cdef packet_view view
+        cdef uint32_t inserted = 0
+        if link.sll_ifindex != self.ifindex:
+            return
+        if self.cooked:
+            inserted = SLL2_HEADER_BYTES
+        elif packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and packet.tp_snaplen >= 12:
+            inserted = VLAN_TAG_BYTES
+        view.data = <uint8_t *>packet + packet.tp_mac
+        view.captured_length = min(packet.tp_snaplen + inserted, self.snaplen)
+        view.original_length = packet.tp_len + inserted
+        view.timestamp_ns = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
+        view.outgoing = link.sll_pkttype == PACKET_OUTGOING
+        if inserted:
+            self.copy_data(self.port.scratch, view.data, view.captured_length, inserted, packet, link)
+            view.data = self.port.scratch
+        self.port.offer(&view)
 
     # ---- publishing ----
 
