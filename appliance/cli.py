@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from appliance import capture_command
 from appliance.console import (
     Table,
     joined,
@@ -309,7 +310,7 @@ def top(
     """
     from appliance.monitor.render import live_line
 
-    path = _control_socket(config, socket)
+    path = control_socket(config, socket)
     snapshots = _snapshots(path, interval, count)
     if not sys.stdout.isatty():
         for now, before in snapshots:
@@ -353,7 +354,7 @@ def _snapshots(path: Path, interval_s: float, count: int) -> Iterator[tuple[Snap
 def _ask(request: str, config: Path | None, socket: Path | None) -> object:
     from appliance.monitor.control import ControlClient
 
-    return ControlClient(_control_socket(config, socket)).ask(request)
+    return ControlClient(control_socket(config, socket)).ask(request)
 
 
 def _snapshot(answer: object) -> Snapshot:
@@ -369,7 +370,7 @@ def _snapshot(answer: object) -> Snapshot:
         ) from None
 
 
-def _control_socket(config: Path | None, socket: Path | None) -> Path:
+def control_socket(config: Path | None, socket: Path | None) -> Path:
     """--socket, else what the configuration says, else where a service would be found without either."""
     from appliance.config import Monitor, load
 
@@ -383,6 +384,10 @@ def _control_socket(config: Path | None, socket: Path | None) -> Path:
     default = Monitor().control_socket
     assert default is not None
     return QUICKSTART_SOCKET if not default.exists() and QUICKSTART_SOCKET.exists() else default
+
+
+app.add_typer(capture_command.app)
+app.command("generate")(capture_command.generate)
 
 
 # This host ------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.lab": set(),
     "appliance.capturer": {"appliance.monitor.control"},
+    "appliance.capture_command": {"appliance.capturer", "appliance.cli", "appliance.generator"},
+    "appliance.generator": set(),
 }
 # Packages of others with traps of their own, and where those are met: nobody else imports them.
 ADAPTERS: dict[str, set[str]] = {

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.frames import ETHERNET_BYTES, HEADER
 from support.judges import check_numbered
 from support.lab import Lab, requires_root, requires_tool
-from support.service import Service
+from support.service import APPLIANCE, Service
 
-from appliance.capturer import CapturedPacket, Port, connect, enums
+from appliance.capturer import CapturedPacket, CaptureError, Port, connect, enums
 
 pytestmark = [requires_root, requires_tool("lz4", "capinfos")]
 
@@ -107,4 +110,284 @@ def test_a_saved_capture_is_read_by_other_programs(lab: Lab, directory: Path) ->
     for name in ("port.pcapng", "port.pcap"):
         report = check_numbered([directory / name])
         assert report.faults({0: 300}) == []
+    one.end()
+
+
+async def armed(port: Port, start: str, stop: str, pretrigger: int = 0) -> None:
+    """A capture from the frame that `start` describes to the one that `stop` does."""
+    await port.filters.set(0, start)
+    await port.filters.set(1, stop)
+    await port.capturer.trigger.set(START.FILTER, 0, STOP.FILTER, 1)
+    await port.capturer.pretrigger.set(pretrigger)
+    await port.capturer.keep.set_all()
+    await port.capturer.state.set_start()
+
+
+def test_filters_start_and_stop_at_the_very_frames_that_they_describe(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def captured() -> list[CapturedPacket]:
+        port = await one.connect()
+        await armed(port, number_is(12_345), number_is(17_777))
+        one.send(20_000, rate=0)
+        await stopped(port)
+        assert (await port.capturer.stats.get()).stopped_because == "trigger"
+        return await port.capturer.obtain_captured()
+
+    packets = run(captured())
+    assert numbers(packets) == list(range(12_345, 17_778))
+    assert packets[0].met_start and packets[-1].met_stop
+    one.end()
+
+
+def test_the_frames_before_the_start_criterion_are_the_ones_that_came_before_it(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def captured() -> list[CapturedPacket]:
+        port = await one.connect()
+        await armed(port, number_is(5000), number_is(6000), pretrigger=250)
+        one.send(10_000, rate=0)
+        await stopped(port)
+        return await port.capturer.obtain_captured()
+
+    packets = run(captured())
+    assert numbers(packets) == list(range(4750, 6001))
+    assert [packet.is_pretrigger for packet in packets] == [True] * 250 + [False] * 1001
+    one.end()
+
+
+def test_the_circle_holds_the_frames_up_to_the_stop_criterion(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory, capture_buffer_bytes=1 << 16)
+
+    async def captured() -> tuple[Any, list[CapturedPacket]]:
+        port = await one.connect()
+        await port.filters.set(3, number_is(8000))
+        await port.capturer.trigger.set(START.ON, 0, STOP.FILTER, 3)
+        await port.capturer.state.set_start()
+        one.send(10_000, rate=0)
+        await stopped(port)
+        return await port.capturer.stats.get(), await port.capturer.obtain_captured()
+
+    stats, packets = run(captured())
+    assert numbers(packets) == list(range(8001 - len(packets), 8001))
+    assert 400 < len(packets) == stats.packets
+    assert (stats.overwritten_packets, stats.seen_packets) == (8001 - len(packets), 8001)
+    one.end()
+
+
+def test_full_keeps_the_earliest_frames_and_says_so(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory, capture_buffer_bytes=1 << 16)
+
+    async def captured() -> tuple[Any, list[CapturedPacket]]:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.ON, 0, STOP.FULL, 0)
+        await port.capturer.state.set_start()
+        one.send(10_000, rate=0)
+        await stopped(port)
+        return await port.capturer.stats.get(), await port.capturer.obtain_captured()
+
+    stats, packets = run(captured())
+    assert stats.status == 1
+    assert numbers(packets) == list(range(len(packets)))
+    assert 400 < len(packets) == stats.packets
+    one.end()
+
+
+def test_a_filter_sees_the_vlan_tag_that_the_card_had_taken_out(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def captured() -> list[CapturedPacket]:
+        port = await one.connect()
+        await port.filters.set(0, "vlan 7")
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.keep.set_filter(0, 46)
+        await port.capturer.state.set_start()
+        one.send(100)
+        one.send(100, vlan=7)
+        one.send(100, vlan=8)
+        await port.capturer.state.set_stop()
+        return await port.capturer.obtain_captured()
+
+    packets = run(captured())
+    assert numbers(packets, ETHERNET_BYTES + 4) == list(range(100, 200))
+    assert {(len(packet.data), packet.original_length) for packet in packets} == {(46, 60)}
+    one.end()
+
+
+def test_what_the_interface_cannot_do_is_refused_with_the_reason(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def refusals() -> list[str]:
+        port = await one.connect()
+        said = []
+        for start, stop in ((START.FCSERR, STOP.USERSTOP), (START.ON, STOP.FCSERR), (START.FILTER, STOP.FULL)):
+            await port.capturer.trigger.set(start, 0, stop, 0)
+            with pytest.raises(CaptureError) as caught:
+                await port.capturer.state.set_start()
+            said.append(str(caught.value))
+        assert (await port.capturer.state.get()).on_off == enums.StartOrStop.STOP
+        return said
+
+    fcs, again, no_filter = run(refusals())
+    assert fcs == again
+    assert "check sequence, which a does not hand up" in fcs and "ethtool -K a rx-fcs on rx-all on" in fcs
+    assert "there is no filter 0" in no_filter
+    one.end()
+
+
+def test_rules_do_not_change_while_it_captures(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def refused() -> None:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.state.set_start()
+        for attempt in (
+            port.capturer.trigger.set(START.ON, 0, STOP.FULL, 0),
+            port.capturer.keep.set_tpld(),
+            port.capturer.pretrigger.set(5),
+            port.filters.set(0, "tcp"),
+            port.capturer.state.set_start(),
+        ):
+            with pytest.raises(CaptureError, match="uplink is capturing: stop it"):
+                await attempt
+        await port.capturer.state.set_stop()
+        await port.capturer.keep.set_tpld(index=4)
+        assert (await port.capturer.keep.get()).index == 4
+
+    run(refused())
+    one.end()
+
+
+def test_a_capture_outlives_its_worker_and_the_monitor(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def begin() -> None:
+        port = await one.connect()
+        await port.filters.set(1, number_is(799))
+        await port.capturer.trigger.set(START.ON, 0, STOP.FILTER, 1)
+        await port.capturer.state.set_start()
+
+    run(begin())
+    one.send(400)
+    one.service.wait_at_rest({"uplink": 400})
+    for worker in ("capture/uplink", "monitor"):
+        pid = one.service.pids()[worker]
+        os.kill(pid, signal.SIGKILL)
+        one.service.wait_for_start(worker, pid)
+    one.send(600)
+
+    async def end() -> list[CapturedPacket]:
+        port = await one.connect()
+        await stopped(port)
+        assert (await port.filters.get()) == {1: number_is(799)}
+        return await port.capturer.obtain_captured()
+
+    assert numbers(run(end())) == list(range(800))
+    one.end()
+
+
+def test_a_capture_goes_on_when_the_interface_comes_back(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def set_up() -> None:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.state.set_start()
+
+    run(set_up())
+    one.send(300)
+    one.service.wait_at_rest({"uplink": 300})
+    lab.recreate("a")
+    one.service.wait_until(lambda: one.service.interface("uplink").reopened == 1, "it is open again")
+    one.send(300)
+    one.service.wait_at_rest({"uplink": 600})
+
+    async def end() -> list[CapturedPacket]:
+        port = await one.connect()
+        await port.capturer.state.set_stop()
+        return await port.capturer.obtain_captured()
+
+    assert numbers(run(end())) == list(range(600))
+    one.end()
+
+
+def test_reading_while_it_captures_gives_whole_packets_in_a_row(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory, capture_buffer_bytes=1 << 17)
+
+    async def captured() -> list[list[int]]:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.state.set_start()
+        sender = lab.start_sender([one.peer], frames=60_000, rate=30_000)
+        looks = []
+        while sender.process.poll() is None:
+            looks.append(numbers(await port.capturer.obtain_captured()))
+        one.sent = sender.report().total
+        await port.capturer.state.set_stop()
+        return looks
+
+    looks = run(captured())
+    assert sum(1 for look in looks if look) > 3
+    for look in looks:
+        assert look == list(range(look[0], look[0] + len(look))) if look else True
+    one.end()
+
+
+def test_sources_that_cannot_capture_say_why(lab: Lab, directory: Path) -> None:
+    names = [lab.veth(name)[0] for name in ("a", "b", "c")]
+    service = Service(
+        lab,
+        directory,
+        [
+            {"uri": f"ring:{names[0]}", "fanout": 2},
+            {"uri": f"ring:{names[1]}", "capture_buffer_bytes": 0},
+            {"uri": f"ring:{names[2]}"},
+        ],
+    )
+
+    async def refusal(label: str) -> str:
+        with pytest.raises(CaptureError) as caught:
+            await connect(label, service.config["monitor"]["control_socket"])
+        return str(caught.value)
+
+    assert "fanout is 2" in run(refusal("a"))
+    assert "capture_buffer_bytes = 0" in run(refusal("b"))
+    assert "there is no interface 'x' with port capture; there is c" in run(refusal("x"))
+    assert service.stop() == 0
+
+
+def test_the_command_line_captures_saves_and_says_what_it_did(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    def command(*words: str, status: int = 0) -> str:
+        done = lab.run([*APPLIANCE, *words], check=False)
+        assert done.returncode == status, done
+        return done.stdout + done.stderr
+
+    at = ["uplink", "--socket", one.socket]
+    started = [
+        "--start",
+        "filter",
+        "--start-filter",
+        number_is(100),
+        "--stop",
+        "filter",
+        "--stop-filter",
+        number_is(300),
+    ]
+    assert command("capture", "start", *at, *started, "--pretrigger", "10") == "uplink: waits for its start criterion\n"
+    one.send(500)
+    one.service.wait_at_rest({"uplink": 500})
+    told = command("capture", "status", *at)
+    assert "stopped because its stop criterion was met; 211 packets kept of 301 seen, 0 overwritten" in told
+    assert "start FILTER 13, stop FILTER 14" in told and f"filter 13: {number_is(100)}" in told
+    assert command("capture", "stop", *at).startswith("uplink: stopped because its stop criterion was met")
+    saved = directory / "saved.pcapng"
+    assert command("capture", "save", *at, "-o", str(saved)) == f"{saved}: 211 packets\n"
+    assert check_numbered([saved]).faults({0: 211}, 90) == []
+    assert "cannot be written: File exists" in command("capture", "save", *at, "-o", str(saved), status=73)
+    assert "--start is one of on" in command("capture", "start", *at, "--start", "never", status=64)
+    assert "rx-fcs" in command("capture", "start", *at, "--start", "fcserr", status=74)
+    assert "no service listens" in command("capture", "status", "uplink", "--socket", "/nonexistent", status=69)
     one.end()
