@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
 from appliance.capture.filesource import FileCapture
+from appliance.capture.gate import make_gate
 from appliance.capture.opener import OpenedInterface
 from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.capture.trigger import PortTap
@@ -114,6 +115,7 @@ class LiveWorker:
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
             port=self.port,
+            gate=make_gate(self.parts.interface, opened.linktype),
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, 0)  # for its errors

@@ -18,7 +18,7 @@ from posix.unistd cimport read
 
 from appliance.capture.headers cimport digest_packet
 from appliance.capture.reorder cimport *
-from appliance.capture.trigger cimport PortTap, packet_view
+from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
@@ -124,6 +124,8 @@ cdef enum:
     FOREIGN
     DROPPED_FILTER
     DROPPED_RING
+    GATED
+    GATE_STATE
     PUBLISHED_PACKETS
     PUBLISHED_BYTES
     REORDERED
@@ -138,8 +140,9 @@ cdef enum:
 
 COMMITTED_FIELDS = (
     "read_packets", "read_bytes", "foreign_packets", "dropped_filter_packets", "dropped_ring_packets",
-    "published_packets", "published_bytes", "reordered_packets", "late_packets", "truncated_packets", "clock_steps",
-    "last_packet_ns", "digests_published", "digests_dropped", *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
+    "gated_packets", "gate_state", "published_packets", "published_bytes", "reordered_packets", "late_packets",
+    "truncated_packets", "clock_steps", "last_packet_ns", "digests_published", "digests_dropped",
+    *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
 )
 assert len(COMMITTED_FIELDS) == COMMITTED and len(IGNORED_REASONS) == REASONS
 
@@ -195,11 +198,12 @@ cdef class LiveCapture:
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
     cdef PortTap port               # None: the interface has no port capture
+    cdef Gate gate                  # None: everything is recorded
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50, PortTap port=None):
+                  uint64_t step_ms=50, PortTap port=None, Gate gate=None):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -227,11 +231,16 @@ cdef class LiveCapture:
         self.end_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
         if self.start_arrival == NULL or self.end_arrival == NULL:
             raise MemoryError
+        self.gate = gate
         self.port = port
         if port is not None:
             port.attach(socket_serial, linktype)
+        if gate is not None:
+            self.counters[GATE_STATE] = gate.state
         self.map_kernel_ring()
         self.resume()
+        if gate is not None:
+            gate.state = <uint32_t>self.counters[GATE_STATE]
 
     def map_kernel_ring(self):
         self.mapped_bytes = self.block_bytes * self.block_count
@@ -415,6 +424,8 @@ cdef class LiveCapture:
         with nogil:
             self.publish(UINT64_MAX)
             self.collect_kernel_counters()
+            self.add_counters_record()  # with all that was counted now: the last file's own account
+            self.publish(UINT64_MAX)
             self.measure_queue()
 
     @property
@@ -549,6 +560,8 @@ cdef class LiveCapture:
         entry.record_bytes = length
         if self.digests is not None:
             self.digest_at(room + RECORD_PACKET_DATA, captured, original, packet.tp_status, stamp, outbound, entry)
+        if self.gate is not None and not self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound):
+            return
         ring_advance(&self.records.view, length)
 
     cdef inline void copy_data(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
@@ -632,6 +645,27 @@ cdef class LiveCapture:
             if i >= shown:
                 self.show_packet(packet, link)
             at += packet.tp_next_offset
+
+    cdef bint may_pass(self, const uint8_t *data, tpacket3_hdr *packet, tail_entry *entry,
+                       bint outbound) noexcept nogil:
+        """False: the gate is closed to it. It was metered, and is not recorded: its bytes are overwritten."""
+        cdef packet_view view
+        cdef uint32_t before = self.gate.state
+        cdef bint passes
+        view.data = data
+        view.captured_length = entry.captured_length
+        view.original_length = entry.original_length
+        view.timestamp_ns = entry.timestamp_ns
+        view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
+        view.outgoing = outbound
+        passes = self.gate.passes(&view)
+        if self.gate.state != before:
+            entry.flags |= ENTRY_GATE_MOVED
+        if passes:
+            return True
+        entry.record_bytes = 0
+        entry.flags |= ENTRY_GATED
+        return False
 
     cdef void show_packet(self, tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
         """As `copy` would write it: with its tag or cooked header, cut to the snaplen."""
@@ -730,6 +764,10 @@ cdef class LiveCapture:
             self.counters[FOREIGN] += 1
         if flags & ENTRY_RING_DROPPED:
             self.counters[DROPPED_RING] += 1
+        if flags & ENTRY_GATED:
+            self.counters[GATED] += 1
+        if flags & ENTRY_GATE_MOVED:
+            self.counters[GATE_STATE] = self.gate.next_state(<uint32_t>self.counters[GATE_STATE])
         if flags & ENTRY_DIGEST_DROPPED:
             self.counters[DIGESTS_DROPPED] += 1
         if flags & ENTRY_LATE:
@@ -789,7 +827,7 @@ cdef class LiveCapture:
             return
         words[0] = self.page[self.received_index]
         words[1] = self.page[self.dropped_index]
-        words[2] = self.counters[DROPPED_FILTER]
+        words[2] = self.counters[DROPPED_FILTER] + self.counters[GATED]
         words[3] = self.counters[DROPPED_RING]
         words[4] = self.counters[PUBLISHED_PACKETS]
         memcpy(room + RECORD_PREFIX_BYTES, words, sizeof(words))

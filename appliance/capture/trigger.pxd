@@ -51,5 +51,6 @@ cdef class PortTap:
 cdef class Gate:
     cdef Criteria criteria
     cdef bint repeats
-    cdef uint32_t state
+    cdef readonly uint32_t state
+    cdef uint32_t next_state(self, uint32_t state) noexcept nogil
     cdef bint passes(self, const packet_view *packet) noexcept nogil

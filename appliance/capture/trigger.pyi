@@ -33,3 +33,31 @@ class PortTap:
         """Offers one packet: looks for a command, then decides. For other sources than a kernel's ring, and tests."""
     def rest(self, now_ns: int) -> None:
         """Says that every packet that had arrived was shown: a stop that was asked for takes effect."""
+
+class Gate:
+    """Which packets of a live source are recorded: those from one that meets the start criterion to one that meets the
+    stop criterion, both included, as far as they are of the kind that is kept.
+
+    Numbers as in the enums of appliance.capturer (stop FULL is none here). Programs are BPF instructions, empty where
+    the criterion is not FILTER. `stream` is that of keep TPLD; `fcs` says that frames end with their check sequence.
+    `repeats`: after a stop the start criterion opens it again. With start ON it is open from the
+    beginning, and a stop is for good. ValueError: out of range, or a program that is none.
+    """
+
+    def __init__(
+        self,
+        linktype: int,
+        start: int,
+        start_program: bytes,
+        stop: int,
+        stop_program: bytes,
+        keep: int,
+        keep_program: bytes,
+        stream: int = 0,
+        fcs: bool = False,
+        repeats: bool = True,
+    ) -> None: ...
+    def lets_pass(self, data: Buffer) -> bool:
+        """The verdict on the next packet, as a walk through a block asks for it; for tests."""
+    state: int
+    """0 closed, 1 open, 2 closed for good."""

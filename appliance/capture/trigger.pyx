@@ -5,7 +5,7 @@ A PortTap is the worker's end of a port (appliance/ring/port.h). The monitor wri
 looks for commands once a turn, and shows packets only while `is_on`. What a successor needs is in the port's memory.
 """
 from libc.stdint cimport UINT64_MAX
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from appliance.capture.payload cimport *
@@ -40,6 +40,14 @@ cdef bint is_program(const port_filter *candidate) noexcept nogil:
         if code[i].code == BPF_JA and code[i].k >= candidate.instructions - i:
             return False
     return candidate.instructions == 0 or bpf_validate(code, <int>candidate.instructions) != 0
+
+
+cdef int set_program(port_filter *target, bytes program) except -1:
+    if len(program) % 8 or len(program) > PORT_FILTER_INSTRUCTIONS * 8:
+        raise ValueError(f"a filter has at most {PORT_FILTER_INSTRUCTIONS} instructions")
+    target.instructions = <uint32_t>(len(program) // 8)
+    memcpy(<void *>target.code, <const uint8_t *>program, len(program))
+    return 0
 
 
 cdef class Criteria:
@@ -370,6 +378,38 @@ cdef class PortTap:
 cdef class Gate:
     """See trigger.pyi."""
 
+    def __cinit__(self, uint16_t linktype, uint32_t start, bytes start_program not None, uint32_t stop,
+                  bytes stop_program not None, uint32_t keep, bytes keep_program not None, uint32_t stream=0,
+                  bint fcs=False, bint repeats=True):
+        cdef port_rules *rules = <port_rules *>calloc(1, sizeof(port_rules))
+        cdef bint is_sound
+        if rules == NULL:
+            raise MemoryError
+        try:
+            rules.settings.start_criterion = start
+            rules.settings.stop_criterion = stop
+            rules.settings.keep = keep
+            rules.settings.stop_filter = 1
+            rules.settings.keep_index = 2 if keep == PORT_KEEP_FILTER else stream
+            rules.settings.fcs_bytes = 4 if fcs else 0
+            for index, program in enumerate((start_program, stop_program, keep_program)):
+                set_program(&rules.filters[index], program)
+            self.criteria = Criteria()
+            self.criteria.linktype = linktype
+            is_sound = self.criteria.prepare(rules)
+        finally:
+            free(rules)
+        if not is_sound or stop == PORT_STOP_FULL:
+            raise ValueError("a gate's rules are out of range")
+        self.repeats = repeats and start != PORT_START_ON
+        self.state = GATE_OPEN if start == PORT_START_ON else GATE_CLOSED
+
+    cdef uint32_t next_state(self, uint32_t state) noexcept nogil:
+        """Where a packet takes it that opens it, or closes it."""
+        if state == GATE_CLOSED:
+            return GATE_OPEN
+        return GATE_CLOSED if self.repeats else GATE_DONE
+
     cdef bint passes(self, const packet_view *packet) noexcept nogil:
         cdef uint32_t flags = self.criteria.judge(packet)
         cdef bint ends = False
@@ -382,5 +422,14 @@ cdef class Gate:
         else:
             ends = self.criteria.meets_stop(flags, packet)
         if ends:
-            self.state = GATE_CLOSED if self.repeats else GATE_DONE
+            self.state = self.next_state(GATE_OPEN)
         return self.criteria.keeps(flags, packet)
+
+    def lets_pass(self, const uint8_t[::1] data not None):
+        cdef packet_view packet
+        memset(&packet, 0, sizeof(packet))
+        if data.shape[0] == 0:
+            raise ValueError("a packet has at least one byte")
+        packet.data = &data[0]
+        packet.captured_length = packet.original_length = <uint32_t>data.shape[0]
+        return self.passes(&packet)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from appliance.capture import bpf
-from appliance.capture.trigger import PortTap
+from appliance.capture.trigger import Gate, PortTap
 from appliance.capturer import CapturedPacket, enums, parse_captured
 from appliance.generator import FrameMaker, StreamShape, damaged
 from appliance.ring.port import (
@@ -431,3 +431,39 @@ def test_a_reader_is_told_where_what_it_gets_begins(bench: Bench) -> None:
     assert begins == figures["tail"] and len(data) == 1000
     assert bench.memory.read(figures["head"], 1000) == (figures["head"], b"")
     assert bench.memory.read(figures["head"] + 8, 10)[0] == figures["tail"]
+
+
+def program(expression: str) -> bytes:
+    return bpf.compile_offline(1, expression).instructions
+
+
+def verdicts(gate: Gate, count: int) -> list[int]:
+    return [n for n in range(count) if gate.lets_pass(struct.pack("!I", n).ljust(60, b"\0"))]
+
+
+def test_a_gate_opens_and_closes_with_the_packets_that_meet_its_criteria() -> None:
+    opens, closes = program("ether[3] = 10 or ether[3] = 50"), program("ether[3] = 20 or ether[3] = 60")
+    assert verdicts(Gate(1, START.FILTER, opens, STOP.FILTER, closes, KEEP.ALL, b""), 100) == [
+        *range(10, 21),
+        *range(50, 61),
+    ]
+    once = Gate(1, START.FILTER, opens, STOP.FILTER, closes, KEEP.ALL, b"", repeats=False)
+    assert verdicts(once, 100) == list(range(10, 21))
+    assert once.state == 2
+
+
+def test_a_gate_that_is_open_from_the_beginning_closes_for_good() -> None:
+    gate = Gate(1, START.ON, b"", STOP.FILTER, program("ether[3] = 20"), KEEP.FILTER, program("ether[3] & 1 = 0"))
+    assert verdicts(gate, 100) == list(range(0, 21, 2))
+    assert gate.state == 2
+
+
+def test_a_gate_that_nothing_closes_keeps_a_kind() -> None:
+    assert verdicts(Gate(1, START.ON, b"", STOP.USERSTOP, b"", KEEP.TPLD, b"", stream=7), 5) == []
+    assert verdicts(Gate(1, START.ON, b"", STOP.USERSTOP, b"", KEEP.NOTPLD, b""), 5) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rules", [(4, 4, 0), (0, 0, 0), (0, 5, 0), (0, 4, 6)])
+def test_a_gate_by_no_such_criterion_is_refused(rules: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError):
+        Gate(1, rules[0], b"", rules[1], b"", rules[2], b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 from support.frames import ETHERNET_BYTES, HEADER
 from support.judges import check_numbered
 from support.lab import Lab, requires_root, requires_tool
-from support.service import APPLIANCE, Service
+from support.service import APPLIANCE, Service, configuration, refused
 
-from appliance.capturer import CapturedPacket, CaptureError, Port, connect, enums
+from appliance.capturer import CapturedPacket, CaptureError, Port, StreamStats, connect, enums
 
 pytestmark = [requires_root, requires_tool("lz4", "capinfos")]
 
@@ -39,12 +40,14 @@ def numbers(captured: list[CapturedPacket], offset: int = ETHERNET_BYTES) -> lis
 class OnePort:
     """A service on one veth with port capture, and its other end."""
 
-    def __init__(self, lab: Lab, directory: Path, **interface: Any) -> None:
+    def __init__(self, lab: Lab, directory: Path, *, gate: Any = None, meter: Any = None, **interface: Any) -> None:
         self.lab = lab
         self.name, self.peer = lab.veth("a")
-        self.service = Service(lab, directory, [{"uri": f"ring:{self.name}", "label": "uplink"} | interface])
+        source = {"uri": f"ring:{self.name}", "label": "uplink"} | interface | (gate or {})
+        self.service = Service(lab, directory, [source], meter=meter or {})
         self.socket = self.service.config["monitor"]["control_socket"]
-        self.sent = 0
+        self.sent = 0  # numbered frames
+        self.generated = 0
 
     def send(self, frames: int, rate: float = 20_000, **options: Any) -> None:
         report = self.lab.send([self.peer], frames=frames, rate=rate, first_sequence=self.sent, **options)
@@ -53,6 +56,13 @@ class OnePort:
 
     async def connect(self) -> Port:
         return await connect("uplink", self.socket)
+
+    def end_unnumbered(self) -> None:
+        """The same where other frames were sent as well."""
+        self.service.wait_at_rest({"uplink": self.sent + self.generated})
+        assert self.service.stop() == 0, self.service.log
+        assert sum(sidecar["packets"] for sidecar in self.service.sidecars()) == self.sent + self.generated
+        self.service.assert_nothing_left()
 
     def end(self) -> None:
         """The recording must not have noticed anything."""
@@ -391,3 +401,131 @@ def test_the_command_line_captures_saves_and_says_what_it_did(lab: Lab, director
     assert "rx-fcs" in command("capture", "start", *at, "--start", "fcserr", status=74)
     assert "no service listens" in command("capture", "status", "uplink", "--socket", "/nonexistent", status=69)
     one.end()
+
+
+def generate(one: OnePort, *words: str) -> int:
+    """Test frames from the other end; how many."""
+    said = one.lab.run([*APPLIANCE, "generate", one.peer, *words]).stdout
+    one.generated += int(said.split()[1])
+    return int(said.split()[1])
+
+
+def test_loss_errors_and_latency_of_generated_streams_are_measured(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def measured() -> tuple[list[StreamStats], list[CapturedPacket]]:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.keep.set_tpld(index=7)
+        await port.capturer.state.set_start()
+        one.send(50)
+        generate(one, "--stream", "7", "--count", "100", "--rate", "2000")
+        generate(one, "--stream", "7", "--count", "100", "--rate", "2000", "--first-sequence", "120")
+        generate(
+            one, "--stream", "8", "--count", "90", "--rate", "2000", "--damage-every", "30", "--frame-bytes", "1514"
+        )
+        await port.capturer.state.set_stop()
+        return await port.capturer.streams.get(), await port.capturer.obtain_captured()
+
+    (seven, eight), packets = run(measured())
+    assert (seven.stream, seven.packets, seven.lost, seven.misordered, seven.payload_errors) == (7, 200, 20, 0, 0)
+    assert (eight.stream, eight.packets, eight.lost, eight.misordered, eight.payload_errors) == (8, 90, 0, 0, 3)
+    assert seven.bytes == 200 * 128 and eight.bytes == 90 * 1514
+    assert seven.latency_min_ns is not None and seven.latency_max_ns is not None
+    assert 0 < seven.latency_min_ns <= seven.latency_mean_ns <= seven.latency_max_ns < 10_000_000_000
+    assert [packet.sequence for packet in packets] == [*range(100), *range(120, 220)]
+    extras = [run(packet.extra.get()) for packet in packets]
+    assert all(extra.latency is not None and extra.length == 128 for extra in extras)
+    assert [extra.time_captured for extra in extras] == sorted(extra.time_captured for extra in extras)
+    one.end_unnumbered()
+
+
+def test_damaged_payloads_start_and_stop_a_capture(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+
+    async def captured() -> list[CapturedPacket]:
+        port = await one.connect()
+        await port.capturer.trigger.set(START.PLDERR, 0, STOP.PLDERR, 0)
+        await port.capturer.keep.set_all()
+        await port.capturer.state.set_start()
+        generate(one, "--count", "100", "--damage-every", "40")
+        await stopped(port)
+        first = await port.capturer.obtain_captured()
+        await port.capturer.trigger.set(START.ON, 0, STOP.USERSTOP, 0)
+        await port.capturer.keep.set_plderr()
+        await port.capturer.state.set_start()
+        generate(one, "--count", "100", "--damage-every", "40")
+        await port.capturer.state.set_stop()
+        assert [packet.sequence for packet in await port.capturer.obtain_captured()] == [39, 79]
+        return first
+
+    assert [packet.sequence for packet in run(captured())] == list(range(39, 80))
+    one.end_unnumbered()
+
+
+def test_generated_frames_are_whole_for_other_programs(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory)
+    generate(one, "--count", "20", "--frame-bytes", "81")
+    one.end_unnumbered()
+    switches = ["-o", "ip.check_checksum:TRUE", "-o", "udp.check_checksum:TRUE"]
+    fields = ["-T", "fields", "-e", "ip.checksum.status", "-e", "udp.checksum.status", "-e", "udp.dstport"]
+    told = []
+    for path in one.service.ready():
+        command = ["tshark", "-n", "-r", str(path), *switches, *fields]
+        told += subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == ["1\t1\t9"] * 20
+
+
+def test_a_recording_begins_and_ends_at_the_frames_that_its_triggers_describe(lab: Lab, directory: Path) -> None:
+    filters = {"start_filter": number_is(1000), "stop_filter": number_is(1999)}
+    trigger = {"trigger": {"start": "filter", "stop": "filter", **filters}}
+    one = OnePort(lab, directory, meter={"enabled": True}, gate=trigger)
+    one.send(5000, rate=0)
+    snapshot = one.service.wait_at_rest({"uplink": 5000})
+    (view,) = snapshot.interfaces
+    assert (view.written_packets, view.dropped["gate"], view.lost_packets) == (1000, 4000, 0)
+    assert snapshot.meter is not None and snapshot.meter.observed_packets + view.ignored["not_ip"] == 5000
+    assert one.service.stop() == 0, one.service.log
+    one.service.check({0: 1000}, 1000)
+    assert sum(sidecar["dropped"]["filter"] for sidecar in one.service.sidecars()) == 4000
+
+
+def test_a_recording_begins_again_when_it_repeats_and_goes_on_after_a_kill(lab: Lab, directory: Path) -> None:
+    """Two windows of a hundred frames in each thousand; the worker dies inside of one and outside of one."""
+    at = f"ether[{SEQUENCE_OFFSET}:4]"
+    filters = {"start_filter": f"{at} = 500 or {at} = 700", "stop_filter": f"{at} = 599 or {at} = 799"}
+    one = OnePort(lab, directory, gate={"trigger": {"start": "filter", "stop": "filter", **filters}})
+    for frames in (550, 100, 100):
+        one.send(frames)
+        one.service.wait_at_rest({"uplink": one.sent})
+        pid = one.service.pids()["capture/uplink"]
+        os.kill(pid, signal.SIGKILL)
+        one.service.wait_for_start("capture/uplink", pid)
+    one.send(250)
+    (view,) = one.service.wait_at_rest({"uplink": 1000}).interfaces
+    assert (view.written_packets, view.dropped["gate"]) == (200, 800)
+    assert one.service.stop() == 0, one.service.log
+    report = check_numbered(one.service.ready())
+    assert report[0].missing(1000) == [(0, 499), (600, 699), (800, 999)]
+
+
+def test_only_the_kind_that_is_kept_is_recorded(lab: Lab, directory: Path) -> None:
+    one = OnePort(lab, directory, gate={"keep": {"kind": "tpld", "stream": 7}})
+    one.send(100)
+    generate(one, "--stream", "7", "--count", "60")
+    generate(one, "--stream", "8", "--count", "50")
+    (view,) = one.service.wait_at_rest({"uplink": 210}).interfaces
+    assert (view.written_packets, view.dropped["gate"]) == (60, 150)
+    assert one.service.stop() == 0, one.service.log
+    one.service.check_sidecars()
+
+
+def test_a_recording_by_check_sequences_is_refused_where_there_are_none(lab: Lab, directory: Path) -> None:
+    lab.veth("a")
+    config = configuration(directory, [{"uri": "ring:a", "trigger": {"start": "fcserr"}}])
+    status, said = refused(lab, directory, config)
+    assert status == 78
+    assert "interface a: fcserr needs the frames' check sequence, which a does not hand up" in said
+    config = configuration(directory, [{"uri": "ring:a", "keep": {"kind": "filter", "filter": "tcp prot 80"}}])
+    status, said = refused(lab, directory, config)
+    assert status == 78 and "tcp prot 80" in said
