@@ -195,7 +195,7 @@ class Wiring:
                 ring_fd = self.new_ring(source.ring_bytes, source.label)
                 digest_fd = self.new_ring(source.digest_ring_bytes, source.label) if source.digest_ring_bytes else -1
             self.rings[source.label] = Rings(ring_fd, digest_fd, eventfd(), RingMapping(ring_fd, self.generation))
-            if self.plan.monitor and not no_port_because(source):
+            if self.config.monitor.control_socket is not None and not no_port_because(source):
                 capacity = memory.ring_capacity(source.interface.capture_buffer_bytes)
                 self.ports[source.label] = port_memory.allocate(capacity, self.generation, source.label)
 
