@@ -213,13 +213,15 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
 def _check_sources(plan: Plan) -> None:
     """Whether the interfaces and files are there, and the filters compile."""
     from appliance.capture import bpf, opener
+    from appliance.capture.gate import check_rules
     from appliance.prepare import check_files
 
     check_files(plan)
     for source in plan.live_sources:
         opener.interface_index(source.uri.target)
+        linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
+        check_rules(source.interface, linktype)
         if source.interface.filter:
-            linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
             bpf.compile_offline(linktype, source.interface.filter)
 
 

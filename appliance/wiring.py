@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import workers.capture
 import workers.merge
-from appliance.capture.gate import make_gate
+from appliance.capture.gate import check_rules
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
@@ -167,7 +167,7 @@ class Wiring:
                 self.opened[source.label] = self.opener.open(self.open_request(source.worker))
                 self.serials[source.label] = 1
                 self.pages["opener"].add("opened")
-                make_gate(source.interface, self.opened[source.label].linktype)  # a fault of its rules is one now
+                check_rules(source.interface, self.opened[source.label].linktype)
         for planned in self.plan.outputs:
             check_linktypes(planned.output, self.known_linktypes(planned))
 

@@ -1,4 +1,4 @@
-"""The gate of a recording, from its configuration."""
+"""The gate of a recording, from its configuration; and whether an interface's rules can be carried out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from appliance.capture.features import hands_up_fcs
 from appliance.capture.trigger import Gate
 from appliance.config import Interface
 from appliance.errors import ConfigError
+from appliance.ring.port import FILTER_INSTRUCTIONS
 
+INSTRUCTION_BYTES = 8
 # The numbers of the enums in appliance/ring/port.h.
 START = {"on": 0, "fcserr": 1, "filter": 2, "plderr": 3}
 STOP = {"fcserr": 1, "filter": 2, "plderr": 3, "userstop": 4}
@@ -42,6 +44,17 @@ def make_gate(interface: Interface, linktype: int) -> Gate | None:
         )
     except ValueError as error:
         raise ConfigError(f"interface {interface.label}: {error}") from None
+
+
+def check_rules(interface: Interface, linktype: int) -> None:
+    """ConfigError: the recording's rules or a filter of port capture cannot be carried out."""
+    make_gate(interface, linktype)
+    for index, text in enumerate(interface.capture_filters):
+        if len(compiled(linktype, text)) > FILTER_INSTRUCTIONS * INSTRUCTION_BYTES:
+            raise ConfigError(
+                f"interface {interface.label}: capture_filters[{index}] compiles to more than {FILTER_INSTRUCTIONS} "
+                "instructions"
+            )
 
 
 def compiled(linktype: int, text: str) -> bytes:

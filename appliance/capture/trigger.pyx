@@ -327,8 +327,11 @@ cdef class PortTap:
         """The tail moves before its bytes are overwritten: readers look at it after they copied."""
         cdef port_header *h = self.memory.header
         # Packets begin at multiples of 8, so their length is never split by the end of the data.
-        cdef uint32_t length = (<uint32_t *>(self.memory.data + (h.tail & (self.memory.capacity - 1))))[0]
-        if h.packets <= 1 or length < PACKET_HEADER_BYTES or length & 7 or length > h.head - h.tail:
+        cdef uint64_t at = h.tail & (self.memory.capacity - 1) & ~<uint64_t>7
+        cdef uint32_t length = (<uint32_t *>(self.memory.data + at))[0]
+        cdef uint64_t used = h.head - h.tail
+        if (h.packets <= 1 or used > self.memory.capacity or length < PACKET_HEADER_BYTES or length & 7
+                or length > used):
             store_u64(&h.tail, h.head)  # the last one, or damage: then all of it goes
             h.packets = 0
         else:

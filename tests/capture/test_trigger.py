@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import struct
 import zlib
@@ -27,6 +29,7 @@ START, STOP, KEEP = enums.StartTrigger, enums.StopTrigger, enums.PacketType
 GENERATION = 9
 BEGIN_NS = 1_700_000_000_000_000_000
 SMALL = 1 << 16
+HEAD_OFFSET = 312  # of port_header.head, ring/port.h
 RET_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
 
 
@@ -431,6 +434,29 @@ def test_a_reader_is_told_where_what_it_gets_begins(bench: Bench) -> None:
     assert begins == figures["tail"] and len(data) == 1000
     assert bench.memory.read(figures["head"], 1000) == (figures["head"], b"")
     assert bench.memory.read(figures["head"] + 8, 10)[0] == figures["tail"]
+
+
+@given(head=st.integers(0, (1 << 64) - 1), tail=st.integers(0, (1 << 64) - 1), packets=st.integers(0, (1 << 64) - 1))
+@settings(max_examples=100, deadline=None)
+def test_damaged_positions_lead_nobody_out_of_the_memory(head: int, tail: int, packets: int) -> None:
+    bench = Bench()
+    try:
+        bench.set()
+        bench.start()
+        bench.show_numbered(2000)
+        with mmap.mmap(bench.fd, 4096) as shared:
+            shared[HEAD_OFFSET : HEAD_OFFSET + 24] = struct.pack("=QQQ", head, tail, packets)
+        with contextlib.suppress(ValueError):  # it says that they are damaged
+            bench.memory.read(tail, 1 << 20)
+        bench.show_numbered(2000)
+        bench.stop()
+        bench.start()
+        bench.shown = 0
+        bench.show_numbered(10)
+        bench.stop()
+        assert bench.memory.figures()["packets"] <= 10
+    finally:
+        os.close(bench.fd)
 
 
 def program(expression: str) -> bytes:

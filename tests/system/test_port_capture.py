@@ -14,7 +14,7 @@ import pytest
 from support.frames import ETHERNET_BYTES, HEADER
 from support.judges import check_numbered
 from support.lab import Lab, requires_root, requires_tool
-from support.service import APPLIANCE, Service, configuration, refused
+from support.service import APPLIANCE, Service, configuration, refused, toml
 
 from appliance.capturer import CapturedPacket, CaptureError, Port, StreamStats, connect, enums
 
@@ -529,3 +529,10 @@ def test_a_recording_by_check_sequences_is_refused_where_there_are_none(lab: Lab
     config = configuration(directory, [{"uri": "ring:a", "keep": {"kind": "filter", "filter": "tcp prot 80"}}])
     status, said = refused(lab, directory, config)
     assert status == 78 and "tcp prot 80" in said
+    config = configuration(directory, [{"uri": "ring:a", "capture_filters": ["ip", "udp prot 80"]}])
+    status, said = refused(lab, directory, config)
+    assert status == 78 and "udp prot 80" in said
+    path = directory / "appliance.toml"
+    path.write_text(toml(config))
+    checked = lab.run([*APPLIANCE, "check-config", "-c", str(path)], check=False)
+    assert checked.returncode == 78 and "udp prot 80" in checked.stderr
