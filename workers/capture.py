@@ -57,6 +57,7 @@ class CaptureParts:
     meter_wake_fd: int
     opened: OpenedInterface | None
     socket_serial: int
+    inner: bool  # tunnels are metered by their innermost IP header
     port_fd: int = -1  # -1: no port capture
 
     @property
@@ -114,6 +115,7 @@ class LiveWorker:
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
+            inner=self.parts.inner,
             port=self.port,
             gate=make_gate(self.parts.interface, opened.linktype),
         )
@@ -255,7 +257,7 @@ class LibpcapWorker:
         self.parts = parts
         self.records = records
         self.digests = digests
-        self.capture = PcapCapture(parts.interface, records, digests, context.page)
+        self.capture = PcapCapture(parts.interface, records, digests, context.page, inner=parts.inner)
         set_capabilities(())
         self.poller = select.poll()
         self.poller.register(self.capture.fileno(), select.POLLIN)
@@ -310,7 +312,9 @@ class FileWorker:
     def run(self) -> int:
         status = 0
         try:
-            capture = FileCapture(self.parts.interface, self.records, self.digests, self.context.page)
+            capture = FileCapture(
+                self.parts.interface, self.records, self.digests, self.context.page, inner=self.parts.inner
+            )
             while not capture.ended:
                 self.context.beat()
                 wait_ms = capture.step()

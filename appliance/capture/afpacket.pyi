@@ -35,6 +35,7 @@ class LiveCapture:
         reorder_us: int,
         block_timeout_ms: int = 1,
         step_ms: int = 50,
+        inner: bool = False,
         port: PortTap | None = None,
         gate: Gate | None = None,
     ) -> None: ...

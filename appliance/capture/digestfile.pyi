@@ -6,10 +6,10 @@ class DigestFile:
     """One capture file of any kind that CaptureReader reads; it raises what that raises.
 
     No packet is copied: the parser looks at them in the reader's buffer. `source`: the interface that every digest
-    gets, as the merge would write it.
+    gets, as the merge would write it. `inner`: tunnels are described by their innermost IP header.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: int = 0) -> None: ...
+    def __init__(self, path: str | os.PathLike[str], source: int = 0, *, inner: bool = False) -> None: ...
 
     ended: bool
     """The file is over, and all its digests were given."""
