@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from appliance import capture_command
 from appliance.console import (
     Table,
     joined,
@@ -220,13 +221,15 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
 def _check_sources(plan: Plan) -> None:
     """Whether the interfaces and files are there, and the filters compile."""
     from appliance.capture import bpf, opener
+    from appliance.capture.gate import check_rules
     from appliance.prepare import check_files
 
     check_files(plan)
     for source in plan.live_sources:
         opener.interface_index(source.uri.target)
+        linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
+        check_rules(source.interface, linktype)
         if source.interface.filter:
-            linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
             bpf.compile_offline(linktype, source.interface.filter)
 
 
@@ -317,7 +320,7 @@ def top(
     """
     from appliance.monitor.render import live_line
 
-    path = _control_socket(config, socket)
+    path = control_socket(config, socket)
     snapshots = _snapshots(path, interval, count)
     if not sys.stdout.isatty():
         for now, before in snapshots:
@@ -361,7 +364,7 @@ def _snapshots(path: Path, interval_s: float, count: int) -> Iterator[tuple[Snap
 def _ask(request: str, config: Path | None, socket: Path | None) -> object:
     from appliance.monitor.control import ControlClient
 
-    return ControlClient(_control_socket(config, socket)).ask(request)
+    return ControlClient(control_socket(config, socket)).ask(request)
 
 
 def _snapshot(answer: object) -> Snapshot:
@@ -377,7 +380,7 @@ def _snapshot(answer: object) -> Snapshot:
         ) from None
 
 
-def _control_socket(config: Path | None, socket: Path | None) -> Path:
+def control_socket(config: Path | None, socket: Path | None) -> Path:
     """--socket, else what the configuration says, else where a service would be found without either."""
     from appliance.config import Monitor, load
 
@@ -391,6 +394,10 @@ def _control_socket(config: Path | None, socket: Path | None) -> Path:
     default = Monitor().control_socket
     assert default is not None
     return QUICKSTART_SOCKET if not default.exists() and QUICKSTART_SOCKET.exists() else default
+
+
+app.add_typer(capture_command.app)
+app.command("generate")(capture_command.generate)
 
 
 # This host ------------------------------------------------------------------------------------------------------------

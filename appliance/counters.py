@@ -35,6 +35,8 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "dropped_kernel_packets",  # tp_drops
     "dropped_filter_packets",  # rejected by a filter in user space
     "dropped_ring_packets",  # our ring was full
+    "gated_packets",  # not recorded: the triggers or keep rules of the recording left them out
+    "gate_state",  # of the recording: 0 closed, 1 open, 2 closed for good
     "foreign_packets",  # of another interface, or outgoing copies that were not asked for
     "read_packets",  # taken out of the kernel's ring or the file
     "read_bytes",  # original lengths of those

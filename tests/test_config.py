@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 
 from appliance.capture import uri
@@ -148,6 +148,7 @@ def test_a_file_and_a_live_interface_are_neither_merged_nor_metered_together() -
     parse({"interface": apart, "output": outputs, "meter": {"enabled": False}})
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -316,3 +317,36 @@ def test_every_interface_of_a_host_without_any_is_missing_input() -> None:
 def test_a_configuration_without_wildcard_stays_as_it_is() -> None:
     config = parse({"interface": [ONE]})
     assert expand_interfaces(config, []) is config
+
+
+def test_a_criterion_by_filter_has_its_filter_and_no_other_has_one() -> None:
+    told = faults(
+        {
+            "interface": [
+                ONE | {"trigger": {"start": "filter", "stop_filter": "tcp"}},
+                {"uri": "ring:eth1", "keep": {"kind": "filter"}},
+                {"uri": "ring:eth2", "keep": {"kind": "none"}, "trigger": {"stopp": "filter"}},
+            ]
+        }
+    )
+    assert told["interface[0].trigger.start_filter"] == "is missing"
+    assert told["interface[0].trigger.stop_filter"] == 'is given, and the criterion is "userstop"'
+    assert told["interface[1].keep.filter"] == "is missing"
+    assert told["interface[2].keep.kind"].startswith("must be 'all', 'filter'")
+    assert told["interface[2].trigger.stopp"] == "unknown key; did you mean 'stop'?"
+
+
+def test_a_recording_is_gated_where_one_worker_sees_all_its_packets() -> None:
+    trigger = {"trigger": {"start": "plderr"}}
+    told = faults({"interface": [{"uri": "pcap:eth0"} | trigger, {"uri": "ring:eth1", "fanout": 2} | trigger]})
+    assert told["interface[0].trigger"] == "only a ring: source is recorded by triggers, not pcap:eth0"
+    assert told["interface[1].trigger"] == "a trigger needs all packets in one worker: fanout must be 1"
+    assert parse({"interface": [{"uri": "ring:eth0", "fanout": 2, "keep": {"kind": "notpld"}}]})
+
+
+def test_filters_of_port_capture_are_few_and_short() -> None:
+    told = faults(
+        {"interface": [ONE | {"capture_filters": ["tcp"] * 17}, {"uri": "ring:b", "capture_filters": ["x" * 1025]}]}
+    )
+    assert told["interface[0].capture_filters"] == "there can be 16 filters, not 17"
+    assert "must have at most 1024 bytes" in told["interface[1].capture_filters[0]"]

@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.merge": set(),
     "appliance.meter": set(),
     "appliance.monitor": {"appliance.plan"},
+    # Clients' filters are compiled here, so that no capture worker is held up by one.
+    "appliance.monitor.ports": {"appliance.monitor", "appliance.capture.bpf", "appliance.capture.features"},
     # A process is made of the part that it is named after.
     "workers.capture": {"appliance.capture"},
     "workers.merge": {"appliance.merge"},
@@ -58,6 +60,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
     "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.lab": set(),
+    "appliance.capturer": {"appliance.monitor.control"},
+    "appliance.capture_command": {"appliance.capturer", "appliance.cli", "appliance.generator"},
+    "appliance.generator": set(),
 }
 # Packages of others with traps of their own, and where those are met: nobody else imports them.
 ADAPTERS: dict[str, set[str]] = {
