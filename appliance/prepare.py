@@ -119,7 +119,7 @@ def first_interfaces(source: Source) -> list[InterfaceDescription]:
     if os.path.isdir(source.uri.target):
         raise MissingInputError(f"{source.uri.target} is a directory, not a capture file")
     try:
-        return read_interfaces(source.uri.target)
+        return read_interfaces(source.uri.target, source.uri.told_format)
     except FormatError as error:
         if error.packets or "damaged" in str(error):
             # Damage is met again, and counted, when the file is read: what is whole before it is worth having.

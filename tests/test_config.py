@@ -253,8 +253,18 @@ def test_a_hostile_interface_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("erf:x", "erf: is not supported yet; the appliance reads ring: pcap: int: pcapfile: pcapng:"),
-        ("dag:/dev/dag0", "dag: is not supported yet"),
+        ("dag:/dev/dag0", "dag: needs a DAG card; record on the card's host, and read the file here: erf:PATH"),
+        ("rt:host:3435", "rt: needs a sender"),
+        ("duck:/x", "read the trace beside it: erf:PATH"),
+        ("bpf:em0", "on Linux use ring:INTERFACE"),
+        ("xdp:eth0", "ring:INTERFACE"),
+        ("pfring:eth0", "ring:INTERFACE"),
+        ("dpdk:0000:01:00.0", "ring:INTERFACE"),
+        ("ndag:eth0,225.0.0.225,9001", "erf:PATH"),
+        ("tzsplive:0.0.0.0:37008", "ring:INTERFACE with filter udp port 37008"),
+        ("etsilive:0.0.0.0:9999", "lawful interception"),
+        ("legacynzix:/x", "traceconvert legacynzix:PATH pcapfile:NEW"),
+        ("atmhdr:/x", "traceconvert atmhdr:PATH erf:NEW"),
         ("pcapfle:x", "unknown scheme; did you mean pcapfile:?"),
         ("eth0", "say e.g. ring:eth0"),
         ("ring:", "names no interface"),
@@ -270,9 +280,36 @@ def test_a_uri_that_is_not_read_is_refused_by_name(text: str, message: str) -> N
 
 def test_an_output_is_a_format_and_a_path() -> None:
     assert uri.parse_output("pcapfile:/tmp/a.pcap").target == "/tmp/a.pcap"
-    for text in ("ring:eth0", "erf:x"):
-        with pytest.raises(UsageError, match="is not supported yet; the appliance writes pcapfile: pcapng:"):
+    assert str(uri.parse_output("erf:/tmp/a.erf")) == "erf:/tmp/a.erf"
+    assert str(uri.parse_output("rawerf:/tmp/a.erf")) == "erf:/tmp/a.erf"
+    assert str(uri.parse_output("pcap:/tmp/a.pcap")) == "pcapfile:/tmp/a.pcap"
+    for text in ("ring:eth0", "tsh:x", "legacyeth:x"):
+        with pytest.raises(UsageError, match="is only read; The appliance writes pcapfile: pcapng: erf:"):
             uri.parse_output(text)
+
+
+@pytest.mark.parametrize("scheme", ["legacyeth", "legacypos", "legacyatm", "tsh", "fr+", "erf", "rawerf"])
+def test_what_a_file_does_not_tell_itself_its_uri_tells(scheme: str) -> None:
+    parsed = uri.parse(f"{scheme}:/a:b")
+    assert (parsed.target, parsed.is_live, parsed.told_format) == ("/a:b", False, scheme.removeprefix("raw"))
+    assert uri.parse("pcapfile:/a").told_format == ""
+
+
+def test_libtraces_names_of_libpcap_mean_an_interface_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(uri.parse("pcapint:eth0")) == "pcap:eth0"
+    assert str(uri.parse("pcap:eth0")) == "pcap:eth0"
+    assert str(uri.parse("pcap:/tmp/a.pcap")) == "pcapfile:/tmp/a.pcap"
+    monkeypatch.chdir(tmp_path)
+    Path("a.pcap").touch()
+    Path("lo").touch()
+    assert str(uri.parse("pcap:a.pcap")) == "pcapfile:a.pcap"
+    assert str(uri.parse("pcap:lo")) == "pcap:lo"
+
+
+def test_a_dash_is_standard_input_of_any_kind() -> None:
+    assert (uri.guess("-").target, uri.guess("-").is_live, uri.guess("-").told_format) == ("-", False, "")
 
 
 def test_a_bare_name_is_a_file_before_it_is_an_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.counters": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
+    # A user's end: URIs, files and compressors.
+    "appliance.formats.output_trace": {"appliance.capture.opener", "appliance.capture.uri"}
+    | {"appliance.merge.compressor"},
     "appliance.logs": set(),
     "appliance.process": set(),
     "appliance.ring": set(),
