@@ -66,7 +66,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
     told = faults(
         {
             "interface": [{"uri": "ring:eth0", "snaplen": 12, "promiscous": True, "output": "mian"}, {"label": "b/c"}],
-            "output": [{"format": "erf", "compressor": "zstd", "rotate_bytes": 1}],
+            "output": [{"format": "snoop", "compressor": "zstd", "rotate_bytes": 1}],
             "meter": {"enabled": 1, "export": [{"uri": "tls://collector:4740"}]},
             "monitor": {"listen": "9750"},
             "memory": 5,
@@ -78,7 +78,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
         "interface[0].output": "there is no [[output]] called 'mian', only main",
         "interface[1].uri": "is missing",
         "interface[1].label": "must be 1 to 64 of A-Z a-z 0-9 _ . -, beginning with a letter, a digit or _, is 'b/c'",
-        "output[0].format": "must be 'pcapng', 'pcap' or 'pcap-us', is 'erf'",
+        "output[0].format": "must be 'pcapng', 'pcap', 'pcap-us' or 'erf', is 'snoop'",
         "output[0].compressor": 'must be "none", "lz4" or a list of strings such as ["zstd", "-q", "-1"], is \'zstd\'',
         "output[0].rotate_bytes": f"must be 0 or between 4096 and {1 << 60}, is 1",
         "meter.enabled": "must be true or false, is 1",

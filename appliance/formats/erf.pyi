@@ -13,6 +13,10 @@ from appliance.formats.decoder import Decoder
 
 RECORD_HEADER_BYTES: int
 RECORD_MAX_BYTES: int
+SNAPLEN_MAX: int
+"""The most of a packet that fits into a record."""
+PORTS: int
+"""How many interfaces a record's number tells apart."""
 LINKTYPES: tuple[int, ...]
 """What an ERF file can hold."""
 

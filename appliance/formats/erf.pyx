@@ -18,6 +18,8 @@ from appliance.formats.encode import InterfaceDescription
 
 RECORD_HEADER_BYTES = ERF_HEADER_BYTES
 RECORD_MAX_BYTES = ERF_RECORD_MAX_BYTES
+SNAPLEN_MAX = ERF_RECORD_MAX_BYTES - ERF_HEADER_BYTES - ERF_ETHERNET_PAD_BYTES
+PORTS = 4
 LINKTYPES = (LINKTYPE_ETHERNET, LINKTYPE_PPP_HDLC, LINKTYPE_CISCO_HDLC, LINKTYPE_RAW, LINKTYPE_ERF, 228, 229)
 
 cdef enum:
@@ -26,7 +28,6 @@ cdef enum:
     EXTENSION_BYTES = 8
     TYPE_PAD = 48  # fills up a memory block of the card: no packet
     TYPE_MAX = 48
-    PORTS = 4
     DROP_OPTION_BYTES = 16  # epb_dropcount, and the end of the options
     TSRESOL_ERF = 0x80 | 32  # 2^-32 s
 
@@ -72,7 +73,7 @@ cdef class ErfDecoder(Decoder):
 
     def __cinit__(self, bint by_reference=False):
         cdef int i
-        for i in range(PORTS * KINDS):
+        for i in range(sizeof(self.numbers.of) // sizeof(int16_t)):
             self.numbers.of[i] = -1
 
     cdef Step run(self, Span *span) noexcept nogil:
