@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
+    "appliance.traces": {"appliance.capture", "appliance.meter"},
     "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.lab": set(),
 }
