@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -306,6 +307,14 @@ def test_libtraces_names_of_libpcap_mean_an_interface_or_a_file(
     Path("lo").touch()
     assert str(uri.parse("pcap:a.pcap")) == "pcapfile:a.pcap"
     assert str(uri.parse("pcap:lo")) == "pcap:lo"
+
+
+def test_a_compressed_file_is_not_taken_for_what_its_compressed_bytes_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    path.write_bytes(b"\x1f\x8b\x08\0" + struct.pack("<I", 1_700_000_000) + bytes((2, 3, 0x40, 0x10)) + bytes(40))
+    assert str(uri.guess(str(path))) == f"pcapfile:{path}"
+    path.write_bytes(b"\0\0\0\0" + struct.pack("<I", 1_700_000_000) + bytes((2, 4, 0, 76)) + bytes(70))
+    assert str(uri.guess(str(path))) == f"erf:{path}"
 
 
 def test_a_dash_is_standard_input_of_any_kind() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from appliance.errors import UsageError
 from appliance.formats.stream import looks_like_erf
+from appliance.formats.unpack import MAGICS
 
 LIVE_SCHEMES = ("ring", "pcap", "int")
 # Nothing in these files tells what they are, so their scheme must.
@@ -55,7 +56,7 @@ _REFUSED = {
     "rt": "needs a sender of libtrace's RT protocol (WDCAP), which no longer is packaged; on the sender's host run "
     "mtracecap pcapng:- ring:INTERFACE, and feed it here through ssh: pcapng:-",
     "tzsplive": "is TZSP over UDP; record the sender's interface: ring:INTERFACE with filter udp port 37008",
-    "xdp": "is not here; ring:INTERFACE loses nothing at the same rates",
+    "xdp": "takes the packets away from the host, and gains nothing without a driver for it; use ring:INTERFACE",
 }
 
 # IFNAMSIZ is 16 with the final zero (linux/if.h). The kernel takes nearly any byte; what goes into file names, labels
@@ -179,6 +180,8 @@ def _file_scheme(path: str) -> str:
         return "pcapfile"
     if head.startswith(_PCAPNG_MAGIC):
         return "pcapng"
+    if head.startswith(tuple(MAGICS.values())):  # a gzip header may look like ERF
+        return "pcapfile"
     return "erf" if looks_like_erf(head) else "pcapfile"
 
 
