@@ -260,7 +260,10 @@ cdef class LiveCapture:
 
     cdef void resume_digests(self, uint64_t committed_head) noexcept:
         """The packets were published and their digests not yet: the bytes are there, only the head is missing."""
-        if 0 < committed_head - self.digests.view.published <= self.digests.view.capacity:
+        cdef uint64_t rewound = ring_rewound(self.digests.view.header, committed_head)
+        cdef uint64_t start = max(rewound, self.digests.view.published)
+        if 0 < committed_head - start <= self.digests.view.capacity:
+            self.digests.view.rewound = rewound
             self.digests.view.position = committed_head
             ring_publish(&self.digests.view, committed_head, self.digests.view.header.watermark_ns, NULL, 0)
 
@@ -362,6 +365,9 @@ cdef class LiveCapture:
         cdef uint32_t taken = 0
         if self.watermark_is_wanted():
             self.owes_watermark = True
+        ring_rewind(&self.records.view)
+        if self.digests is not None:
+            ring_rewind(&self.digests.view)
         while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
             if self.held == self.block_count:
                 self.publish(UINT64_MAX)  # the whole kernel ring is in the tail: it must go back

@@ -4,7 +4,8 @@
  *   4096   data, `capacity` bytes, a power of two; mapped twice in a row, so that no record is ever split
  *
  * Positions (head, tail) are monotonic byte counts; `position & (capacity - 1)` is the index into the data.
- * Every cache line has one writer. All integers are in host byte order.
+ * A producer that finds everything consumed may go on at the start of the data, at the next position whose index is 0:
+ * what is used stays small, and in the cache, however large the ring is. Every cache line has one writer. All integers are in host byte order.
  */
 #ifndef APPLIANCE_RING_LAYOUT_H
 #define APPLIANCE_RING_LAYOUT_H
@@ -13,9 +14,10 @@
 #include <stddef.h>
 
 #define RING_MAGIC 0x31474e4952504143ULL /* "CAPRING1" */
-#define RING_VERSION 1u
+#define RING_VERSION 2u
 #define RING_HEADER_BYTES 4096u
 #define RING_COMMIT_WORDS 30u
+#define RING_REWIND_BYTES (1u << 20) /* nearer to the start it does not pay, unless the ring is small */
 
 /* What a sleeping producer wants to be woken for. */
 #define RING_AWAKE 0u
@@ -47,7 +49,8 @@ struct ring_header {
     int64_t watermark_ns;  /* promise: no later record is older than this */
     uint32_t ended;        /* 1: nothing will follow (orderly end) */
     uint32_t producer_sleeping; /* RING_AWAKE, ... */
-    uint8_t pad1[104];
+    uint64_t rewound;      /* nothing is between the tail and here, if this is not above `head` */
+    uint8_t pad1[96];
     struct ring_commit commit[2];
     /* written by the consumer */
     uint64_t tail;              /* bytes consumed */

@@ -37,6 +37,7 @@ cdef extern from "layout.h" nogil:
         int64_t watermark_ns
         uint32_t ended
         uint32_t producer_sleeping
+        uint64_t rewound
         ring_commit commit[2]
         uint64_t tail
         uint32_t watermark_wanted
@@ -50,6 +51,8 @@ cdef extern from "ring.h" nogil:
         uint64_t position
         uint64_t published
         uint64_t other
+        uint64_t head
+        uint64_t rewound
 
     int RING_OK
     int RING_CORRUPT
@@ -59,6 +62,8 @@ cdef extern from "ring.h" nogil:
     int ring_wake_consumer(ring_view *view)
     void ring_publish(ring_view *view, uint64_t position, int64_t watermark_ns, const uint64_t *words,
                       uint32_t word_count)
+    void ring_rewind(ring_view *view)
+    uint64_t ring_rewound(const ring_header *header, uint64_t head)
     void ring_promise(ring_view *view, int64_t watermark_ns)
     void ring_end(ring_view *view)
     int ring_commit_slot(const ring_header *header, uint64_t head)

@@ -2,7 +2,8 @@
  *
  * Memory order. The producer fills the data, then the commit slot, then stores `head` (release), then `watermark`
  * (release). The consumer loads `watermark` (acquire), then `head` (acquire): whoever sees a watermark sees every
- * record that was published before the promise. The other order would miss records.
+ * record that was published before the promise. The other order would miss records. `rewound` is stored before the
+ * `head` that is above it, and loaded after it: a rewinding that does not belong to a head that is seen is not seen.
  *
  * Sleeping. Who goes to sleep stores its flag, then a sequentially consistent fence, then looks once more; who
  * publishes stores its position, then the same fence, then looks at the flag. One of the two always sees the other.
@@ -33,8 +34,10 @@ struct ring_view {
     uint8_t *data;
     uint64_t capacity;
     uint64_t position;  /* producer: end of what is written; consumer: end of what is read; both ahead of the shared one */
-    uint64_t published; /* producer: our head; consumer: our tail */
+    uint64_t published; /* producer: our head (but see `head`); consumer: our tail */
     uint64_t other;     /* the other side's position as last seen */
+    uint64_t head;      /* producer: the shared head; below `published` between a rewinding and the next publish */
+    uint64_t rewound;   /* producer: where it last went on at the start of the data */
 };
 
 enum ring_check { RING_OK = 0, RING_CORRUPT = -1 };
@@ -44,6 +47,8 @@ enum ring_check { RING_OK = 0, RING_CORRUPT = -1 };
 static inline uint64_t ring_free_bytes(struct ring_view *view)
 {
     view->other = RING_LOAD_ACQUIRE(&view->header->tail);
+    if (view->other < view->rewound)
+        view->other = view->rewound;
     uint64_t used = view->position - view->other;
     return used > view->capacity ? 0 : view->capacity - used; /* a tail ahead of us is corrupt: no room, ever */
 }
@@ -73,6 +78,26 @@ static inline void ring_advance(struct ring_view *view, uint64_t bytes)
     view->position += bytes;
 }
 
+/* When everything published is consumed, and lies far enough from the start of the data: goes on there. What is written
+ * and not published yet moves along. */
+static inline void ring_rewind(struct ring_view *view)
+{
+    uint64_t index = view->published & (view->capacity - 1);
+    uint64_t unpublished = view->position - view->published;
+
+    if (index < RING_REWIND_BYTES && index < view->capacity / 8)
+        return;
+    if (unpublished > index || index + unpublished > view->capacity)
+        return; /* the copy would run into what it copies */
+    if (RING_LOAD_ACQUIRE(&view->header->tail) != view->published)
+        return;
+    RING_COPY(view->data, view->data + index, unpublished);
+    view->published += view->capacity - index;
+    view->position = view->published + unpublished;
+    view->other = view->rewound = view->published;
+    RING_STORE_RELEASE(&view->header->rewound, view->rewound);
+}
+
 /* Whether the consumer sleeps and must be woken (once: the flag is taken down). */
 static inline int ring_wake_consumer(struct ring_view *view)
 {
@@ -93,12 +118,19 @@ static inline int ring_commit_slot(const struct ring_header *header, uint64_t he
     return found;
 }
 
+/* The position before which nothing is left, as far as it belongs to `head`; 0: there is none. */
+static inline uint64_t ring_rewound(const struct ring_header *header, uint64_t head)
+{
+    uint64_t rewound = RING_LOAD_ACQUIRE(&header->rewound);
+    return rewound <= head ? rewound : 0;
+}
+
 /* Publishes everything up to `position`, together with what the producer must find again after its death. */
 static inline void ring_publish(struct ring_view *view, uint64_t position, int64_t watermark_ns, const uint64_t *words,
                                 uint32_t word_count)
 {
     struct ring_header *header = view->header;
-    int valid = ring_commit_slot(header, view->published);
+    int valid = ring_commit_slot(header, view->head);
     struct ring_commit *slot = &header->commit[valid == 0 ? 1 : 0]; /* never the valid one: it must outlive our death */
     uint64_t sequence = valid < 0 ? 1u : header->commit[valid].sequence + 1u;
 
@@ -111,9 +143,10 @@ static inline void ring_publish(struct ring_view *view, uint64_t position, int64
     for (uint32_t i = 0; i < word_count; i++)
         RING_STORE_RELAXED(&slot->words[i], words[i]);
     RING_STORE_RELEASE(&slot->head, position);
+    RING_STORE_RELEASE(&header->rewound, view->rewound); /* a predecessor's may be above its head, and void */
     RING_STORE_RELEASE(&header->head, position);
     RING_STORE_RELEASE(&header->watermark_ns, watermark_ns);
-    view->published = position;
+    view->head = view->published = position;
 }
 
 static inline void ring_promise(struct ring_view *view, int64_t watermark_ns)
@@ -132,8 +165,9 @@ static inline const struct ring_commit *ring_resume_producer(struct ring_view *v
 {
     struct ring_header *header = view->header;
 
-    view->position = view->published = RING_LOAD_ACQUIRE(&header->head);
+    view->position = view->published = view->head = RING_LOAD_ACQUIRE(&header->head);
     view->other = RING_LOAD_ACQUIRE(&header->tail);
+    view->rewound = ring_rewound(header, view->head);
     int valid = ring_commit_slot(header, view->position);
     return valid < 0 ? NULL : &header->commit[valid];
 }
@@ -152,7 +186,13 @@ static inline int ring_look(struct ring_view *view, int64_t *watermark_ns, uint3
     uint32_t over = RING_LOAD_ACQUIRE(&view->header->ended);
     int64_t promise = RING_LOAD_ACQUIRE(&view->header->watermark_ns);
     uint64_t head = RING_LOAD_ACQUIRE(&view->header->head);
+    uint64_t rewound = ring_rewound(view->header, head);
 
+    if (view->position < rewound) {
+        if (view->position != view->other)
+            return RING_CORRUPT; /* it may only rewind what we have read */
+        view->position = view->other = rewound;
+    }
     if (head - view->position > view->capacity || head < view->other)
         return RING_CORRUPT;
     view->other = head;

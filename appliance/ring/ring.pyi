@@ -55,6 +55,9 @@ class Producer:
         """The first `length` reserved bytes are whole records now."""
     def publish(self, watermark_ns: int) -> None:
         """Makes all written records visible, and promises that none that follows is older than `watermark_ns`."""
+    def rewind(self) -> None:
+        """Goes on at the start of the data, where memory is still in the cache, if the consumer has released everything
+        published, and the ring's eighth or the first MiB is behind. What is unpublished moves along."""
     def promise(self, watermark_ns: int) -> None:
         """A new watermark without new records."""
     def end(self) -> None:

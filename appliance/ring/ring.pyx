@@ -76,6 +76,7 @@ cdef class Mapping:
     def used_bytes(self):
         cdef uint64_t tail = self.header.tail
         cdef uint64_t head = self.header.head
+        tail = max(tail, ring_rewound(self.header, head))
         return min(head - tail, self.capacity) if head >= tail else 0
 
     @property
@@ -109,7 +110,7 @@ cdef class Mapping:
             published = self.published_packets()
             if self.header.head == head:
                 break
-        at = self.header.tail
+        at = max(self.header.tail, ring_rewound(self.header, head))
         while at < head and head - at <= self.capacity:
             record = self.data + (at & (self.capacity - 1))
             length = record_check(record, head - at)
@@ -164,6 +165,9 @@ cdef class Producer:
     def publish(self, int64_t watermark_ns):
         ring_publish(&self.view, self.view.position, watermark_ns, self.words, self.word_count)
         self.wake()
+
+    def rewind(self):
+        ring_rewind(&self.view)
 
     def promise(self, int64_t watermark_ns):
         ring_promise(&self.view, watermark_ns)

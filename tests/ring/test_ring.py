@@ -20,7 +20,7 @@ from appliance.ring.ring import Consumer, Producer, initialise
 CAPACITY = 1 << 16
 GENERATION = 7
 RECORD_PACKET = 6
-HEAD_OFFSET, WATERMARK_OFFSET = 128, 136
+HEAD_OFFSET, WATERMARK_OFFSET, REWOUND_OFFSET, TAIL_OFFSET = 128, 136, 152, 768
 
 
 def new_ring() -> int:
@@ -48,6 +48,10 @@ class RingAgainstDeque(RuleBasedStateMachine):
         self.published: collections.deque[bytes] = collections.deque()
         self.unreleased: list[bytes] = []
         self.commit = 0
+
+    @rule()
+    def rewind(self) -> None:
+        self.producer.rewind()
 
     @rule(size=st.integers(0, 9000), fill=st.integers(0, 255))
     def push(self, size: int, fill: int) -> None:
@@ -137,15 +141,24 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     )
     dll = ctypes.CDLL(str(library))
     dll.traced_publish.restype = ctypes.c_uint64
-    dll.traced_publish.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint64]
+    dll.traced_publish.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_uint64,
+        ctypes.c_int64,
+        ctypes.c_uint64,
+        ctypes.c_int,
+    ]
     dll.traced_log.restype = ctypes.POINTER(Store)
     return dll
 
 
-def trace_publish(dll: ctypes.CDLL, image: bytearray, records: bytes, watermark_ns: int, word: int) -> list[Store]:
+def trace_publish(
+    dll: ctypes.CDLL, image: bytearray, records: bytes, watermark_ns: int, word: int, *, rewind: bool = False
+) -> list[Store]:
     """Publishes into `image`; returns the stores in the order in which the producer made them."""
     buffer = (ctypes.c_char * len(image)).from_buffer(image)
-    count = dll.traced_publish(ctypes.addressof(buffer), records, len(records), watermark_ns, word)
+    count = dll.traced_publish(ctypes.addressof(buffer), records, len(records), watermark_ns, word, rewind)
     del buffer
     log = dll.traced_log()
     return [Store(log[i].offset, log[i].bytes, log[i].value) for i in range(count)]
@@ -198,6 +211,45 @@ def test_a_producer_that_dies_between_any_two_stores_leaves_whole_batches_and_a_
     assert head_stored
     assert replayed == image
     assert read_everything(bytes(replayed)) == (first + second, 102)
+
+
+def image_with_everything_consumed(dll: ctypes.CDLL, batch: list[bytes]) -> bytearray:
+    """A ring's memory far from the start of its data, in which nothing waits."""
+    image = fresh_image()
+    trace_publish(dll, image, b"".join(batch), 1, 100)
+    (head,) = struct.unpack_from("=Q", image, HEAD_OFFSET)
+    struct.pack_into("=Q", image, TAIL_OFFSET, head)
+    return image
+
+
+def test_a_producer_that_dies_between_any_two_stores_of_a_rewinding_leaves_whole_batches(traced: ctypes.CDLL) -> None:
+    consumed = [record(b"a" * 5000, 1), record(b"b" * 6000, 2)]
+    image = image_with_everything_consumed(traced, consumed)
+    replayed = bytearray(image)
+    batch = [record(b"c" * 100, 3), record(b"d", 4)]
+    stores = trace_publish(traced, image, b"".join(batch), 5, 102, rewind=True)
+    assert struct.unpack_from("=Q", image, REWOUND_OFFSET) == (CAPACITY,)
+
+    head_stored = False
+    for store in stores:
+        assert read_everything(bytes(replayed)) == ((batch, 102) if head_stored else ([], 100))
+        apply(replayed, store)
+        head_stored = head_stored or store.offset == HEAD_OFFSET
+    assert replayed == image
+    assert read_everything(bytes(image)) == (batch, 102)
+
+
+def test_the_successor_of_a_producer_that_died_while_it_rewound_loses_nothing(traced: ctypes.CDLL) -> None:
+    image = image_with_everything_consumed(traced, [record(b"a" * 9000, 1)])
+    at_death = bytearray(image)
+    for store in trace_publish(traced, image, record(b"dead", 3), 5, 102, rewind=True):
+        if store.offset == HEAD_OFFSET:
+            break
+        apply(at_death, store)
+    assert struct.unpack_from("=Q", at_death, REWOUND_OFFSET) == (CAPACITY,)  # above the head
+    batch = [record(bytes([i]) * 15_000, i) for i in range(3)]
+    trace_publish(traced, at_death, b"".join(batch), 6, 103)
+    assert read_everything(bytes(at_death)) == (batch, 103)
 
 
 def test_two_deaths_in_a_row_never_cost_the_last_commit(traced: ctypes.CDLL) -> None:
@@ -278,6 +330,73 @@ def test_an_impossible_tail_makes_the_ring_full_and_never_overwrites() -> None:
     os.pwrite(fd, struct.pack("=Q", CAPACITY * 9), 768)
     assert not producer.push(record(b"z" * 1024))
     assert producer.free_bytes == 0
+    os.close(fd)
+
+
+def test_a_ring_that_is_always_emptied_stays_at_its_start() -> None:
+    fd = new_ring()
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
+    entry = record(b"x" * 5000)
+    indices = set()
+    for _ in range(50):
+        producer.rewind()
+        assert producer.push(entry)
+        producer.publish(1)
+        assert consumer.pop() == entry
+        consumer.release()
+        indices.add(consumer.mapping.head % CAPACITY)
+        assert consumer.mapping.used_bytes == 0
+    assert max(indices) < CAPACITY // 4
+    os.close(fd)
+
+
+def test_a_ring_with_an_unread_or_an_unreleased_record_is_not_rewound() -> None:
+    fd = new_ring()
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
+    entries = [record(bytes([i]) * 9000) for i in range(3)]
+    for entry in entries:
+        producer.push(entry)
+        producer.publish(1)
+        producer.rewind()
+    assert [consumer.pop() for _ in entries] == entries
+    producer.rewind()
+    assert producer.push(entries[0])
+    producer.publish(1)
+    assert consumer.mapping.head == 3 * len(entries[0]) + len(entries[0])
+    assert consumer.pop() == entries[0]
+    os.close(fd)
+
+
+def test_what_is_not_published_yet_moves_along_when_a_ring_is_rewound() -> None:
+    fd = new_ring()
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
+    producer.push(record(b"a" * 20_000))
+    producer.publish(1)
+    consumer.pop()
+    consumer.release()
+    waiting = [record(b"b" * 3000), record(b"c" * 7000)]
+    for entry in waiting:
+        producer.push(entry)
+    producer.rewind()
+    assert producer.free_bytes == CAPACITY - sum(map(len, waiting))
+    producer.publish(2)
+    assert consumer.mapping.used_bytes == sum(map(len, waiting))
+    assert consumer.mapping.occupancy() == (0, 2)
+    assert [consumer.pop(), consumer.pop(), consumer.pop()] == [*waiting, None]
+    assert consumer.mapping.head == CAPACITY + sum(map(len, waiting))
+    os.close(fd)
+
+
+def test_a_rewinding_over_unread_records_is_refused() -> None:
+    fd = new_ring()
+    producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
+    for _ in range(2):
+        producer.push(record(b"a" * 100))
+    producer.publish(1)
+    consumer.pop()
+    os.pwrite(fd, struct.pack("=Q", consumer.mapping.head), REWOUND_OFFSET)
+    with pytest.raises(ValueError, match="position is impossible"):
+        consumer.refresh()
     os.close(fd)
 
 

@@ -29,8 +29,10 @@ static void copy_logged(uint8_t *target, const uint8_t *source, uint64_t bytes)
 #include "ring.h"
 
 /* `memory`: a whole ring file, header and data, NOT double-mapped: a caller keeps its records from crossing the end.
- * Pushes `count` records that lie one behind the other, publishes them, and returns the number of stores in the log. */
-uint64_t traced_publish(uint8_t *memory, const uint8_t *records, uint64_t bytes, int64_t watermark_ns, uint64_t word)
+ * Writes records that lie one behind the other, rewinds if it is told to and may, publishes, and returns the number of
+ * stores in the log. */
+uint64_t traced_publish(uint8_t *memory, const uint8_t *records, uint64_t bytes, int64_t watermark_ns, uint64_t word,
+                        int rewind)
 {
     struct ring_view view = {0};
     uint64_t words[1] = {word};
@@ -45,6 +47,8 @@ uint64_t traced_publish(uint8_t *memory, const uint8_t *records, uint64_t bytes,
         return 0;
     RING_COPY(room, records, bytes);
     ring_advance(&view, bytes);
+    if (rewind)
+        ring_rewind(&view);
     ring_publish(&view, view.position, watermark_ns, words, 1);
     return log_length;
 }
