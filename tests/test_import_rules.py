@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.counters": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
-    # A user's end: URIs, files and compressors.
+    # A user's end: URIs, files and compressors; interfaces.
+    "appliance.formats.live_input": {"appliance.capture.pcap_live"},
     "appliance.formats.output_trace": {"appliance.capture.opener", "appliance.capture.uri"}
     | {"appliance.merge.compressor"},
     "appliance.logs": set(),

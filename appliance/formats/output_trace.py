@@ -55,6 +55,7 @@ from appliance.formats.encode import (
     section_header,
 )
 from appliance.formats.erf import LINKTYPES as ERF_LINKTYPES
+from appliance.formats.live_input import LiveReader
 from appliance.formats.packet import Packet
 from appliance.formats.reader import BATCH_BYTES, CaptureReader
 from appliance.formats.stream import InputStream
@@ -125,7 +126,8 @@ def output_trace(uri: str) -> OutputTrace:
 
 
 def input_trace(uri: str) -> InputTrace:
-    """An input of packets from a file: every file URI that the appliance reads, or a bare name, guessed by its content.
+    """An input of packets: every URI that the appliance reads, or a bare name, guessed by its content. An interface
+    never ends; reading waits until packets come.
 
     plt_exc_libtrace: the URI is none of these.
     """
@@ -272,11 +274,9 @@ class InputTrace:
             self.uri = capture_uri.guess(uri)
         except UsageError as error:
             raise plt_exc_libtrace(str(error)) from None
-        if self.uri.is_live:
-            raise plt_exc_libtrace(
-                f"{self.uri}: interfaces are recorded by `appliance run` and `mtracecap`; an input trace reads files"
-            )
-        self._reader: CaptureReader | None = None
+        if self.uri.is_every_interface:
+            raise plt_exc_libtrace(f"{self.uri}: an input trace reads one interface; name it")
+        self._reader: CaptureReader | LiveReader | None = None
         self._buffer = bytearray(BATCH_BYTES)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self._pending: Iterator[Packet] = iter(())
@@ -289,7 +289,10 @@ class InputTrace:
         if self._closed or self._reader is not None:
             raise plt_exc_libtrace(f"{self.uri}: InputTrace is {'closed' if self._closed else 'started already'}")
         try:
-            self._reader = CaptureReader(self.uri.target, format=self.uri.told_format)
+            if self.uri.is_live:
+                self._reader = LiveReader(self.uri.target)
+            else:
+                self._reader = CaptureReader(self.uri.target, format=self.uri.told_format)
         except ApplianceError as error:
             raise plt_exc_libtrace(str(error)) from error
 
@@ -299,6 +302,12 @@ class InputTrace:
     def interfaces(self) -> list[InterfaceDescription]:
         """Those met so far, in the order of their numbers: a list that grows while the file is read."""
         return self._started().interfaces
+
+    @property
+    def dropped_packets(self) -> int:
+        """Of an interface: what was lost because nobody read fast enough. A file loses nothing."""
+        reader = self._started()
+        return reader.dropped_packets if isinstance(reader, LiveReader) else 0
 
     def read_packet(self) -> Packet | None:
         """The next packet; None at the end. A damaged file gives its whole packets, then plt_exc_libtrace."""
@@ -349,7 +358,7 @@ class InputTrace:
             raise plt_exc_libtrace(str(error)) from error
         return filled.produced_bytes
 
-    def _started(self) -> CaptureReader:
+    def _started(self) -> CaptureReader | LiveReader:
         if self._reader is None:
             raise plt_exc_libtrace(f"{self.uri}: InputTrace {'is closed' if self._closed else 'not started'}")
         return self._reader

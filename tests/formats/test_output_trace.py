@@ -363,29 +363,37 @@ def test_a_damaged_input_gives_its_whole_packets_and_then_the_reason(tmp_path: P
             source.read_packet()
 
 
+SEND_AND_RECEIVE = """
+import sys
+from appliance.formats.output_trace import *
+sent = [Packet(i, bytes(12) + b"\\x88\\xb5" + i.to_bytes(4, "big") + bytes(42)) for i in range(500)]
+with input_trace(sys.argv[2]) as source:
+    with output_trace(sys.argv[1]) as trace:
+        trace.write_packets(sent)
+    got = []
+    while len(got) < 500:
+        got += [packet for packet in source.read_batch() if packet.data[12:14] == b"\\x88\\xb5"]
+    print([packet.data for packet in got] == [packet.data for packet in sent], source.dropped_packets)
+    print(all(packet.timestamp_ns > 1_700_000_000_000_000_000 for packet in got), got[0].link_type)
+"""
+
+
 @requires_root
-def test_an_interface_as_output_sends_the_packets_in_order() -> None:
+@pytest.mark.parametrize(("output", "source"), [("int", "int"), ("ring", "ring"), ("pcapint", "pcapint")])
+def test_an_interface_sends_the_packets_in_order_and_another_receives_them(output: str, source: str) -> None:
     with Lab() as lab:
         interface, peer = lab.veth("out")
-        script = (
-            "import socket, sys\n"
-            "from appliance.formats.output_trace import *\n"
-            "listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88b5))\n"
-            "listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)\n"
-            "listener.bind((sys.argv[2], 0x88b5)); listener.settimeout(10)\n"
-            "with output_trace(sys.argv[1]) as trace:\n"
-            "    trace.write_packets(Packet(i, bytes(12) + b'\\x88\\xb5' + i.to_bytes(4, 'big') + bytes(42))"
-            " for i in range(500))\n"
-            "got = [int.from_bytes(listener.recv(2000)[14:18], 'big') for _ in range(500)]\n"
-            "print(got == list(range(500)))\n"
-        )
-        done = lab.run([sys.executable, "-c", script, f"int:{interface}", peer])
-        assert done.stdout.strip() == "True"
+        done = lab.run([sys.executable, "-c", SEND_AND_RECEIVE, f"{output}:{interface}", f"{source}:{peer}"])
+        assert done.stdout == "True 0\nTrue 1\n"
 
 
 def test_an_interface_that_is_not_there_is_named() -> None:
     with pytest.raises(plt_exc_libtrace, match="there is no interface nothere0"):
         output_trace("int:nothere0").start_output()
+    with pytest.raises(plt_exc_libtrace, match="nothere0 does not exist"):
+        input_trace("int:nothere0").start_input()
+    with pytest.raises(plt_exc_libtrace, match="one interface"):
+        input_trace("ring:*")
 
 
 # Each example line of the original's documentation --------------------------------------------------------------------
