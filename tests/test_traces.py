@@ -162,6 +162,18 @@ def test_a_damaged_file_counts_with_its_whole_packets(tmp_path: Path) -> None:
     assert "2 packets are whole" in counts.damage[0]
 
 
+def test_a_directory_that_cannot_be_written_on_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    frames = [(i, tcp_frame(1 + i, ACK, data=bytes(1400))) for i in range(3)]
+    source = write_pcap(tmp_path / "in.pcap", frames)
+    program = Path(sys.executable).with_name("appliance")
+    # A limit on the length of files stands for a full disk.
+    argv = ["sh", "-c", 'trap "" XFSZ; ulimit -f 1; exec "$@"', "sh", str(program), "trace", str(source), "-o", "out"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 74
+    assert ".pcap: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_earlier_trace_is_not_overwritten(tmp_path: Path) -> None:
     trace(tmp_path, [(0, tcp_frame(1, ACK))])
     with pytest.raises(CannotCreateError, match=r"flows\.jsonl is there already"):
