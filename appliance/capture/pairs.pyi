@@ -22,8 +22,8 @@ class DigestPairs:
     digests_address: int
     """The digests, DIGEST_BYTES apart."""
     origins_address: int
-    """Three words of 32 bits for each digest: the offset of its record in the batch, the running number of its packet
-    (from 1; the low 32 bits of it), and its link type."""
+    """Four words of 32 bits for each digest: the offset of its record in the batch, its link type, and the running
+    number of its packet, from 1, the high word first."""
 
     def pair(self, address: int, record_bytes: int, interfaces: list[InterfaceDescription]) -> bool:
         """The digests of the packets in `record_bytes` of records at `address`. True: not of all, call again with the

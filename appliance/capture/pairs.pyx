@@ -16,7 +16,7 @@ DIGEST_BYTES = DIGEST_MAX_BYTES
 
 cdef enum:
     AT_ONCE = 4096
-    WORDS = 3
+    WORDS = 4
 
 
 cdef class DigestPairs:
@@ -87,8 +87,9 @@ cdef class DigestPairs:
                 if digest_bytes:
                     origin = self.origins + self.count * WORDS
                     origin[0] = <uint32_t> at
-                    origin[1] = <uint32_t> self.packets  # of its low 32 bits
-                    origin[2] = self.linktypes.types[interface]
+                    origin[1] = self.linktypes.types[interface]
+                    origin[2] = <uint32_t> (self.packets >> 32)
+                    origin[3] = <uint32_t> self.packets
                     self.count += 1
             at += length
         self.consumed_bytes = at

@@ -41,7 +41,7 @@ cdef enum:
     TCP_ACK = 0x10
     KEY_BYTES = 40
     KEY_WORDS = 5
-    ORIGIN_WORDS = 3
+    ORIGIN_WORDS = 4
     NOTHING = -1
     LIST_OPEN = 0
     LIST_CLOSED = 1
@@ -165,8 +165,8 @@ cdef class FlowFiles:
                 entry = <const digest *> (digests + i * digest_bytes)
                 record = <const uint8_t *> records + origin[0]
                 if entry.status & DIGEST_TCP:
-                    self.take(&packet, entry, origin[2])
-                    packet.number = origin[1]
+                    self.take(&packet, entry, origin[1])
+                    packet.number = <uint64_t> origin[2] << 32 | origin[3]
                     packet.original = record_u32(record + 24)
                     packet.timestamp_ns = record_timestamp_ns(record)
                     slot = self.assign(&packet)
