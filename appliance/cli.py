@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,8 @@ from appliance.start import (
     FEWEST_FLOWS,
     IDLE_TIMEOUT_S,
     MAX_FLOWS,
+    MAX_FRAGMENTED,
+    MOST_FRAGMENTED,
     SHORTEST_TIMEOUT_S,
     exit_status,
     flows as meter_flows,
@@ -453,13 +455,39 @@ def flows(
         float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow that goes on is reported this often.")
     ] = ACTIVE_TIMEOUT_S,
     max_flows: Annotated[int, typer.Option(min=FEWEST_FLOWS, help="Flows in the table at once.")] = MAX_FLOWS,
+    tunnels: Annotated[
+        Literal["outer", "inner"],
+        typer.Option(help="The flow of a packet in a tunnel: that of the tunnel, or that of the packet inside."),
+    ] = "outer",
+    max_fragmented: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_FRAGMENTED,
+            help="Datagrams in fragments at once, whose later fragments get the ports of the first; 0: they have none.",
+        ),
+    ] = MAX_FRAGMENTED,
+    zero_length: Annotated[
+        Literal["field", "frame"],
+        typer.Option(help="IP octets of a packet whose length field is 0: 0 (IPv6: 40), or what its frame held."),
+    ] = "field",
     as_json: AsJson = False,
 ) -> int:
     """Meter capture files into an IPFIX file.
 
     Several files are metered together, in the order of time.
     """
-    return meter_flows([str(file) for file in files], str(output), idle_timeout_s, active_timeout_s, max_flows, as_json)
+    return meter_flows(
+        [str(file) for file in files],
+        str(output),
+        idle_timeout_s,
+        active_timeout_s,
+        max_flows,
+        tunnels,
+        max_fragmented,
+        zero_length,
+        as_json,
+    )
 
 
 @app.command()
@@ -482,6 +510,10 @@ def trace(
     buffer_bytes: Annotated[
         int, typer.Option(min=65536, help="Of packets that wait to be written, all flows together.")
     ] = 64 << 20,
+    tunnels: Annotated[
+        Literal["outer", "inner"],
+        typer.Option(help="TCP in a tunnel: not looked for, or of the innermost IP packet."),
+    ] = "outer",
     microseconds: Annotated[
         bool, typer.Option("--microseconds", help="Times of pcap files in microseconds, for old programs.")
     ] = False,
@@ -498,7 +530,15 @@ def trace(
     from appliance.traces import TraceSettings, trace_files
 
     settings = TraceSettings(
-        format, bidirectional, idle_timeout_s, linger_s, max_flows, buffer_bytes, not microseconds, frames
+        format=format,
+        bidirectional=bidirectional,
+        idle_timeout_s=idle_timeout_s,
+        linger_s=linger_s,
+        max_flows=max_flows,
+        buffer_bytes=buffer_bytes,
+        nanoseconds=not microseconds,
+        frames=frames,
+        inner=tunnels == "inner",
     )
     with progress("tracing", "packets") as advance:
         counts = trace_files(files, str(output), settings, lambda packets: advance(packets, 0))

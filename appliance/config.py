@@ -127,6 +127,15 @@ def _capture_uri(value: str) -> str:
     return value
 
 
+def _argv(value: object) -> object:
+    """A list of strings becomes a tuple."""
+    if isinstance(value, list | tuple) and all(isinstance(word, str) and "\0" not in word for word in value):
+        argv = tuple(value)
+        if not argv or argv[0]:
+            return argv
+    raise ValueError(f'must be a list of strings such as ["/usr/local/bin/notify", "-q"], is {_shown(value)}')
+
+
 def _export_uri(value: str) -> str:
     parse_destination(value)
     return value
@@ -284,6 +293,17 @@ class Output(_Table):
     compressor_timeout_s: Annotated[int, _between(1, 3600)] = Field(
         default=60, description="a compressor that takes no byte or does not end for so long has failed"
     )
+    hook: Annotated[tuple[str, ...], BeforeValidator(_argv)] = Field(
+        default=(),
+        description="the argv of a program that is run after each publication, with the file's path behind it; without "
+        "rights, one at a time; [] = none",
+    )
+    hook_timeout_s: Annotated[int, _between(1, 3600)] = Field(
+        default=60, description="a hook that has not ended after so long is ended"
+    )
+    close_write: bool = Field(
+        default=False, description="each published file is opened and closed once more, for readers that wait for that"
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the merge and its compressor run on; [] = any")
     group_readable: bool = Field(default=True, description="files have mode 0640; false = 0600")
     retain_bytes: Bytes = Field(default=0, description="oldest files go when all together are larger; 0 = unlimited")
@@ -332,6 +352,24 @@ class Meter(_Table):
     active_timeout_s: Seconds = Field(default=300, description="a flow that goes on is reported this often")
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
+    )
+    max_fragmented: Annotated[int, _between(0, 1 << 24)] = Field(
+        default=65_536,
+        description="datagrams in fragments at once, whose later fragments get the ports of the first (64 bytes each); "
+        "0 = they have none",
+    )
+    fragment_timeout_s: Seconds = Field(
+        default=30, description="a datagram in fragments is forgotten this long after the last of them"
+    )
+    zero_length: Literal["field", "frame"] = Field(
+        default="field",
+        description='IP octets of a packet whose length field is 0 (BIG TCP, other offloads): "field" = 0 (IPv6: 40), '
+        '"frame" = what its frame held',
+    )
+    tunnels: Literal["outer", "inner"] = Field(
+        default="outer",
+        description='the flow of a packet in a tunnel: "outer" = that of the tunnel, "inner" = that of the packet '
+        "inside, as far as it can be read",
     )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)

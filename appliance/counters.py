@@ -80,6 +80,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "recovered_packets",
     "write_errors",
     "compressor_failures",
+    "hook_failures",
     "open_packets",  # in the segment that is being written
     "segment_opened_ns",  # CLOCK_REALTIME; 0 when none is open
     "last_published_ns",  # CLOCK_REALTIME
@@ -127,6 +128,10 @@ METER_FIELDS = COMMON_FIELDS + (
     "exported_octets",
     "stream_time_ns",
     "late_packets",
+    "fragments_keyed",  # later fragments that got the ports of their first
+    "fragments_unmatched",  # that did not, though their protocol has ports
+    "fragments_overlapping",  # that begin where others have been
+    "fragment_evictions",  # datagrams forgotten before their end for want of room
 )
 
 # One page per collector or file of the meter.

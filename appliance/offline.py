@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 from appliance.capture.digestfile import DigestFile
@@ -60,7 +60,7 @@ def meter_files(
         raise UsageError(f"{len(paths)} files; between 1 and {MAX_FILES} are metered together")
     inputs: list[_Input] = []
     try:
-        inputs += (_Input(path, i) for i, path in enumerate(paths))
+        inputs += (_Input(path, i, inner=settings.tunnels == "inner") for i, path in enumerate(paths))
         return _meter(inputs, destination, settings, progress)
     finally:
         for one in inputs:
@@ -99,15 +99,7 @@ def _meter(
 
 def with_export(settings: MeterSettings, destination: str) -> MeterSettings:
     export = ExportSettings(f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0)
-    return MeterSettings(
-        idle_timeout_s=settings.idle_timeout_s,
-        active_timeout_s=settings.active_timeout_s,
-        tcp_linger_s=settings.tcp_linger_s,
-        max_flows=settings.max_flows,
-        vlan_in_key=settings.vlan_in_key,
-        interface_in_key=settings.interface_in_key,
-        export=(export,),
-    )
+    return replace(settings, export=(export,))
 
 
 class _Batch:
@@ -151,10 +143,10 @@ def _ahead(fill: Callable[[int, int], int]) -> Generator[_Batch, None, None]:
 class _Input:
     """One capture file as digests."""
 
-    def __init__(self, path: str, number: int) -> None:
+    def __init__(self, path: str, number: int, *, inner: bool) -> None:
         self.path = path
         self.damage = ""
-        self._file = DigestFile(path, number)
+        self._file = DigestFile(path, number, inner=inner)
 
     @property
     def packets(self) -> int:

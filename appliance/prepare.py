@@ -24,7 +24,7 @@ from appliance.errors import (
 from appliance.formats.encode import InterfaceDescription
 from appliance.formats.erf import LINKTYPES as ERF_LINKTYPES
 from appliance.formats.reader import read_interfaces
-from appliance.merge.compressor import compressor_argv
+from appliance.merge.compressor import compressor_argv, program_argv
 from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
 from appliance.process import account_of, may_run
@@ -156,6 +156,10 @@ def check_output(output: Output, naming: Naming, preparation: Preparation, user:
     argv = compressor_argv(output.compressor)
     if argv is not None and user and not may_run(user, argv[0]):
         raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its compressor {argv[0]}")
+    if output.hook:
+        program = program_argv(output.hook, "hook")[0]
+        if user and not may_run(user, program):
+            raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its hook {program}")
     preparation.make_directories(naming)
     if naming.makes_directories:
         preparation.lock(os.path.join(naming.directories[0], ".lock"))

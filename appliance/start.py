@@ -24,6 +24,10 @@ ACTIVE_TIMEOUT_S = 300.0
 SHORTEST_TIMEOUT_S = 0.001
 MAX_FLOWS = 1_000_000
 FEWEST_FLOWS = 64
+TUNNELS = ("outer", "inner")
+ZERO_LENGTH = ("field", "frame")
+MAX_FRAGMENTED = 65_536
+MOST_FRAGMENTED = 1 << 24
 
 
 def main() -> None:
@@ -74,7 +78,9 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     """What `flows` is called with, or None when anything about `arguments` (behind the command) is not plain."""
     names = {"-o": "output", "--output": "output", "--idle-timeout-s": "idle_timeout_s"}
     names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
-    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int}
+    names |= {"--tunnels": "tunnels", "--max-fragmented": "max_fragmented", "--zero-length": "zero_length"}
+    kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "max_fragmented": int}
+    kinds |= {"tunnels": str, "zero_length": str}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
@@ -92,6 +98,11 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     timeouts = (found.get("idle_timeout_s", IDLE_TIMEOUT_S), found.get("active_timeout_s", ACTIVE_TIMEOUT_S))
     if not all(SHORTEST_TIMEOUT_S <= timeout_s < float("inf") for timeout_s in timeouts):
         return None
+    fragmented = found.get("max_fragmented", MAX_FRAGMENTED)
+    if not 0 <= fragmented <= MOST_FRAGMENTED:
+        return None
+    if found.get("tunnels", TUNNELS[0]) not in TUNNELS or found.get("zero_length", ZERO_LENGTH[0]) not in ZERO_LENGTH:
+        return None
     plain = found["files"] and found.get("output") and found.get("max_flows", MAX_FLOWS) >= FEWEST_FLOWS
     return found if plain else None
 
@@ -102,6 +113,9 @@ def flows(
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     active_timeout_s: float = ACTIVE_TIMEOUT_S,
     max_flows: int = MAX_FLOWS,
+    tunnels: str = TUNNELS[0],
+    max_fragmented: int = MAX_FRAGMENTED,
+    zero_length: str = ZERO_LENGTH[0],
     as_json: bool = False,
 ) -> int:
     """The command `flows`; returns its exit status."""
@@ -112,7 +126,14 @@ def flows(
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
-    settings = MeterSettings(idle_timeout_s=idle_timeout_s, active_timeout_s=active_timeout_s, max_flows=max_flows)
+    settings = MeterSettings(
+        idle_timeout_s=idle_timeout_s,
+        active_timeout_s=active_timeout_s,
+        max_flows=max_flows,
+        tunnels=tunnels,
+        max_fragmented=max_fragmented,
+        zero_length=zero_length,
+    )
     with progress("metering", "packets") as advance:
         counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))
     if as_json:

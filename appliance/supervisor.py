@@ -135,7 +135,7 @@ class Supervisor:
         self.ready = False
         self.next_status = 0.0
         self.last_snapshot: Snapshot | None = None
-        self.notifier = sdnotify.SystemdNotifier()
+        self.notifier = make_notifier()
         self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
         self.next_watchdog = 0.0
 
@@ -529,6 +529,14 @@ class Supervisor:
             worker.process.kill()
             worker.process.join()
             self.forget(worker)
+
+
+def make_notifier() -> sdnotify.SystemdNotifier:
+    """A manager that stands still fills its socket's queue: what finds no room is left out, and nobody waits for it."""
+    notifier = sdnotify.SystemdNotifier()
+    if notifier.socket is not None:
+        notifier.socket.setblocking(False)
+    return notifier
 
 
 def backoff_s(deaths: int) -> float:

@@ -36,6 +36,7 @@ class TraceSettings:
     buffer_bytes: int = 64 << 20
     nanoseconds: bool = True
     frames: bool = False
+    inner: bool = False
 
 
 @dataclass
@@ -84,7 +85,7 @@ def trace_files(
             buffer_bytes=settings.buffer_bytes,
             keep_frames=settings.frames,
         )
-        _trace(paths, table, counts, progress)
+        _trace(paths, table, counts, progress, settings.inner)
         table.finish_all()
     counts.tcp_packets = table.tcp_packets
     counts.other_packets = counts.packets - table.tcp_packets
@@ -93,11 +94,13 @@ def trace_files(
     return counts
 
 
-def _trace(paths: Sequence[str], table: FlowFiles, counts: TraceCounts, progress: Callable[[int], None]) -> None:
+def _trace(
+    paths: Sequence[str], table: FlowFiles, counts: TraceCounts, progress: Callable[[int], None], inner: bool
+) -> None:
     batch = bytearray(BATCH_BYTES)
     address = ctypes.addressof(ctypes.c_char.from_buffer(batch))
     for path in paths:
-        pairs = DigestPairs(counts.packets)
+        pairs = DigestPairs(counts.packets, inner=inner)
         name, told_format = file_of(path)
         with CaptureReader(name, format=told_format) as reader:
             try:

@@ -29,7 +29,7 @@ from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest,
 from appliance.config import Config, Output, expand_interfaces
 from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
-from appliance.merge.compressor import compressor_argv, compressor_suffix
+from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.monitor.control import open_control_socket
@@ -288,6 +288,7 @@ class Wiring:
             meter_wake_fd=self.meter_wake,
             opened=self.opened.get(source.label),
             socket_serial=self.serials.get(source.label, 0),
+            inner=self.config.meter.tunnels == "inner",
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
@@ -310,6 +311,7 @@ class Wiring:
             wake_fd=self.merge_wakes[output.name],
             naming=self.namings[output.name],
             compressor=compressor_argv(output.compressor),
+            hook=hook_argv(output),
             is_successor=is_successor,
             count_captured_bytes=self.options.count_captured_bytes,
             watch_file=self.options.watch_file,
@@ -449,6 +451,10 @@ def appliance_naming(output: Output) -> Naming:
     return ApplianceNaming(output.directory, output.name, ending + compressor_suffix(output.compressor))
 
 
+def hook_argv(output: Output) -> tuple[str, ...]:
+    return program_argv(output.hook, "hook") if output.hook else ()
+
+
 def live_description(source: Source, linktype: int) -> InterfaceDescription:
     import psutil
 
@@ -468,6 +474,10 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        zero_length=meter.zero_length,
+        tunnels=meter.tunnels,
+        max_fragmented=meter.max_fragmented,
+        fragment_timeout_s=meter.fragment_timeout_s,
         export=tuple(
             ExportSettings(
                 uri=export.uri,

@@ -20,6 +20,8 @@ def test_without_a_job_it_says_what_there_is(project: Path) -> None:
         "run",
         "test",
         "bench",
+        "soak",
+        "fuzz",
         "check",
         "help",
     ]

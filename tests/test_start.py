@@ -24,6 +24,9 @@ PLAIN = [
         ["a", "-o", "out", "--idle-timeout-s", "1.5", "--active-timeout-s", "60", "--max-flows", "64"],
         {"files": ["a"], "output": "out", "idle_timeout_s": 1.5, "active_timeout_s": 60.0, "max_flows": 64},
     ),
+    (["a", "--tunnels", "inner", "-o", "out"], {"files": ["a"], "output": "out", "tunnels": "inner"}),
+    (["a", "--max-fragmented", "0", "-o", "out"], {"files": ["a"], "output": "out", "max_fragmented": 0}),
+    (["a", "--zero-length", "frame", "-o", "out"], {"files": ["a"], "output": "out", "zero_length": "frame"}),
 ]
 NOT_PLAIN = [
     [],
@@ -43,6 +46,9 @@ NOT_PLAIN = [
     ["a.pcap", "-o", "out", "--active-timeout-s", "inf"],
     ["a.pcap", "-o", "out", "--max-flows", "63"],
     ["a.pcap", "-o", "out", "--max-flows", "1.5"],
+    ["a.pcap", "-o", "out", "--tunnels", "both"],
+    ["a.pcap", "-o", "out", "--zero-length", "none"],
+    ["a.pcap", "-o", "out", "--max-fragmented", "-1"],
 ]
 
 
@@ -54,9 +60,20 @@ def test_plain_arguments_mean_what_they_mean_in_the_command_line(
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cli, "meter_flows", lambda *values: called.append(values) or 0)
     assert cli.run_command(["flows", *arguments]) == 0
-    defaults = {"idle_timeout_s": 30.0, "active_timeout_s": 300.0, "max_flows": 1_000_000, "as_json": False}
-    names = ("files", "output", "idle_timeout_s", "active_timeout_s", "max_flows", "as_json")
-    assert dict(zip(names, called[0], strict=True)) == defaults | expected
+    defaults = {"idle_timeout_s": 30.0, "active_timeout_s": 300.0, "max_flows": 1_000_000}
+    defaults |= {"tunnels": "outer", "max_fragmented": 65_536, "zero_length": "field"}
+    names = (
+        "files",
+        "output",
+        "idle_timeout_s",
+        "active_timeout_s",
+        "max_flows",
+        "tunnels",
+        "max_fragmented",
+        "zero_length",
+        "as_json",
+    )
+    assert dict(zip(names, called[0], strict=True)) == defaults | {"as_json": False} | expected
 
 
 @pytest.mark.parametrize("arguments", NOT_PLAIN)

@@ -246,3 +246,12 @@ def test_a_flows_file_holds_the_packets_that_tshark_filters_for_it(tmp_path: Pat
         subprocess.run(argv, check=True, capture_output=True)
         assert capinfos(tmp_path / "out" / flow["file"]).packets == flow["packets"]
         assert capinfos(tmp_path / "t").packets >= flow["packets"]
+
+
+def test_tcp_in_a_tunnel_is_traced_when_asked_for(tmp_path: Path, shared_data: Path) -> None:
+    source = str(shared_data / "captures" / "vxlan.pcap")
+    found = {}
+    for inner in (False, True):
+        settings = TraceSettings(bidirectional=True, inner=inner)
+        found[inner] = trace_files([source], str(tmp_path / str(inner)), settings).tcp_packets
+    assert found[False] == 0 < found[True]

@@ -55,6 +55,7 @@ class CaptureParts:
     meter_wake_fd: int
     opened: OpenedInterface | None
     socket_serial: int
+    inner: bool  # tunnels are metered by their innermost IP header
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -110,6 +111,7 @@ class LiveWorker:
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
+            inner=self.parts.inner,
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, 0)  # for its errors
@@ -249,7 +251,7 @@ class LibpcapWorker:
         self.parts = parts
         self.records = records
         self.digests = digests
-        self.capture = PcapCapture(parts.interface, records, digests, context.page)
+        self.capture = PcapCapture(parts.interface, records, digests, context.page, inner=parts.inner)
         set_capabilities(())
         self.poller = select.poll()
         self.poller.register(self.capture.fileno(), select.POLLIN)
@@ -304,7 +306,9 @@ class FileWorker:
     def run(self) -> int:
         status = 0
         try:
-            capture = FileCapture(self.parts.interface, self.records, self.digests, self.context.page)
+            capture = FileCapture(
+                self.parts.interface, self.records, self.digests, self.context.page, inner=self.parts.inner
+            )
             while not capture.ended:
                 self.context.beat()
                 wait_ms = capture.step()

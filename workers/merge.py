@@ -8,11 +8,9 @@ go) or when a file's time is over.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import select
 import time
 from dataclasses import dataclass
 
@@ -20,12 +18,14 @@ from appliance.config import Output
 from appliance.errors import EXIT_IO, ApplianceError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge import order
+from appliance.merge.events import Announcer, Hook, Manifest
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.publish import Publisher
+from appliance.merge.pump import Pump
 from appliance.merge.recovery import Recovery
-from appliance.merge.retention import Limits, Retention
-from appliance.merge.rotation import CLOCK_STEP, END, NEVER, REQUEST, TIME, WRITE_ERROR, RotationPolicy
+from appliance.merge.retention import Limits, Retention, published_name
+from appliance.merge.rotation import CLOCK_STEP, END, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
 from appliance.process import DRAIN, ROTATE, WorkerContext
@@ -34,12 +34,9 @@ from appliance.ring.ring import Consumer
 log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
-HEARTBEAT_MS = 500
+SERVE_MS = 1000  # Python looks after the compiled loop at least this often
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
-GATHER_MS = 8  # a live output that has just written waits for so long before it looks again: a turn has its price
-FORCE_GRACE_NS = 200_000_000  # a segment's time is over for longer than max_wait and this: some source is silent
-HORIZON_NS = 3_600_000_000_000  # a packet cannot have been captured later than this from now, whatever clock is wrong
 DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
 
 RELOAD = b"reload "
@@ -70,6 +67,7 @@ class MergeParts:
     naming: Naming
     compressor: tuple[str, ...] | None
     is_successor: bool
+    hook: tuple[str, ...] = ()  # its argv, or nothing
     count_captured_bytes: bool = False
     watch_file: str = ""
     strict: bool = False  # an output that failed is an exit status
@@ -113,6 +111,7 @@ class MergeWorker:
             start_grace_ms=START_GRACE_MS,
         )
         ledger = Ledger(context.page, self.labels, self.source_pages)
+        announcer = self.announcer(mode)
         self.recovery = Recovery(
             parts.naming,
             output,
@@ -123,6 +122,7 @@ class MergeWorker:
             [consumer.mapping.occupancy() for consumer in self.consumers],
             parts.is_successor,
             started_ns(context),
+            announcer,
         )
         for i, page in enumerate(self.source_pages):
             self.merge.resume(i, page["consumed_packets"], page["dropped_merge_packets"], page["late_packets"])
@@ -135,6 +135,7 @@ class MergeWorker:
             ledger,
             self.retention(),
             self.recovery.run,
+            announcer,
         )
         self.stream = OutputStream(
             self.merge,
@@ -159,11 +160,15 @@ class MergeWorker:
             self.recovery.unsettled,
             parts.is_successor,
         )
-        self.poller = select.poll()
-        self.poller.register(parts.wake_fd, select.POLLIN)
-        self.poller.register(context.channel, select.POLLIN)
-        self.channel_poller = select.poll()
-        self.channel_poller.register(context.channel, select.POLLIN)
+        self.pump = Pump(
+            self.merge,
+            self.stream.books,
+            live=self.live,
+            wake_fd=parts.wake_fd,
+            channel_fd=context.channel.fileno(),
+            max_wait_ms=output.max_wait_ms,
+        )
+        self.is_recovering = True
 
     def retention(self) -> Retention | None:
         """Only for files that have sidecars: others are the user's own, under names of the user's own."""
@@ -171,6 +176,22 @@ class MergeWorker:
         if not limits or self.parts.naming.sidecar_path(0, 0) is None:
             return None
         return Retention(limits, self.parts.naming, self.output.name, self.context.page)
+
+    def announcer(self, mode: int) -> Announcer:
+        """Like the retention, the manifest knows files by their sidecars."""
+        sidecar = self.parts.naming.sidecar_path(0, 0)
+        manifest = None if sidecar is None else Manifest(os.path.dirname(sidecar), mode)
+        ready = os.path.dirname(self.parts.naming.final_path(0, 0)) if manifest is not None else ""
+        hook = None
+        if self.parts.hook:
+            timeout_s = self.output.hook_timeout_s
+            hook = Hook(self.parts.hook, timeout_s, lambda: self.context.page.add("hook_failures"))
+        return Announcer(
+            manifest,
+            hook,
+            close_write=self.output.close_write,
+            mend=lambda manifest: manifest.complete(ready, published_name(self.output.name)),
+        )
 
     @property
     def rotates(self) -> bool:
@@ -202,32 +223,43 @@ class MergeWorker:
 
     def finish(self, reason: str) -> None:
         self.stream.finish(reason)
-        self.note_progress()
+        self.stream.books.note_consumed()
 
     def turn(self) -> bool:
         """One step; False at the end of the stream."""
-        if self.live:
-            self.merge.horizon_ns = time.time_ns() + HORIZON_NS
-        status = self.merge.fill()
-        self.merge.release()
-        has_written = self.merge.out_bytes > 0
-        if has_written:
+        fd = -1 if self.is_recovering or self.draining_since is not None else self.stream.plain_fd
+        status = self.pump.fill() if fd < 0 else self.pump.serve(fd, SERVE_MS)
+        self.stream.absorb()
+        has_batch = self.merge.out_bytes > 0
+        if has_batch:
             self.last_news = time.monotonic()
-            self.stream.write()
+            self.stream.write(self.pump.done)
         if self.recovery.is_done:
             self.recovery.settle()
-        if status == order.IDLE and has_written and self.live and self.draining_since is None:
-            self.gather()
-        elif status == order.IDLE:
-            self.idle()
-        elif status in (order.BOUNDARY, order.LIMIT):
+            self.is_recovering = False
+        self.stream.take_back()
+        if status != order.IDLE:
+            self.act(status)
+        elif fd < 0 or self.stream.segment is None:
+            self.rest(has_batch)
+        self.handle_messages()
+        return status != order.ENDED
+
+    def act(self, status: int) -> None:
+        if status in (order.BOUNDARY, order.LIMIT):
             self.end_segment(status)
         elif status == order.CONTROL:
             self.announce()
         elif status == order.EPOCH:
             self.step_clock()
-        self.handle_messages()
-        return status != order.ENDED
+
+    def rest(self, has_written: bool) -> None:
+        if has_written and self.live and self.draining_since is None:
+            self.pump.gather()
+            return
+        if self.live and self.stream.segment is None and self.may_open():
+            self.open(time.time_ns())
+        self.pump.idle()
 
     def announce(self) -> None:
         """A file source names an interface, before its first packet."""
@@ -248,7 +280,7 @@ class MergeWorker:
             if self.draining_since is not None:
                 self.stream.drop_what_waits()
             else:
-                self.sleep(HELD_BACK_MS)
+                self.pump.sleep(HELD_BACK_MS)
 
     def open(self, start_ns: int) -> bool:
         """The first segment, or one that was held back, or that could not be had."""
@@ -277,68 +309,15 @@ class MergeWorker:
         self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
         self.stream.use_rotation(self.policy, skip_empty=output.empty_segments == "skip")
         self.merge.set_max_wait(output.max_wait_ms)
+        self.pump.max_wait_ms = output.max_wait_ms
         log.info("output %s: new settings are in force", output.name)
-
-    # ---- waiting ----
-
-    def idle(self) -> None:
-        self.note_progress()
-        if self.live and self.stream.segment is None and self.may_open():
-            self.open(time.time_ns())
-        timeout_ms = HEARTBEAT_MS
-        if self.merge.want_watermarks():
-            timeout_ms = min(timeout_ms, max(1, self.output.max_wait_ms // 4))
-        if (hold_ms := self.merge.hold_ms) is not None:
-            timeout_ms = min(timeout_ms, max(1, hold_ms))
-        if self.live and self.stream.segment is not None and self.merge.boundary_ns != NEVER:
-            timeout_ms = min(timeout_ms, self.wait_for_boundary())
-        self.sleep(timeout_ms)
-
-    def gather(self) -> None:
-        """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
-        if self.merge.crowded:
-            return
-        timeout_ms = min(GATHER_MS, max(1, self.output.max_wait_ms // 4))
-        if (hold_ms := self.merge.hold_ms) is not None:
-            timeout_ms = min(timeout_ms, hold_ms)
-        if self.merge.boundary_ns != NEVER:
-            timeout_ms = min(timeout_ms, max(0, (self.merge.boundary_ns - time.time_ns()) // 1_000_000))
-        if timeout_ms > 0:
-            self.channel_poller.poll(timeout_ms)
-
-    def wait_for_boundary(self) -> int:
-        """Milliseconds until the segment's time is over by the wall clock; when it is, the watermarks must move."""
-        overdue_ns = time.time_ns() - self.merge.boundary_ns
-        if overdue_ns < 0:
-            return min(HEARTBEAT_MS, -overdue_ns // 1_000_000 + 3)
-        self.merge.want_all_watermarks()
-        if overdue_ns > self.output.max_wait_ms * 1_000_000 + FORCE_GRACE_NS:
-            self.merge.force()
-            return 0
-        return max(1, self.output.max_wait_ms // 4)
-
-    def sleep(self, timeout_ms: int) -> None:
-        self.merge.sleeps(True)
-        if not self.merge.has_news:
-            self.poller.poll(timeout_ms)
-        self.merge.sleeps(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.parts.wake_fd)
-
-    def note_progress(self) -> None:
-        self.context.page["watermark_ns"] = self.merge.watermark
-        for i, page in enumerate(self.source_pages):
-            consumed, dropped, late = self.merge.source_totals(i)
-            page["consumed_packets"] = consumed
-            page["dropped_merge_packets"] = dropped
-            page["late_packets"] = late
 
     def handle_messages(self) -> None:
         for message in self.context.messages():
             if message == DRAIN and self.draining_since is None:
                 self.draining_since = self.last_news = time.monotonic()
                 self.context.set_state("draining")
-                self.poller.unregister(self.context.channel)  # it may be at its end, and then is always readable
+                self.pump.hang_up()
             elif message == ROTATE and self.stream.segment is not None:
                 self.stream.rotate(REQUEST)
             elif message.startswith(RELOAD):

@@ -32,6 +32,7 @@ class LiveCapture:
         reorder_us: int,
         block_timeout_ms: int = 1,
         step_ms: int = 50,
+        inner: bool = False,
     ) -> None: ...
     def pump(self) -> int:
         """Takes up to 32 kernel blocks, publishes what is in order. Returns the packets taken. GIL released.

@@ -193,11 +193,12 @@ cdef class LiveCapture:
     cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
+    cdef bint inner                 # tunnels are metered by their innermost IP header
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50):
+                  uint64_t step_ms=50, bint inner=False):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -206,6 +207,7 @@ cdef class LiveCapture:
         self.digests = digests
         self.linktype = linktype
         self.cooked = cooked
+        self.inner = inner
         self.snaplen = snaplen
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
@@ -601,7 +603,7 @@ cdef class LiveCapture:
             return
         memset(ignored, 0, sizeof(ignored))
         length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_status(status, outbound), room, ignored)
+                               digest_status(status, outbound), self.inner, room, ignored)
         if length == 0:
             for i in range(<uint32_t>REASONS):
                 if ignored[i]:

@@ -8,10 +8,10 @@ class DigestFile:
     `path` may also be a URI, which must tell the format of what its content does not (`tsh:PATH`).
 
     No packet is copied: the parser looks at them in the reader's buffer. `source`: the interface that every digest
-    gets, as the merge would write it.
+    gets, as the merge would write it. `inner`: tunnels are described by their innermost IP header.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: int = 0) -> None: ...
+    def __init__(self, path: str | os.PathLike[str], source: int = 0, *, inner: bool = False) -> None: ...
 
     ended: bool
     """The file is over, and all its digests were given."""

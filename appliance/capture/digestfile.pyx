@@ -22,6 +22,7 @@ cdef class DigestFile:
     cdef object reader
     cdef object failure
     cdef uint32_t source
+    cdef bint inner
     cdef PacketReference *packets
     cdef uint64_t count
     cdef uint64_t taken
@@ -29,10 +30,11 @@ cdef class DigestFile:
     cdef LinkTypes linktypes
     cdef readonly bint ended
 
-    def __cinit__(self, path, uint32_t source=0):
+    def __cinit__(self, path, uint32_t source=0, *, bint inner=False):
         path, told_format = file_of(os.fspath(path))
         self.reader = CaptureReader(path, by_reference=True, format=told_format)
         self.source = source
+        self.inner = inner
         self.linktypes = LinkTypes()
         self.packets = <PacketReference *>malloc(REFERENCES * sizeof(PacketReference))
         if self.packets == NULL:
@@ -51,7 +53,7 @@ cdef class DigestFile:
             with nogil:
                 self.taken += digest_references(
                     self.packets + self.taken, self.count - self.taken, self.linktypes.types, self.linktypes.count,
-                    self.source, out + written, room - written, self.ignored_counts, &batch,
+                    self.source, self.inner, out + written, room - written, self.ignored_counts, &batch,
                 )
             written += batch.written_bytes
             if self.taken < self.count:

@@ -12,7 +12,13 @@ class FileCapture:
     """
 
     def __init__(
-        self, interface: Interface, records: Producer, digests: Producer | None, page: CounterPage
+        self,
+        interface: Interface,
+        records: Producer,
+        digests: Producer | None,
+        page: CounterPage,
+        *,
+        inner: bool = False,
     ) -> None: ...
     ended: bool
     """Everything is published."""

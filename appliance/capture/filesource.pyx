@@ -31,15 +31,17 @@ cdef class FileCapture:
     cdef uint64_t skip              # packets that a predecessor published
     cdef uint64_t ignored[REASONS]
     cdef LinkTypes linktypes
+    cdef bint inner
     cdef bint source_ended
     cdef uint64_t wait_ms
     cdef readonly bint ended
 
-    def __cinit__(self, interface, Producer records not None, Producer digests, page):
+    def __cinit__(self, interface, Producer records not None, Producer digests, page, *, bint inner=False):
         self.records = records
         self.digests = digests
         self.page = page
         self.interface = interface
+        self.inner = inner
         self.linktypes = LinkTypes()
         self.source = FileSource(
             interface.uri,
@@ -133,8 +135,8 @@ cdef class FileCapture:
             memset(&done, 0, sizeof(done))
             with nogil:
                 if not digest_records(batch + self.digested_bytes, self.batch_bytes - self.digested_bytes,
-                                      self.linktypes.types, self.linktypes.count, room, free_bytes, self.ignored,
-                                      &done):
+                                      self.linktypes.types, self.linktypes.count, self.inner, room, free_bytes,
+                                      self.ignored, &done):
                     with gil:
                         raise InputOutputError(f"{self.interface.uri}: a decoded record is corrupt")
             self.digested_bytes += done.consumed_bytes

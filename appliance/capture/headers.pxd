@@ -27,7 +27,8 @@ cdef class LinkTypes:
     cdef int learn(self, list interfaces) except -1
 
 # Writes the digest of one packet to `out` (room for DIGEST_MAX_BYTES, aligned to 4) and returns its length.
-# 0: not metered, and ignored[reason] went up. `status` takes the bits of DIGEST_CALLER_STATUS.
+# 0: not metered, and ignored[reason] went up. `status` takes the bits of DIGEST_CALLER_STATUS. With `inner` the digest
+# describes the innermost IP header of a tunnel, otherwise the outermost.
 cdef uint32_t digest_packet(
     const uint8_t* packet,
     uint32_t captured_length,
@@ -36,6 +37,7 @@ cdef uint32_t digest_packet(
     uint32_t interface,
     uint64_t timestamp_ns,
     uint32_t status,
+    bint inner,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil
@@ -48,6 +50,7 @@ cdef bint digest_records(
     uint64_t record_bytes,
     const uint16_t* linktypes,
     uint32_t linktype_count,
+    bint inner,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -62,6 +65,7 @@ cdef uint64_t digest_references(
     const uint16_t* linktypes,
     uint32_t linktype_count,
     uint32_t source,
+    bint inner,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,

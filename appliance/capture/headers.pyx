@@ -1,14 +1,15 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""From packet bytes to a digest record: link layer, tags and labels, IP, transport. Nothing here allocates.
+"""From packet bytes to a digest record: link layer, tags and labels, IP, tunnels, transport. Nothing here allocates.
 
-A packet is hostile. The cursor carries two ends: `end`, how far the capture reaches, and `wire_end`, how far the
-packet reached on the wire. Every read is preceded by a look at `end`; every loop advances and counts a layer.
+A packet is hostile: see cursor.pxd for how it is read, and tunnels.pxd for what encapsulates what.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
+from appliance.capture.cursor cimport *
+from appliance.capture.tunnels cimport enter_tunnel, is_tunnel_port
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
@@ -32,7 +33,6 @@ cdef extern from *:
 
 cdef enum:
     AHEAD = 8  # packets whose headers are fetched ahead
-    MAX_LAYERS = 16
     PLAIN_OCTETS = 54  # Ethernet, IPv4 and TCP without options
     METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
 
@@ -43,72 +43,25 @@ cdef enum:
     DLT_RAW_BSD = 12  # DLT_RAW of some systems, found in their files
     DLT_RAW_OPENBSD = 14
     LINKTYPE_PPP_HDLC = 50
+    LINKTYPE_PPP_ETHER = 51
+    LINKTYPE_ATM_RFC1483 = 100
     LINKTYPE_RAW = 101
     LINKTYPE_C_HDLC = 104
     LINKTYPE_LOOP = 108
     LINKTYPE_LINUX_SLL = 113
+    LINKTYPE_PPP_WITH_DIRECTION = 204
+    LINKTYPE_MPLS = 219
     LINKTYPE_IPV4 = 228
     LINKTYPE_IPV6 = 229
     LINKTYPE_LINUX_SLL2 = 276
 
-    ETHERTYPE_NONE = 0
-    ETHERTYPE_LENGTH_LIMIT = 0x0600  # below: an 802.3 length, and LLC behind it
-    ETHERTYPE_IPV4 = 0x0800
-    ETHERTYPE_TRANSPARENT_ETHERNET = 0x6558
-    ETHERTYPE_8021Q = 0x8100
-    ETHERTYPE_IPV6 = 0x86DD
-    ETHERTYPE_MPLS = 0x8847
-    ETHERTYPE_MPLS_UPSTREAM = 0x8848
-    ETHERTYPE_PPPOE_SESSION = 0x8864
-    ETHERTYPE_8021AD = 0x88A8
-    ETHERTYPE_QINQ_OLD = 0x9100
-    ETHERTYPE_PPP = 0x880B  # here: a PPP protocol field follows
-
-    PROTOCOL_HOP_BY_HOP = 0
-    PROTOCOL_ICMP = 1
-    PROTOCOL_TCP = 6
-    PROTOCOL_UDP = 17
-    PROTOCOL_DCCP = 33
-    PROTOCOL_ROUTING = 43
-    PROTOCOL_FRAGMENT = 44
-    PROTOCOL_AH = 51
-    PROTOCOL_ICMPV6 = 58
-    PROTOCOL_DESTINATION_OPTIONS = 60
-    PROTOCOL_SCTP = 132
-    PROTOCOL_UDPLITE = 136
-
     OPTION_PAD1 = 0
     OPTION_JUMBO = 0xC2
-
-cdef struct Cursor:
-    const uint8_t* packet
-    uint64_t offset
-    uint64_t end  # of what may be read
-    uint64_t wire_end  # of what was there
-    uint32_t layers
-    uint32_t ethertype  # of what is at `offset`
-
-
-cdef inline uint16_t be16(const uint8_t* p) noexcept nogil:
-    return <uint16_t>((<uint32_t>p[0] << 8) | p[1])
-
-
-cdef inline uint32_t be32(const uint8_t* p) noexcept nogil:
-    return (<uint32_t>p[0] << 24) | (<uint32_t>p[1] << 16) | (<uint32_t>p[2] << 8) | p[3]
-
-
-cdef inline bint holds(const Cursor* c, uint64_t length) noexcept nogil:
-    return c.offset + length <= c.end
 
 
 cdef inline int shortage(const Cursor* c, uint64_t length) noexcept nogil:
     """Why `length` octets are missing: the capture was cut, or the packet itself ends too early."""
     return IGNORED_TRUNCATED if c.offset + length <= c.wire_end else IGNORED_MALFORMED
-
-
-cdef inline bint enter_layer(Cursor* c) noexcept nogil:
-    c.layers += 1
-    return c.layers <= MAX_LAYERS
 
 
 cdef int parse_ethernet(Cursor* c, digest* d) noexcept nogil:
@@ -212,6 +165,17 @@ cdef int parse_link(Cursor* c, digest* d, uint16_t linktype) noexcept nogil:
         return parse_family(c)
     if linktype == LINKTYPE_PPP or linktype == LINKTYPE_PPP_HDLC or linktype == LINKTYPE_C_HDLC:
         return parse_ppp_framing(c)
+    if linktype == LINKTYPE_PPP_WITH_DIRECTION:
+        c.offset += 1
+        return parse_ppp_framing(c)
+    if linktype == LINKTYPE_PPP_ETHER:
+        c.ethertype = ETHERTYPE_PPPOE_SESSION
+        return METERED
+    if linktype == LINKTYPE_ATM_RFC1483:  # LLC
+        return METERED
+    if linktype == LINKTYPE_MPLS:
+        c.ethertype = ETHERTYPE_MPLS
+        return METERED
     return IGNORED_LINK_TYPE
 
 
@@ -229,30 +193,51 @@ cdef int parse_vlan_tag(Cursor* c, digest* d) noexcept nogil:
 
 
 cdef int parse_mpls_entry(Cursor* c, digest* d) noexcept nogil:
-    """One label stack entry (RFC 3032); behind the last one, the first nibble tells what it carries (RFC 4928)."""
+    """One label stack entry (RFC 3032)."""
     cdef uint32_t entry
-    cdef uint8_t nibble
     if not holds(c, 4):
         return shortage(c, 4)
     entry = be32(c.packet + c.offset)
     if d.mpls == 0:
         d.mpls = entry
     c.offset += 4
-    if not entry & 0x100:  # not the bottom of the stack
-        return METERED
+    return parse_mpls_payload(c) if entry & 0x100 else METERED  # the bottom of the stack
+
+
+cdef int parse_mpls_payload(Cursor* c) noexcept nogil:
+    """Labels do not say what they carry. The first nibble does (RFC 4928), but for Ethernet without a control word,
+    whose first nibble is anything: that is taken for it when IP's length contradicts and a known type stands there."""
+    cdef const uint8_t* p = c.packet + c.offset
+    cdef uint8_t nibble
     if not holds(c, 1):
         return shortage(c, 1)
-    nibble = c.packet[c.offset] >> 4
-    if nibble == 4:
+    nibble = p[0] >> 4
+    if nibble == 4 and not (holds(c, 4) and c.offset + be16(p + 2) > c.wire_end and names_known_type(c, 12)):
         c.ethertype = ETHERTYPE_IPV4
-    elif nibble == 6:
+    elif nibble == 6 and not (holds(c, 6) and c.offset + 40 + be16(p + 4) > c.wire_end and names_known_type(c, 12)):
         c.ethertype = ETHERTYPE_IPV6
-    elif nibble == 0 and holds(c, 4):  # a pseudowire's control word (RFC 4385)
+    elif nibble == 0 and (names_known_type(c, 16) or not names_known_type(c, 12)):  # a control word (RFC 4385)
+        if not holds(c, 4):
+            return shortage(c, 4)
         c.offset += 4
+        c.ethertype = ETHERTYPE_TRANSPARENT_ETHERNET
+    elif names_known_type(c, 12):
         c.ethertype = ETHERTYPE_TRANSPARENT_ETHERNET
     else:
         return IGNORED_NOT_IP
     return METERED
+
+
+cdef inline bint names_known_type(const Cursor* c, uint64_t at) noexcept nogil:
+    """An Ethernet type that leads to IP stands `at` octets behind the cursor."""
+    cdef uint32_t ethertype
+    if not holds(c, at + 2):
+        return False
+    ethertype = be16(c.packet + c.offset + at)
+    return (
+        ethertype == ETHERTYPE_IPV4 or ethertype == ETHERTYPE_IPV6 or ethertype == ETHERTYPE_8021Q
+        or ethertype == ETHERTYPE_8021AD or ethertype == ETHERTYPE_MPLS or ethertype == ETHERTYPE_PPPOE_SESSION
+    )
 
 
 cdef int parse_pppoe(Cursor* c) noexcept nogil:
@@ -267,6 +252,8 @@ cdef int parse_pppoe(Cursor* c) noexcept nogil:
 
 cdef int parse_ppp_protocol(Cursor* c) noexcept nogil:
     cdef uint32_t protocol
+    if holds(c, 2) and c.packet[c.offset] == 0xFF and c.packet[c.offset + 1] == 0x03:  # PPTP may keep them
+        c.offset += 2
     if not holds(c, 1):
         return shortage(c, 1)
     protocol = c.packet[c.offset]
@@ -314,7 +301,7 @@ cdef int parse_to_ip(Cursor* c, digest* d) noexcept nogil:
             result = parse_pppoe(c)
         elif c.ethertype == ETHERTYPE_PPP:
             result = parse_ppp_protocol(c)
-        elif c.ethertype == ETHERTYPE_TRANSPARENT_ETHERNET and d.mpls != 0:
+        elif c.ethertype == ETHERTYPE_TRANSPARENT_ETHERNET:
             result = parse_ethernet(c, d)
         elif c.ethertype < ETHERTYPE_LENGTH_LIMIT:
             result = parse_llc(c)
@@ -337,11 +324,9 @@ cdef int parse_ipv4(Cursor* c, digest* d) noexcept nogil:
     if total != 0:
         if total < header_octets:
             return IGNORED_MALFORMED
-        # What follows belongs to the frame, not to the packet: Ethernet's padding.
-        c.wire_end = c.offset + total
-        if c.end > c.wire_end:
-            c.end = c.wire_end
+        end_at(c, c.offset + total)
     else:
+        total = <uint32_t>max(c.wire_end - c.offset, <uint64_t>header_octets)
         d.status |= DIGEST_ZERO_LENGTH
     if not holds(c, header_octets):
         return shortage(c, header_octets)
@@ -403,11 +388,10 @@ cdef int parse_ipv6(Cursor* c, digest* d) noexcept nogil:
     memcpy(d.destination_address, p + 24, 16)
     d.ip_octets = payload + 40
     if payload != 0:
-        c.wire_end = start + 40 + payload
-        if c.end > c.wire_end:
-            c.end = c.wire_end
+        end_at(c, start + 40 + payload)
     elif d.protocol != 59 and start + 40 < c.wire_end:  # not an empty packet: a jumbogram, or an offloaded segment
         d.status |= DIGEST_ZERO_LENGTH
+        d.ip_octets = <uint32_t>(c.wire_end - start)
     c.offset += 40
     return parse_extension_headers(c, d, start)
 
@@ -449,9 +433,8 @@ cdef int parse_extension_headers(Cursor* c, digest* d, uint64_t start) noexcept 
             jumbo = jumbo_octets(p + 2, length - 2)
             if jumbo > 0xFFFF and jumbo <= <uint32_t>0xFFFFFFD7:  # 40 more still fit
                 d.ip_octets = jumbo + 40
-                c.wire_end = start + 40 + jumbo
-                if c.end > c.wire_end:
-                    c.end = c.wire_end
+                d.status ^= DIGEST_ZERO_LENGTH
+                end_at(c, start + 40 + jumbo)
 
 
 cdef inline void set_payload(const Cursor* c, digest* d, uint64_t header_octets) noexcept nogil:
@@ -515,24 +498,73 @@ cdef void parse_transport(Cursor* c, digest* d) noexcept nogil:
         set_payload(c, d, 0)
 
 
+cdef int parse_ip(Cursor* c, digest* d) noexcept nogil:
+    """The IP header that `ethertype` announces, with all that stands between it and the transport header."""
+    cdef int result
+    if c.ethertype == ETHERTYPE_IPV6:
+        return parse_ipv6(c, d)
+    result = parse_ipv4(c, d)
+    if result == METERED and d.protocol == PROTOCOL_AH and not d.status & DIGEST_LATER_FRAGMENT:
+        result = parse_extension_headers(c, d, c.offset)
+    return result
+
+
+cdef void begin_inner(const Cursor* c, digest* d) noexcept nogil:
+    """Another IP header is going to describe the flow. Tags, labels and link addresses are the innermost frame's:
+    they stay when IP carries IP, and go when the tunnel carries frames or labels of its own."""
+    cdef digest outer = d[0]
+    cdef uint16_t kept = DIGEST_CALLER_STATUS | DIGEST_TRUNCATED
+    clear_digest(d)
+    if c.ethertype != ETHERTYPE_TRANSPARENT_ETHERNET:
+        kept |= DIGEST_LINK_ADDRESSES
+        memcpy(d.source_mac, outer.source_mac, 12)  # both
+        d.vlan_tags = outer.vlan_tags
+        d.vlan_outer = outer.vlan_outer
+        d.vlan_inner = outer.vlan_inner
+        if c.ethertype != ETHERTYPE_MPLS and c.ethertype != ETHERTYPE_MPLS_UPSTREAM:
+            d.mpls = outer.mpls
+    d.status = outer.status & kept
+
+
+cdef int parse_innermost(Cursor* c, digest* d) noexcept nogil:
+    """From a parsed outer IP header down through the tunnels. An inner packet that holds no IP, or whose headers are
+    cut or broken, leaves the digest at the last header that could be read: the packet belongs to the tunnel's flow."""
+    cdef digest outer
+    cdef int result
+    while True:
+        parse_transport(c, d)
+        if not enter_tunnel(c, d):
+            return METERED if c.layers <= MAX_LAYERS else IGNORED_TOO_MANY_LAYERS
+        if not enter_layer(c):
+            return IGNORED_TOO_MANY_LAYERS
+        outer = d[0]
+        begin_inner(c, d)
+        result = parse_to_ip(c, d)
+        if result == METERED:
+            result = parse_ip(c, d)
+        if result == IGNORED_TOO_MANY_LAYERS:
+            return result
+        if result != METERED:
+            d[0] = outer
+            return METERED
+
+
 cdef int parse_packet(const uint8_t* packet, uint32_t captured_length, uint32_t original_length, digest* d,
-                      uint16_t linktype) noexcept nogil:
+                      uint16_t linktype, bint inner) noexcept nogil:
     cdef Cursor c = Cursor(packet, 0, captured_length, original_length, 0, ETHERTYPE_NONE)
     cdef int result = parse_link(&c, d, linktype)
     if result == METERED:
         result = parse_to_ip(&c, d)
-    if result != METERED:
-        return result
-    result = parse_ipv4(&c, d) if c.ethertype == ETHERTYPE_IPV4 else parse_ipv6(&c, d)
     if result == METERED:
-        if d.ip_version == 4 and d.protocol == PROTOCOL_AH and not d.status & DIGEST_LATER_FRAGMENT:
-            result = parse_extension_headers(&c, d, c.offset)
+        result = parse_ip(&c, d)
     if result == METERED:
+        if inner:
+            return parse_innermost(&c, d)
         parse_transport(&c, d)
     return result
 
 
-cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest* d) noexcept nogil:
+cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest* d, bint inner) noexcept nogil:
     """Most packets: Ethernet, IPv4 without options and not fragmented, TCP or UDP, all their headers captured. What the
     steps above would have written, in a third of the time; False, and nothing written: it is not one of these."""
     cdef uint32_t total, fragment, header_octets = 8
@@ -541,6 +573,8 @@ cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest*
     total = be16(p + 16)
     fragment = be16(p + 20)
     if total < PLAIN_OCTETS - 14 or fragment & 0x3FFF or (p[23] != PROTOCOL_TCP and p[23] != PROTOCOL_UDP):
+        return False
+    if inner and p[23] == PROTOCOL_UDP and (is_tunnel_port(be16(p + 34)) or is_tunnel_port(be16(p + 36))):
         return False
     memcpy(d.destination_mac, p, 6)
     memcpy(d.source_mac, p + 6, 6)
@@ -579,6 +613,7 @@ cdef inline uint32_t digest_by(
     uint32_t interface,
     uint64_t timestamp_ns,
     uint32_t status,
+    bint inner,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil:
@@ -591,8 +626,8 @@ cdef inline uint32_t digest_by(
     d.status = <uint16_t>(status & DIGEST_CALLER_STATUS)
     if captured_length < original_length:
         d.status |= DIGEST_TRUNCATED
-    if not (plain and linktype == LINKTYPE_ETHERNET and parse_plain(packet, captured_length, d)):
-        result = parse_packet(packet, captured_length, original_length, d, linktype)
+    if not (plain and linktype == LINKTYPE_ETHERNET and parse_plain(packet, captured_length, d, inner)):
+        result = parse_packet(packet, captured_length, original_length, d, linktype, inner)
         if result != METERED:
             ignored[result] += 1
             return 0
@@ -616,11 +651,12 @@ cdef uint32_t digest_packet(
     uint32_t interface,
     uint64_t timestamp_ns,
     uint32_t status,
+    bint inner,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil:
-    return digest_by(True, packet, captured_length, original_length, linktype, interface, timestamp_ns, status, out,
-                     ignored)
+    return digest_by(True, packet, captured_length, original_length, linktype, interface, timestamp_ns, status, inner,
+                     out, ignored)
 
 
 cdef inline uint32_t status_of_flags(uint32_t flags) noexcept nogil:
@@ -652,6 +688,7 @@ cdef bint digest_records(
     uint64_t record_bytes,
     const uint16_t* linktypes,
     uint32_t linktype_count,
+    bint inner,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -689,7 +726,7 @@ cdef bint digest_records(
                     r + RECORD_PACKET_DATA, head[5], head[6], linktypes[head[2]], head[2],
                     (<uint64_t>head[3] << 32) | head[4],
                     status_of_options(r + data_end, head[1] - 4 - data_end),
-                    out + batch.written_bytes, ignored,
+                    inner, out + batch.written_bytes, ignored,
                 )
                 batch.written_bytes += written
                 batch.digests += written != 0
@@ -724,6 +761,7 @@ cdef uint64_t digest_references(
     const uint16_t* linktypes,
     uint32_t linktype_count,
     uint32_t source,
+    bint inner,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -745,7 +783,7 @@ cdef uint64_t digest_references(
             continue
         written = digest_by(
             True, p.data, p.captured, p.original, linktypes[p.interface], source, <uint64_t>p.timestamp_ns,
-            status_of_flags(p.flags), out + batch.written_bytes, ignored,
+            status_of_flags(p.flags), inner, out + batch.written_bytes, ignored,
         )
         batch.written_bytes += written
         batch.digests += written != 0
@@ -759,7 +797,7 @@ IGNORED = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
 
 def parse(
     const unsigned char[::1] packet not None, int linktype, original_length=None, captured_length=None,
-    *, bint plain=True,
+    *, bint inner=False, bint plain=True,
 ):
     cdef uint64_t[IGNORED_REASON_COUNT] ignored
     cdef digest d
@@ -769,7 +807,7 @@ def parse(
     if captured > packet.shape[0]:
         raise ValueError(f"captured_length {captured} exceeds the {packet.shape[0]} octets given")
     memset(ignored, 0, sizeof(ignored))
-    if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, <uint8_t*>&d, ignored):
+    if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, inner, <uint8_t*>&d, ignored):
         for i in range(IGNORED_REASON_COUNT):
             if ignored[i]:
                 return {"ignored": IGNORED[i]}
@@ -812,7 +850,7 @@ cdef dict digest_fields(const digest* d):
     }
 
 
-def digests(const unsigned char[::1] records not None, linktypes):
+def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=False):
     cdef uint64_t[IGNORED_REASON_COUNT] ignored
     cdef uint16_t[256] table
     cdef DigestBatch batch
@@ -827,7 +865,9 @@ def digests(const unsigned char[::1] records not None, linktypes):
     memset(ignored, 0, sizeof(ignored))
     if records.shape[0] == 0:
         return b"", dict.fromkeys(IGNORED, 0)
-    whole = digest_records(&records[0], records.shape[0], table, count, &room[0], room.shape[0], ignored, &batch)
+    whole = digest_records(
+        &records[0], records.shape[0], table, count, inner, &room[0], room.shape[0], ignored, &batch
+    )
     if not whole:
         raise ValueError(f"damaged record at offset {batch.consumed_bytes}")
     return bytes(out[: batch.written_bytes]), {IGNORED[i]: ignored[i] for i in range(IGNORED_REASON_COUNT)}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from appliance.capture.uri import is_interface_name
 from appliance.errors import InputOutputError
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if.h, linux/if_arp.h, linux/ethtool.h
@@ -54,6 +55,8 @@ class HostInterface:
     @property
     def left_out_because(self) -> str:
         """Why `ring:*` does not take it; "" when it does. Both kinds carry what another interface shows as well."""
+        if not is_interface_name(self.name):
+            return "has a name that is not taken"
         if not self.is_up:
             return "is down"
         if self.is_bridge_port:

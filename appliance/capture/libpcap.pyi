@@ -9,7 +9,14 @@ class PacketSink:
     """Packets of any origin into a packet ring and, if given, a digest ring. A full ring drops, and counts."""
 
     def __init__(
-        self, records: Producer, digests: Producer | None, page: CounterPage, linktype: int, snaplen: int
+        self,
+        records: Producer,
+        digests: Producer | None,
+        page: CounterPage,
+        linktype: int,
+        snaplen: int,
+        *,
+        inner: bool = False,
     ) -> None: ...
     newest: int
     """The newest timestamp put, in ns."""

@@ -76,13 +76,16 @@ cdef class PacketSink:
     cdef uint64_t read_packets, read_bytes, dropped_ring, published, published_bytes, truncated, late
     cdef uint64_t digests_written, digests_dropped
     cdef uint64_t ignored[REASONS]
+    cdef bint inner
 
-    def __cinit__(self, Producer records not None, Producer digests, page, int linktype, uint32_t snaplen):
+    def __cinit__(self, Producer records not None, Producer digests, page, int linktype, uint32_t snaplen,
+                  *, bint inner=False):
         self.records = records
         self.digests = digests
         self.page = page
         self.linktype = linktype
         self.snaplen = snaplen
+        self.inner = inner
         # A successor counts on from what its predecessor had published; what it had only read is lost with it.
         self.published = records.words[COMMIT_WORD_PUBLISHED]
         self.read_packets = page["read_packets"]
@@ -138,7 +141,8 @@ cdef class PacketSink:
         if room == NULL:
             self.digests_dropped += 1
             return
-        length = digest_packet(data, captured, original, self.linktype, 0, timestamp_ns, 0, room, self.ignored)
+        length = digest_packet(data, captured, original, self.linktype, 0, timestamp_ns, 0, self.inner, room,
+                               self.ignored)
         if length:
             ring_advance(&self.digests.view, length)
             self.digests_written += 1

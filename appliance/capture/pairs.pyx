@@ -25,11 +25,13 @@ cdef class DigestPairs:
     cdef uint32_t *origins
     cdef LinkTypes linktypes
     cdef uint64_t[IGNORED_REASON_COUNT] ignored_counts
+    cdef bint inner
     cdef readonly uint64_t packets
     cdef readonly uint64_t consumed_bytes
     cdef readonly uint32_t count
 
-    def __cinit__(self, uint64_t packets_before=0):
+    def __cinit__(self, uint64_t packets_before=0, *, bint inner=False):
+        self.inner = inner
         self.packets = packets_before
         self.linktypes = LinkTypes()
         self.digests = <uint8_t *> malloc(<size_t> AT_ONCE * DIGEST_MAX_BYTES)
@@ -82,6 +84,7 @@ cdef class DigestPairs:
                 digest_bytes = digest_packet(
                     records + at + RECORD_PACKET_DATA, captured, record_u32(records + at + 24),
                     self.linktypes.types[interface], interface, record_timestamp_ns(records + at), 0,
+                    self.inner,
                     self.digests + <size_t> self.count * DIGEST_MAX_BYTES, self.ignored_counts,
                 )
                 if digest_bytes:

@@ -114,9 +114,17 @@ def open_handle(interface: Interface) -> Handle:
 class PcapCapture:
     """One `pcap:` source into its rings. `step` never waits; between steps the worker polls `fileno`."""
 
-    def __init__(self, interface: Interface, records: Producer, digests: Producer | None, page: CounterPage) -> None:
+    def __init__(
+        self,
+        interface: Interface,
+        records: Producer,
+        digests: Producer | None,
+        page: CounterPage,
+        *,
+        inner: bool = False,
+    ) -> None:
         self.handle = open_handle(interface)
-        self.sink = PacketSink(records, digests, page, self.handle.linktype, interface.snaplen)
+        self.sink = PacketSink(records, digests, page, self.handle.linktype, interface.snaplen, inner=inner)
         self._reorder_ns = interface.reorder_us * 1000
         # The handle's own counts begin anew with every handle, and wrap at 2^32.
         self._base = (page["received_packets"], page["dropped_kernel_packets"])

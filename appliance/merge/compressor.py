@@ -49,10 +49,14 @@ def compressor_argv(compressor: str | Sequence[str]) -> tuple[str, ...] | None:
         return None
     if compressor == "lz4":
         return (sys.executable, "-I", "-m", "workers.compress")
-    argv = tuple(compressor)
+    return program_argv(compressor, "compressor")
+
+
+def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
+    """The command with its program's path. MissingInputError: there is no such program; `what` says for what."""
     program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if program is None:
-        raise MissingInputError(f"compressor {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
+        raise MissingInputError(f"{what} {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
     return (program, *argv[1:])
 
 
@@ -76,7 +80,8 @@ class SinkError(InputOutputError):
 
 class FileSink:
     """Writes straight into the staging file. `written`: bytes so far. `keeps_whole_writes`: after a failed write the
-    file ends with the last whole one."""
+    file ends with the last whole one. `plain_fd`: where write(2) alone is enough as long as it takes all; -1: nowhere.
+    Whoever writes there adds to `written`."""
 
     is_alive = True
 
@@ -88,16 +93,20 @@ class FileSink:
         self._fd = fd
         lock(fd)
 
-    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
-        """All of `data`. SinkError (disk full, I/O): the file is cut back to what it held before this call."""
-        done = 0
+    @property
+    def plain_fd(self) -> int:
+        return self._fd
+
+    def write(self, data: memoryview, beat: Callable[[], None], done: int = 0) -> None:
+        """All of `data`, whose first `done` bytes are there already. SinkError (disk full, I/O): the file is cut back
+        to what it held before all of it."""
         try:
             while done < len(data):
                 done += os.write(self._fd, data[done:])
         except OSError as error:
             self._cut_back()
             raise SinkError(f"{self.path}: {error.strerror}", done) from error
-        self.written += done
+        self.written += len(data)
 
     def _cut_back(self) -> None:
         try:
@@ -127,6 +136,7 @@ class FileSink:
 class StreamSink:
     """Writes into a pipe, a device or standard output, as fast as its reader takes it."""
 
+    plain_fd = -1  # it has to be asked for room before each write
     is_alive = True
     keeps_whole_writes = False
 
@@ -141,9 +151,9 @@ class StreamSink:
         self._poller = select.poll()
         self._poller.register(fd, select.POLLOUT)
 
-    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
-        """All of `data`, however long its reader takes. SinkError: there is no reader any longer, or an I/O error."""
-        done = 0
+    def write(self, data: memoryview, beat: Callable[[], None], done: int = 0) -> None:
+        """All of `data` behind its first `done` bytes, however long its reader takes. SinkError: there is no reader any
+        longer, or an I/O error."""
         while done < len(data):
             try:
                 if self._poller.poll(POLL_MS):
@@ -154,7 +164,7 @@ class StreamSink:
                 beat()
             except OSError as error:
                 raise SinkError(f"{self.path}: {error.strerror}", done) from error
-        self.written += done
+        self.written += len(data)
 
     def close_input(self) -> None:
         """Nothing more will be written."""
@@ -207,6 +217,10 @@ class CompressorSink:
             os.close(fd)
 
     @property
+    def plain_fd(self) -> int:
+        return self._pipe
+
+    @property
     def _is_built_in(self) -> bool:
         return self._argv[-1] == "workers.compress"
 
@@ -223,9 +237,9 @@ class CompressorSink:
         """False: the compressor has ended already, before any byte was written to it or in the middle."""
         return self._child.poll() is None
 
-    def write(self, data: memoryview, beat: Callable[[], None]) -> None:
-        """All of `data`, waiting for the compressor up to its time-out. SinkError: it died, or takes nothing."""
-        done = 0
+    def write(self, data: memoryview, beat: Callable[[], None], done: int = 0) -> None:
+        """All of `data` behind its first `done` bytes, waiting for the compressor up to its time-out. SinkError: it
+        died, or takes nothing."""
         deadline = time.monotonic() + self._timeout_s
         while done < len(data):
             try:
@@ -237,7 +251,7 @@ class CompressorSink:
                 raise SinkError(f"{self.path}: compressor {self.name} {self._ending()}", done) from None
             except OSError as error:
                 raise SinkError(f"{self.path}: {error.strerror}", done) from error
-        self.written += done
+        self.written += len(data)
 
     def _wait_for_room(self, deadline: float, done: int, beat: Callable[[], None]) -> None:
         beat()

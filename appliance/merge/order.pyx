@@ -12,6 +12,7 @@ Order is (epoch, timestamp): a source that reports a step of the clock is parked
 The rings' memory is hostile: positions are checked when they are loaded (ring.h), a record's length is loaded once, and
 what a check allowed is what is written, whatever the producer makes of its record meanwhile.
 """
+cimport cython
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
@@ -20,65 +21,17 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
 from appliance.ring.layout cimport *
-from appliance.ring.ring cimport Consumer
+from appliance.ring.ring cimport Consumer, signal_eventfd
 
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
 SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF = range(5)
 
 cdef enum:
-    S_IDLE = 0
-    S_FULL
-    S_BOUNDARY
-    S_LIMIT
-    S_CONTROL
-    S_EPOCH
-    S_ENDED
-
-cdef enum:
-    TO_PCAPNG = 0
-    TO_PCAP_NS
-    TO_PCAP_US
-    TO_DIGESTS
-    TO_ERF
-
-cdef enum:
-    HAS_RECORD = 0
-    IS_EMPTY
-    IS_PARKED
-    IS_ENDED
-    IS_CONTROL
-
-cdef enum:
-    MARKS = 64
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
 
 # Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
 cdef uint32_t UNMAPPED = 0xFFFFFFFF
 cdef int64_t SAME_EPOCH_NS = 25000000
-
-cdef struct mark:  # everything before `position` had arrived here by `arrived_ns` (CLOCK_MONOTONIC)
-    uint64_t position
-    uint64_t arrived_ns
-
-cdef struct merge_source:
-    ring_view *view
-    bint live
-    int state
-    uint64_t next_ns
-    int64_t watermark_ns
-    int64_t epoch_offset         # of the EPOCH record that it is parked at
-    uint64_t asked_ns            # CLOCK_MONOTONIC of the last request for a watermark
-    uint32_t *interface_map
-    uint32_t interface_count
-    mark marks[MARKS]
-    uint32_t first_mark
-    uint32_t mark_count
-    uint64_t counters[8]         # of the last RECORD_COUNTERS
-    uint64_t pending_packets     # in the output buffer
-    uint64_t pending_bytes
-    uint64_t dropped
-    uint64_t late
-    uint64_t consumed
 
 
 cdef uint64_t monotonic_ns() noexcept nogil:
@@ -87,52 +40,9 @@ cdef uint64_t monotonic_ns() noexcept nogil:
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
 
 
-cdef struct front:  # what the ordering looks at most, dense: the oldest record of a source that has one
-    uint64_t next_ns
-    uint32_t source
-
-
+@cython.final
 cdef class Merge:
     """See order.pyi."""
-    cdef merge_source *sources
-    cdef front *fronts
-    cdef readonly uint32_t source_count
-    cdef list consumers
-    cdef uint8_t *out
-    cdef uint64_t out_capacity
-    cdef readonly uint64_t out_bytes
-    cdef readonly uint64_t out_packets
-    cdef public int sink
-    cdef uint64_t max_wait_ns
-    cdef uint64_t last_ns
-    cdef int64_t epoch_offset
-    cdef bint epoch_known
-    cdef readonly uint32_t control_source
-    cdef uint32_t control_length
-    cdef readonly uint64_t late
-    cdef readonly uint64_t late_max_ns
-    cdef readonly uint64_t forced
-    cdef readonly bint crowded
-    # Of the packets in the output buffer.
-    cdef readonly uint64_t batch_first_ns
-    cdef readonly uint64_t batch_last_ns
-    cdef readonly uint64_t batch_late
-    cdef readonly uint64_t batch_late_max_ns
-    cdef readonly uint64_t segment_packets
-    # Limits of the segment that is being written.
-    cdef public uint64_t boundary_ns
-    cdef public uint64_t packets_left
-    cdef public uint64_t bytes_left
-    cdef public bint count_captured_bytes
-    cdef bint held       # no segment is open: stop at the first record that may go
-    cdef bint forced_end
-    cdef bint final      # nobody is waited for any longer
-    cdef uint32_t parked
-    cdef uint64_t promised_ns  # what is younger is forced
-    cdef public uint64_t horizon_ns
-    cdef public int64_t clock_offset_ns
-    cdef uint64_t begun_ns
-    cdef uint64_t start_grace_ns
 
     def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes,
                   uint64_t start_grace_ms=0):
@@ -154,6 +64,7 @@ cdef class Merge:
         for i in range(self.source_count):
             consumer = self.consumers[i]
             self.sources[i].view = &consumer.view
+            self.sources[i].wake_fd = consumer.wake_fd
             self.sources[i].live = live[i]
 
     def __dealloc__(self):
@@ -175,7 +86,7 @@ cdef class Merge:
             status = self.run()
         return status
 
-    cdef inline uint64_t now_ns(self) noexcept nogil:
+    cdef uint64_t now_ns(self) noexcept nogil:
         return monotonic_ns() + <uint64_t>self.clock_offset_ns
 
     cdef void refresh_all(self) noexcept nogil:
@@ -201,9 +112,9 @@ cdef class Merge:
         return ended != 0
 
     cdef int run(self) noexcept nogil:
-        cdef uint32_t best
+        cdef uint32_t best = 0
         cdef int status
-        cdef uint64_t limit_ns, limit_position
+        cdef uint64_t limit_ns = 0, limit_position = 0
         while True:
             status = self.look()
             if status != S_IDLE:
@@ -245,7 +156,7 @@ cdef class Merge:
                 self.parked += 1
         return S_IDLE
 
-    cdef inline bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil:
+    cdef bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil:
         """Whether it is a record of the kind that is merged here."""
         if self.sink == TO_DIGESTS:
             return type == RECORD_DIGEST
@@ -411,14 +322,14 @@ cdef class Merge:
                 return True
         return False
 
-    cdef inline bint is_half_full(self, merge_source *source) noexcept nogil:
+    cdef bint is_half_full(self, merge_source *source) noexcept nogil:
         """By what waits in it: what is read already is given back before anybody sleeps."""
         return self.waiting_bytes(source) > source.view.capacity / 2
 
-    cdef inline uint64_t waiting_bytes(self, merge_source *source) noexcept nogil:
+    cdef uint64_t waiting_bytes(self, merge_source *source) noexcept nogil:
         return source.view.other - source.view.position
 
-    cdef inline uint64_t promise(self, merge_source *source) noexcept nogil:
+    cdef uint64_t promise(self, merge_source *source) noexcept nogil:
         if source.watermark_ns < 0:
             return 0
         return min(<uint64_t>source.watermark_ns, self.horizon_ns)
@@ -566,7 +477,7 @@ cdef class Merge:
         source.state = IS_EMPTY  # as far as is known here
         return S_IDLE
 
-    cdef inline uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
+    cdef uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
         """What a packet takes of `bytes_left`."""
         if self.count_captured_bytes:
             return record_u32(record + 20)
@@ -613,8 +524,8 @@ cdef class Merge:
         self.note_time(source, stamp)
         return True
 
-    cdef inline void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
-                                 uint32_t interface) noexcept nogil:
+    cdef void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
+                          uint32_t interface) noexcept nogil:
         """Type and lengths are written, not copied: they are what was checked."""
         memcpy(target, record, length)
         record_set_u32(target, type)
@@ -623,7 +534,7 @@ cdef class Merge:
         record_set_u32(target + length - 4, length)
         self.out_bytes += length
 
-    cdef inline void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil:
+    cdef void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil:
         if self.out_packets == 1 or stamp < self.batch_first_ns:
             self.batch_first_ns = stamp
         if stamp > self.batch_last_ns:
@@ -651,26 +562,25 @@ cdef class Merge:
         return <uint64_t>self.out
 
     def emptied(self):
+        self.forget_batch()
+
+    cdef void forget_batch(self) noexcept nogil:
         """The output was taken: the buffer is free again."""
         self.out_bytes = 0
         self.out_packets = 0
         self.batch_first_ns = self.batch_last_ns = self.batch_late = self.batch_late_max_ns = 0
 
     def release(self):
+        self.give_back()
+
+    cdef void give_back(self) noexcept nogil:
         """Gives everything consumed back to the producers. Before the write, not after: at most once."""
         cdef uint32_t i
-        cdef Consumer consumer
+        cdef merge_source *source
         for i in range(self.source_count):
-            if self.sources[i].view.position != self.sources[i].view.published:
-                consumer = self.consumers[i]
-                consumer.release_to(self.sources[i].view.position)
-
-    def take_pending(self, uint32_t index):
-        """(packets, captured bytes) of a source that are in the output buffer; asking takes them off."""
-        cdef merge_source *source = &self.sources[index]
-        result = source.pending_packets, source.pending_bytes
-        source.pending_packets = source.pending_bytes = 0
-        return result
+            source = &self.sources[i]
+            if source.view.position != source.view.published and ring_release(source.view, source.view.position):
+                signal_eventfd(source.wake_fd)
 
     def control_record(self):
         """The record that `fill` stopped at with CONTROL, from source `control_source`."""
@@ -722,6 +632,9 @@ cdef class Merge:
         self.segment_packets = self.out_packets
 
     def want_watermarks(self):
+        return self.ask_who_holds()
+
+    cdef uint32_t ask_who_holds(self) noexcept nogil:
         """Asks the empty live sources that hold others up, each at most once per half of max_wait.
 
         Returns how many sources hold records up.
@@ -742,24 +655,31 @@ cdef class Merge:
 
     @property
     def hold_ms(self):
-        """Milliseconds until max_wait is over for the first record that waits; None: none waits for that."""
+        cdef int64_t left_ms = self.hold_left_ms()
+        return None if left_ms < 0 else left_ms
+
+    cdef int64_t hold_left_ms(self) noexcept nogil:
+        """Milliseconds until max_wait is over for the first record that waits; -1: none waits for that."""
         cdef uint32_t i
-        cdef uint64_t arrived
+        cdef uint64_t arrived, waited
         cdef uint64_t first = UINT64_MAX
         cdef uint64_t now = self.now_ns()
         for i in range(self.source_count):
             if self.sources[i].state == IS_EMPTY and not self.sources[i].live:
-                return None
+                return -1
             if self.sources[i].state == HAS_RECORD or self.sources[i].state == IS_PARKED:
                 arrived = self.arrival_ns(&self.sources[i])
                 if arrived < first:
                     first = arrived
         if first == UINT64_MAX:
-            return None
+            return -1
         waited = now - first if now > first else 0
-        return max(0, int(self.max_wait_ns) - waited + 999999) // 1000000
+        return <int64_t>((self.max_wait_ns - waited + 999999) // 1000000) if waited < self.max_wait_ns else 0
 
     def want_all_watermarks(self):
+        self.ask_all()
+
+    cdef void ask_all(self) noexcept nogil:
         """Asks every empty live source: the stream's time must move although no packet comes."""
         cdef uint32_t i
         cdef uint64_t now = self.now_ns()
@@ -767,22 +687,27 @@ cdef class Merge:
             if self.sources[i].live and self.sources[i].state == IS_EMPTY:
                 self.ask(i, now)
 
-    cdef void ask(self, uint32_t index, uint64_t now):
+    cdef void ask(self, uint32_t index, uint64_t now) noexcept nogil:
         cdef merge_source *source = &self.sources[index]
-        cdef Consumer consumer
         if now - source.asked_ns >= self.max_wait_ns / 2:
             source.asked_ns = now
-            consumer = self.consumers[index]
-            consumer.want_watermark_now()
+            if ring_want_watermark(source.view):
+                signal_eventfd(source.wake_fd)
 
     def sleeps(self, bint sleeping):
-        """True before a sleep; then `has_news` must be looked at once more. False after it."""
+        self.announce_sleep(sleeping)
+
+    cdef void announce_sleep(self, bint sleeping) noexcept nogil:
+        """True before a sleep; then `moved` must be looked at once more. False after it."""
         cdef uint32_t i
         for i in range(self.source_count):
             ring_consumer_sleeps(self.sources[i].view, sleeping)
 
     @property
     def has_news(self):
+        return self.moved()
+
+    cdef bint moved(self) noexcept nogil:
         """Whether a ring's head, watermark or end moved since the last look."""
         cdef uint32_t i
         cdef merge_source *source
@@ -839,5 +764,8 @@ cdef class Merge:
 
     @property
     def watermark(self):
+        return self.watermark_or_last()
+
+    cdef uint64_t watermark_or_last(self) noexcept nogil:
         cdef uint64_t lowest = self.merged_watermark()
         return lowest if lowest != UINT64_MAX else self.last_ns

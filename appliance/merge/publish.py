@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from appliance.counters import CounterPage, publish_bucket
 from appliance.errors import InputOutputError
 from appliance.merge.compressor import CompressorSink, SinkError
+from appliance.merge.events import Announcer
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.retention import Retention
@@ -143,7 +144,8 @@ class Publisher:
     """Publishes closed segments in their order, and between them keeps the retention's limits.
 
     `before`: a job that its thread does first (the recovery of an earlier life's files). `failed`: something went to
-    quarantine, or could not even get there.
+    quarantine, or could not even get there. `vanished`: packets by source of files that somebody removed before they
+    were published; whoever counted them as written takes them from there.
     """
 
     QUEUE_SEGMENTS = 8
@@ -158,8 +160,11 @@ class Publisher:
         ledger: Ledger,
         retention: Retention | None = None,
         before: Callable[[], None] | None = None,
+        announcer: Announcer | None = None,
     ) -> None:
         self.failed = False
+        self.vanished: queue.SimpleQueue[Mapping[str, int]] = queue.SimpleQueue()
+        self._stranded: list[Segment] = []
         self._naming = naming
         self._output = output
         self._page = page
@@ -168,6 +173,7 @@ class Publisher:
         self._ledger = ledger
         self._retention = retention
         self._before = before
+        self._announcer = announcer
         self._counting = threading.Lock()
         self._waiting = 0
         self._queue: queue.Queue[Segment | None] = queue.Queue(self.QUEUE_SEGMENTS)
@@ -185,6 +191,8 @@ class Publisher:
         while self._thread.is_alive():
             self._thread.join(0.5)
             beat()
+        if self._announcer is not None:
+            self._announcer.finish(beat)
 
     def count_write_error(self) -> None:
         """Both threads of a merge worker count these."""
@@ -204,6 +212,8 @@ class Publisher:
                 beat()
 
     def _run(self) -> None:
+        if self._announcer is not None:
+            self._guarded("manifest", self._announcer.begin)
         if self._before is not None:
             self._guarded("recovery", self._before)
         while True:
@@ -213,12 +223,14 @@ class Publisher:
                 self._retain()
                 continue
             if segment is None:
-                return
+                return self._guarded("quarantine", self._set_stranded_aside)
             self._guarded(segment.path, functools.partial(self._settle, segment))
             self._count_waiting(-1)
             self._retain()
 
     def _retain(self) -> None:
+        if self._stranded:
+            self._guarded("quarantine", self._set_stranded_aside)
         if self._retention is not None:
             self._guarded("retention", self._retention.enforce)
 
@@ -239,7 +251,15 @@ class Publisher:
             except (OSError, InputOutputError) as error:
                 self.count_write_error()
                 segment.failure = f"{segment.path}: cannot be published: {error}"
-        self.quarantine(segment)
+        if self._naming.stream is None and not os.path.lexists(segment.path):
+            self._count_vanished(segment)
+        else:
+            self.quarantine(segment)
+
+    def _count_vanished(self, segment: Segment) -> None:
+        self.failed = True
+        self.vanished.put(segment.source_packets)
+        log.error("%s does not exist any longer: its %d packets are lost", segment.path, segment.packets)
 
     def _end_sink(self, segment: Segment) -> None:
         try:
@@ -261,6 +281,9 @@ class Publisher:
         start_ns = segment.start_ns
         if self._naming.by_first_packet and segment.first_ns is not None:
             start_ns = segment.first_ns
+        elif segment.first_ns is not None and not segment.late:
+            # What waited in the rings for a successor is older than its first file: names sort as the packets do.
+            start_ns = min(start_ns, segment.first_ns)
         if self._naming.sidecar_path(segment.sequence, start_ns) is None:
             sha256, length = "", sync_file(segment.path)  # nowhere to write the hash
         else:
@@ -268,9 +291,10 @@ class Publisher:
         segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
         self._ledger.begin(segment.path, segment.source_packets)
+        told = self._sidecar(segment, final, sha256, length)
         try:
             if sidecar is not None:
-                write_durably(sidecar, self._sidecar(segment, final, sha256, length).to_json(), self._mode)
+                write_durably(sidecar, told.to_json(), self._mode)
             now = time.time()
             os.utime(
                 segment.path, (now, now)
@@ -286,6 +310,8 @@ class Publisher:
             raise
         self._ledger.end()
         self._count_published(segment, length)
+        if self._announcer is not None:
+            self._announcer.published(final, dataclasses.asdict(told))
         if self._retention is not None:
             self._retention.add(final)
         log.info(
@@ -330,26 +356,44 @@ class Publisher:
         self.failed = True
         self._page.add("segments_quarantined")
         self._page.add("quarantined_packets", segment.packets)
-        target = None
-        try:
-            target = self._naming.quarantine_path(segment.sequence)
-            if target is not None:
+        log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
+        if not self._set_aside(segment):
+            self._stranded.append(segment)
+
+    def _set_aside(self, segment: Segment) -> bool:
+        """Moves the file, then writes the reason. False: one of them cannot be done now."""
+        target = None if segment.is_aside else self._naming.quarantine_path(segment.sequence)
+        if target is not None:
+            try:
                 self._ledger.begin(segment.path, segment.source_packets)
                 rename_without_replacing(segment.path, target)
                 self._ledger.end()
-                segment.path = target
-        except OSError as error:
-            self._ledger.give_up()
-            log.error("%s: cannot be moved to quarantine: %s", segment.path, error)
-        log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
-        if segment.path == target:
-            write_reason(target, segment.failure, segment.packets, self._mode)
+            except OSError as error:
+                self._ledger.give_up()
+                if segment not in self._stranded:
+                    log.error("%s: cannot be moved to quarantine, which is tried again: %s", segment.path, error)
+                return False
+            segment.path, segment.is_aside = target, True
+        return not segment.is_aside or write_reason(segment.path, segment.failure, segment.packets, self._mode)
+
+    def _set_stranded_aside(self) -> None:
+        """What could not be moved or explained when it failed: the disk was full, a directory gone or not writable."""
+        for segment in list(self._stranded):
+            if os.path.lexists(segment.path):
+                if not self._set_aside(segment):
+                    continue
+            elif not segment.is_aside:
+                self._page["quarantined_packets"] -= segment.packets
+                self._count_vanished(segment)
+            self._stranded.remove(segment)
 
 
-def write_reason(path: str, reason: str, packets: int, mode: int) -> None:
-    """Beside a file in quarantine: why it is there. The log has said so already, so a full disk is no further harm."""
+def write_reason(path: str, reason: str, packets: int, mode: int) -> bool:
+    """Beside a file in quarantine: why it is there. False: it cannot be written now; the log has said so already."""
     text = json.dumps({"reason": reason, "packets": packets}) + "\n"
     try:
         write_durably(f"{path}.json", text, mode)
     except OSError as error:
         log.error("%s.json: cannot be written: %s", path, error)
+        return False
+    return True

@@ -12,6 +12,7 @@ and only what is whole under that name is published.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -26,6 +27,7 @@ from appliance.errors import ApplianceError, InputOutputError
 from appliance.formats.stream import InputStream
 from appliance.formats.unpack import DamagedStreamError, Unpacker
 from appliance.merge.compressor import CompressorSink, SinkError, compressor_argv, compressor_suffix
+from appliance.merge.events import Announcer
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming, SingleFileNaming
 from appliance.merge.publish import (
@@ -64,6 +66,7 @@ class Recovery:
         occupancies: Sequence[tuple[int, int]],
         is_successor: bool,
         since_ns: int = 0,
+        announcer: Announcer | None = None,
     ) -> None:
         """`occupancies`: per source (packets published ever, packets in the ring now). `since_ns`: when this run began
         (CLOCK_REALTIME). `unsettled`: per source, what the predecessor had consumed and nobody knows the end of."""
@@ -73,6 +76,7 @@ class Recovery:
         self._labels = labels
         self._pages = source_pages
         self._ledger = ledger
+        self._announcer = announcer
         self._is_successor = is_successor
         self._leftovers: list[str] = []
         try:
@@ -210,25 +214,25 @@ class Recovery:
         sequence, final = free_name(self._naming, self._number_of(path), start_ns)
         sidecar = self._naming.sidecar_path(sequence, start_ns)
         packets = self._attribute(found)
+        told = Sidecar(
+            file=os.path.basename(final),
+            output=self._output.name,
+            sequence=sequence,
+            packets=found.packets,
+            bytes=length,
+            uncompressed_bytes=found.bytes,
+            first_ns=found.first_ns,
+            last_ns=found.last_ns,
+            dropped={},
+            late=found.late_packets,
+            late_max_ns=0,
+            sha256=sha256,
+            closed_because="crash",
+            recovered=True,
+            interfaces=packets,
+        )
         if sidecar is not None:
-            text = Sidecar(
-                file=os.path.basename(final),
-                output=self._output.name,
-                sequence=sequence,
-                packets=found.packets,
-                bytes=length,
-                uncompressed_bytes=found.bytes,
-                first_ns=found.first_ns,
-                last_ns=found.last_ns,
-                dropped={},
-                late=found.late_packets,
-                late_max_ns=0,
-                sha256=sha256,
-                closed_because="crash",
-                recovered=True,
-                interfaces=packets,
-            )
-            write_durably(sidecar, text.to_json(), self._mode)
+            write_durably(sidecar, told.to_json(), self._mode)
         if self._is_successor:
             self._ledger.begin(path, packets)
         rename_without_replacing(path, final)
@@ -237,6 +241,8 @@ class Recovery:
         sync_directory(os.path.dirname(final))
         for label, count in packets.items():
             self._recovered[label] = self._recovered.get(label, 0) + count
+        if self._announcer is not None:
+            self._announcer.published(final, dataclasses.asdict(told))
         self._page.add("segments_recovered")
         self._page.add("recovered_packets", found.packets)
         log.warning("recovered %s: %d packets from a file that was not finished", final, found.packets)

@@ -64,6 +64,11 @@ class PublishedFile:
     newest_ns: int  # what its age counts from
 
 
+def published_name(output: str) -> re.Pattern[str]:
+    """Matches the names of an output's published files; their number is the first group."""
+    return re.compile(rf"{re.escape(output)}-\d{{8}}T\d{{6}}Z-(\d{{8,18}})[.][^/]+", re.ASCII)
+
+
 def free_bytes(directory: str) -> int:
     """What an unprivileged process may still write there."""
     status = os.statvfs(directory)
@@ -93,7 +98,7 @@ class Retention:
         self._now_ns = now_ns
         self._ready = os.path.dirname(naming.final_path(0, 0))
         self._meta = os.path.dirname(sidecar)
-        self._name = re.compile(rf"{re.escape(output)}-\d{{8}}T\d{{6}}Z-(\d{{8,18}})[.][^/]+", re.ASCII)
+        self._name = published_name(output)
         self._files: dict[str, PublishedFile] = {}
         self._newest = -1
         self._adopted = False

@@ -102,6 +102,7 @@ class Segment:
     closed_because: str = ""
     closed_ns: int = 0  # CLOCK_MONOTONIC
     failure: str = ""  # why it goes to quarantine; empty: it is published
+    is_aside: bool = False  # it is in quarantine
 
     def add_batch(self, packets: dict[str, int], first_ns: int, last_ns: int, late: int, late_max_ns: int) -> None:
         """A batch was written: `packets` of each source, with these times and this lateness."""

@@ -15,6 +15,7 @@ from appliance.counters import CounterPage
 from appliance.errors import CannotCreateError, ConfigError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.formats.erf import LINKTYPES as ERF_LINKTYPES, PORTS as ERF_PORTS
+from appliance.merge.books import Books
 from appliance.merge.compressor import SinkError
 from appliance.merge.order import Merge
 from appliance.merge.publish import Publisher
@@ -71,13 +72,13 @@ class OutputStream:
         self.has_opened = False
         self.segment: Segment | None = None
         self.failed = False
+        self.books = Books(merge, page, source_pages)
         self._merge = merge
         self._settings = settings
         self._opener = opener
         self._publisher = publisher
         self._page = page
         self._labels = labels
-        self._source_pages = source_pages
         self._beat = beat
         self._may_open = may_open
         self._unsettled = unsettled or [0] * len(labels)
@@ -89,8 +90,6 @@ class OutputStream:
         self._told_dropped = [merge.source_totals(i)[1] for i in range(len(labels))]
         self._told_until_ns = time.time_ns()
         self._writer_dropped = 0
-        self._late_before = page["late_packets"]
-        self._forced_before = page["forced_packets"]
         self._retry_at = 0.0
         self._failed_at = -REOPEN_S
         self._said = ""
@@ -303,27 +302,33 @@ class OutputStream:
 
     # ---- packets ----
 
-    def write(self) -> None:
-        """Writes what the merge has put out. Whatever happens to it, every packet is counted once."""
-        pending = [self._merge.take_pending(i) for i in range(len(self._labels))]
-        self._note_consumed(pending)
-        data = self._merge.output()
+    @property
+    def plain_fd(self) -> int:
+        """What a batch can simply be written to; -1: there is none, or it needs more care."""
+        return -1 if self.segment is None or self.segment.failure else self.segment.sink.plain_fd
+
+    def write(self, done: int = 0) -> None:
+        """Writes what the merge has put out, all but the first `done` bytes, which the open segment has already.
+        Whatever happens to it, every packet is counted once."""
+        self.books.set_unsettled(self._unsettled)
+        self.books.note_batch()
         written = False
         try:
-            written = self._write(data, pending)
+            written = self._write(self._merge.output(), done)
         finally:
             if not written:
-                self._count_dropped(pending)
+                self._writer_dropped += self.books.count_dropped()
             self._merge.emptied()
 
-    def _write(self, data: memoryview, pending: Sequence[tuple[int, int]]) -> bool:
+    def _write(self, data: memoryview, done: int) -> bool:
         """A compressor that died may have taken half of the batch into its file, which goes to quarantine, and a full
         disk's file is cut: the whole batch is written again into the next one."""
-        for _ in range(2):
+        for start in (done, 0):
             if not self.open(self._merge.batch_first_ns or time.time_ns()):
                 return False
-            if self._put(data):
-                self._count_written(pending)
+            if self._put(data, start):
+                self.books.count_written()
+                self.absorb()
                 return True
             segment = self.segment
             assert segment is not None
@@ -335,6 +340,19 @@ class OutputStream:
                 self._slow_down()
         return False
 
+    def absorb(self) -> None:
+        """What was written since the last look is the open segment's."""
+        taken = self.books.take()
+        if taken is None:
+            return
+        packets, length, first_ns, last_ns, late, late_max_ns = taken
+        segment = self.segment
+        assert segment is not None
+        segment.bytes += length
+        segment.sink.written += length
+        sources = {label: count for label, count in zip(self._labels, packets, strict=True) if count}
+        segment.add_batch(sources, first_ns, last_ns, late, late_max_ns)
+
     def _slow_down(self) -> None:
         """One failure is answered at once; failures that follow each other must not make a useless file each."""
         now = time.monotonic()
@@ -342,24 +360,12 @@ class OutputStream:
             self._retry_at = now + REOPEN_S
         self._failed_at = now
 
-    def _note_consumed(self, pending: Sequence[tuple[int, int]]) -> None:
-        for i, page in enumerate(self._source_pages):
-            consumed, dropped, late = self._merge.source_totals(i)
-            page["consumed_packets"] = consumed
-            page["dropped_merge_packets"] = dropped
-            page["late_packets"] = late
-            page["held_packets"] = pending[i][0] + self._unsettled[i]
-        self._page["late_packets"] = self._late_before + self._merge.late
-        self._page["late_max_ns"] = max(self._page["late_max_ns"], self._merge.late_max_ns)
-        self._page["forced_packets"] = self._forced_before + self._merge.forced
-        self._page["last_packet_ns"] = self._merge.batch_last_ns
-
-    def _put(self, data: memoryview) -> bool:
+    def _put(self, data: memoryview, done: int = 0) -> bool:
         segment = self.segment
         if segment is None or segment.failure:
             return False
         try:
-            segment.sink.write(data, self._beat)
+            segment.sink.write(data, self._beat, done)
         except SinkError as error:
             segment.failure = str(error)
             self._publisher.count_write_error()
@@ -382,33 +388,12 @@ class OutputStream:
         self._page["segment_opened_ns"] = 0
         self._opener.discard(segment)
 
-    def _count_written(self, pending: Sequence[tuple[int, int]]) -> None:
-        segment = self.segment
-        assert segment is not None
-        written = {}
-        for i, (packets, captured) in enumerate(pending):
-            if packets:
-                page = self._source_pages[i]
-                page["held_packets"] = self._unsettled[i]
-                page.add("written_packets", packets)
-                page.add("written_bytes", captured)
-                written[self._labels[i]] = packets
-        merge = self._merge
-        if written:
-            segment.add_batch(
-                written, merge.batch_first_ns, merge.batch_last_ns, merge.batch_late, merge.batch_late_max_ns
-            )
-        self._page.add("written_packets", sum(written.values()))
-        self._page.add("merged_packets", sum(written.values()))
-        self._page["open_packets"] = segment.packets
-
-    def _count_dropped(self, pending: Sequence[tuple[int, int]]) -> None:
-        for i, (packets, _) in enumerate(pending):
-            if packets:
-                self._source_pages[i]["held_packets"] = self._unsettled[i]
-                self._source_pages[i].add("dropped_writer_packets", packets)
+    def take_back(self) -> None:
+        """Packets that were written into files that somebody removed since: the writer has lost them."""
+        while not self._publisher.vanished.empty():
+            for label, packets in self._publisher.vanished.get().items():
+                self.books.take_back(self._labels.index(label), packets)
                 self._writer_dropped += packets
-                self._page.add("merged_packets", packets)
 
     def drop_what_waits(self) -> None:
         """The end has come, and no segment can be had: what is still to come is dropped by the writer, and counted."""
@@ -419,3 +404,4 @@ class OutputStream:
         self.close(reason)
         self._opener.discard_spare()
         self._publisher.finish(self._beat)
+        self.take_back()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from appliance.counters import METER_FIELDS, PAGE_BYTES, CounterPage
 from appliance.errors import ApplianceError, ConfigError
 from appliance.meter.exporter import Exporter, TcpExporter, make_exporter
+from appliance.meter.fragments import FragmentTable
 from appliance.meter.settings import MeterSettings
 from appliance.meter.table import FlowTable
 
@@ -57,6 +58,8 @@ class Metering:
             tcp_linger_ns=int(min(settings.tcp_linger_s, settings.idle_timeout_s) * NS_PER_S),
             vlan_in_key=settings.vlan_in_key,
             interface_in_key=settings.interface_in_key,
+            fragments=fragment_table(settings),
+            frame_octets=settings.zero_length == "frame",
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [
@@ -146,3 +149,10 @@ class Metering:
         self._counted = counters
         for name, value in self.table.gauges().items():
             self.page[name] = value
+
+
+def fragment_table(settings: MeterSettings) -> FragmentTable | None:
+    if settings.max_fragmented == 0:
+        return None
+    timeout_ns = int(settings.fragment_timeout_s * NS_PER_S)
+    return FragmentTable(max_datagrams=settings.max_fragmented, timeout_ns=timeout_ns)

@@ -54,6 +54,10 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
+    max_fragmented: int = 65_536  # datagrams in fragments at once; 0: later fragments have no ports
+    fragment_timeout_s: float = 30.0  # after a datagram's last fragment so far
+    zero_length: str = "field"  # or "frame": the octets of a packet whose IP length field is 0 (offloaded segments)
+    tunnels: str = "outer"  # or "inner": which IP header of a tunnel the digests describe; whoever makes them heeds it
     export: tuple[ExportSettings, ...] = field(default=())
 
 

@@ -13,13 +13,17 @@ keep their flow alive. Time stamps are taken as they are; beyond the year 2116 t
 
 from typing import Any
 
+from appliance.meter.fragments import FragmentTable
+
 FLOW_BYTES: int
 ROW_BYTES: int
 
 class FlowTable:
     """All time-outs in nanoseconds. ValueError for sizes and times out of range.
 
-    With a VLAN or the interface in the key, the same conversation in two of them is two flows.
+    With a VLAN or the interface in the key, the same conversation in two of them is two flows. `fragments` gives later
+    fragments the ports of the first; without it they have none, and are a flow of their own. `frame_octets`: a packet
+    whose IP length field is 0 counts with the octets of its frame instead of 0 (IPv6: 40).
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class FlowTable:
         vlan_in_key: bool = True,
         interface_in_key: bool = False,
         row_capacity: int = 4096,
+        fragments: FragmentTable | None = None,
+        frame_octets: bool = False,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:
         """Meters the digests among `length` octets of records at `address` (aligned to 4), in time order.

@@ -18,6 +18,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, P
 
 cimport cython
 
+from appliance.meter.fragments cimport FragmentTable
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
@@ -151,12 +152,14 @@ cdef class FlowTable:
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
-    cdef bint vlan_in_key, interface_in_key
+    cdef bint vlan_in_key, interface_in_key, frame_octets
+    cdef FragmentTable fragments  # or None
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
         bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
+        FragmentTable fragments=None, bint frame_octets=False,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -181,6 +184,8 @@ cdef class FlowTable:
         self.linger_ns = tcp_linger_ns
         self.vlan_in_key = vlan_in_key
         self.interface_in_key = interface_in_key
+        self.fragments = fragments
+        self.frame_octets = frame_octets
         self.tick_shift = MIN_TICK_SHIFT
         while longest_ns >> self.tick_shift > WHEEL_BUCKETS - 4:
             self.tick_shift += 1
@@ -551,8 +556,12 @@ cdef class FlowTable:
         cdef const digest* d = a.packet
         cdef Direction* x = &flow.directions[a.from_low ^ flow.key.forward_is_low]
         cdef uint64_t time_ns = min((<uint64_t>d.timestamp_high << 32) | d.timestamp_low, MAX_TIME_NS)
-        cdef uint16_t length = <uint16_t>min(d.ip_octets, <uint32_t>0xFFFF)
+        cdef uint32_t octets = d.ip_octets
+        cdef uint16_t length
         cdef uint8_t flags = <uint8_t>d.tcp_flags
+        if d.status & DIGEST_ZERO_LENGTH and not self.frame_octets:
+            octets = 0 if d.ip_version == 4 else 40
+        length = <uint16_t>min(octets, <uint32_t>0xFFFF)
         if flow.key.state & STATE_EMPTY:
             flow.start_ns = self.now_ns
             flow.key.state ^= STATE_EMPTY
@@ -567,7 +576,7 @@ cdef class FlowTable:
         else:
             x.tcp_later_flags |= flags
         x.packets += 1
-        x.octets += d.ip_octets
+        x.octets += octets
         x.payload_octets += d.payload_octets
         x.tcp_flags |= flags
         x.first_ns = min(x.first_ns, time_ns)
@@ -582,7 +591,7 @@ cdef class FlowTable:
             x.fragment_flags |= 0x20
         flow.last_ns = self.now_ns
         self.counts.metered_packets += 1
-        self.counts.metered_octets += d.ip_octets
+        self.counts.metered_octets += octets
         self.counts.active_flow_packets += 1
         if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)
@@ -602,6 +611,8 @@ cdef class FlowTable:
         cdef uint64_t time_ns
         cdef Flow* flow
         cdef int reason
+        cdef digest completed
+        cdef Arrival with_ports
         if d == NULL:
             self.counts.observed_packets += 1
             self.counts.ignored_packets += 1
@@ -609,6 +620,11 @@ cdef class FlowTable:
         time_ns = self.stream_time((<uint64_t>d.timestamp_high << 32) | d.timestamp_low)
         if not self.move_time(time_ns) or self.rows_ready == self.row_capacity:
             return False
+        if d.status & (DIGEST_MORE_FRAGMENTS | DIGEST_LATER_FRAGMENT) and self.fragments is not None:
+            if self.fragments.complete(d, a.key.ports_vlans >> 32, a.key.interface, self.now_ns, &completed):
+                self.take_in(&with_ports, &completed)
+                a = &with_ports
+                d = a.packet
         flow = self.find(&a.key, a.hash)
         while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split empties it
             if reason == END_ACTIVE:
@@ -778,6 +794,7 @@ cdef class FlowTable:
         return (
             <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
+            + (self.fragments.memory_bytes if self.fragments is not None else 0)
         )
 
     @property
@@ -800,7 +817,7 @@ cdef class FlowTable:
             "exported_flows": self.counts.exported_flows,
             "exported_packets": self.counts.exported_packets,
             "exported_octets": self.counts.exported_octets,
-        }
+        } | (self.fragments.counters() if self.fragments is not None else {})
 
     def gauges(self):
         return {

@@ -280,8 +280,8 @@ FAMILIES: tuple[Family, ...] = (
     _OUTPUT.counter("appliance_expired_bytes_total", "Bytes deleted by retention.", lambda row: row.expired_bytes),
     _OUTPUT.counter(
         "appliance_file_errors_total",
-        "Failed writes and compressors.",
-        lambda row: {"write": row.write_errors, "compressor": row.compressor_failures},
+        "Failed writes, compressors and hooks.",
+        lambda row: {"write": row.write_errors, "compressor": row.compressor_failures, "hook": row.hook_failures},
         by="reason",
     ),
     _OUTPUT.gauge("appliance_files_queued", "Closed files that are not yet published.", lambda row: row.queued_files),
@@ -332,6 +332,22 @@ FAMILIES: tuple[Family, ...] = (
         "appliance_meter_late_packets_total",
         "Packets that reached the meter after later ones.",
         lambda row: row.late_packets,
+    ),
+    _METER.counter(
+        "appliance_meter_later_fragments_total",
+        "Fragments behind the first of protocols with ports: keyed by its ports, or unmatched and keyed without.",
+        lambda row: {"keyed": row.fragments_keyed, "unmatched": row.fragments_unmatched},
+        by="outcome",
+    ),
+    _METER.counter(
+        "appliance_meter_overlapping_fragments_total",
+        "Fragments that begin where others of their datagram have been: overlaps, repeats, disorder.",
+        lambda row: row.fragments_overlapping,
+    ),
+    _METER.counter(
+        "appliance_meter_fragment_evictions_total",
+        "Datagrams in fragments that were forgotten before their end for want of room.",
+        lambda row: row.fragment_evictions,
     ),
     _METER.gauge("appliance_meter_active_flows", "Flows in the table.", lambda row: row.active_flows),
     _METER.gauge(

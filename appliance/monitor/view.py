@@ -133,6 +133,9 @@ class InterfaceView:
     in_flight: dict[str, int]
     in_flight_packets: int
     unaccounted_packets: int
+    read_packets: int  # taken out of the kernel's ring or the file
+    published_packets: int  # put into our ring
+    consumed_packets: int  # taken out of our ring by the merge
     read_bytes: int
     written_bytes: int
     ring_used_bytes: int
@@ -184,6 +187,7 @@ class OutputView:
     queued_files: int
     write_errors: int
     compressor_failures: int
+    hook_failures: int
     file_opened_ns: int
     last_published_ns: int
     publish_ns: int
@@ -208,6 +212,10 @@ class MeterView:
     exported_packets: int
     exported_octets: int
     stream_time_ns: int
+    fragments_keyed: int
+    fragments_unmatched: int
+    fragments_overlapping: int
+    fragment_evictions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +379,9 @@ def _interface(
         in_flight=in_flight,
         in_flight_packets=sum(in_flight.values()),
         unaccounted_packets=received - written - sum(dropped.values()) - sum(in_flight.values()),
+        read_packets=capture["read_packets"],
+        published_packets=capture["published_packets"],
+        consumed_packets=merge["consumed_packets"],
         read_bytes=capture["read_bytes"],
         written_bytes=merge["written_bytes"],
         ring_used_bytes=ring_used_bytes.get(source.label, 0),
@@ -425,6 +436,7 @@ def _output(pages: CounterPages, output: OutputInfo, sources: tuple[SourceInfo, 
         queued_files=page["queued_segments"],
         write_errors=page["write_errors"],
         compressor_failures=page["compressor_failures"],
+        hook_failures=page["hook_failures"],
         file_opened_ns=page["segment_opened_ns"],
         last_published_ns=page["last_published_ns"],
         publish_ns=page["publish_ns"],
@@ -453,6 +465,10 @@ def _meter(pages: CounterPages) -> MeterView | None:
         exported_packets=page["exported_packets"],
         exported_octets=page["exported_octets"],
         stream_time_ns=page["stream_time_ns"],
+        fragments_keyed=page["fragments_keyed"],
+        fragments_unmatched=page["fragments_unmatched"],
+        fragments_overlapping=page["fragments_overlapping"],
+        fragment_evictions=page["fragment_evictions"],
     )
 
 

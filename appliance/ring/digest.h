@@ -37,7 +37,7 @@
 #define DIGEST_PORTS 0x0080u              /* the ports were read */
 #define DIGEST_TCP 0x0100u                /* the TCP fields were read */
 #define DIGEST_ICMP 0x0200u               /* ICMP type and code were read */
-#define DIGEST_ZERO_LENGTH 0x0400u        /* the IP length field is 0: an offloaded segment (TSO, BIG TCP) */
+#define DIGEST_ZERO_LENGTH 0x0400u        /* the IP length field is 0: an offloaded segment (TSO, BIG TCP), no jumbogram */
 #define DIGEST_CUT_TRANSPORT 0x0800u      /* the transport header is cut short or contradicts itself */
 #define DIGEST_LINK_ADDRESSES 0x1000u     /* the MAC fields were read */
 #define DIGEST_OPTIONS 0x2000u            /* IPv4 options or IPv6 extension headers */
@@ -60,7 +60,7 @@ struct digest {
     uint16_t destination_port;
     uint16_t vlan_outer; /* priority, DEI and identifier, as in the tag */
     uint16_t vlan_inner;
-    uint32_t ip_octets;       /* IP total length; 0 when the IPv4 field is 0 */
+    uint32_t ip_octets;       /* IP total length; with DIGEST_ZERO_LENGTH what the frame holds */
     uint32_t payload_octets;  /* behind the transport header, on the wire */
     uint32_t original_length; /* of the frame */
     uint32_t tcp_sequence;

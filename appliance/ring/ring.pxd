@@ -3,6 +3,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from appliance.ring.layout cimport ring_header, ring_view
 
 
+cdef void signal_eventfd(int fd) noexcept nogil
+
+
 cdef class Mapping:
     cdef ring_header *header
     cdef uint8_t *data

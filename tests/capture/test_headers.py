@@ -7,96 +7,39 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
+from capture.crafted import (
+    A4,
+    B4,
+    CRAFTED,
+    ETHERNET,
+    MACS,
+    NULL,
+    PPP,
+    RAW,
+    SEEDS,
+    SLL,
+    ethernet,
+    fragment6,
+    ipv4,
+    ipv6,
+    packet_record,
+    tag,
+    tcp,
+    udp,
+)
 from hypothesis import given, settings, strategies as st
 
 from appliance.capture import headers
 from appliance.counters import IGNORED_REASONS
 
-ETHERNET, RAW, NULL, LOOP, SLL, SLL2, PPP, PPP_HDLC, C_HDLC = 1, 101, 0, 108, 113, 276, 9, 50, 104
 TRUNCATED, OUTGOING, DF, MORE, LATER, PORTS, TCP_READ = 0x1, 0x4, 0x10, 0x20, 0x40, 0x80, 0x100
 ZERO_LENGTH, CUT_TRANSPORT, OPTIONS = 0x400, 0x800, 0x2000
 
 SHARED = Path(os.environ.get("APPLIANCE_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-
-MACS = bytes.fromhex("020000000002020000000001")
-A4, B4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
-A6, B6 = bytes.fromhex("20010db8" + "00" * 11 + "01"), bytes.fromhex("20010db8" + "00" * 11 + "02")
-
-
-def ethernet(ethertype: int, payload: bytes) -> bytes:
-    return MACS + struct.pack(">H", ethertype) + payload
-
-
-def tag(tci: int, ethertype: int, payload: bytes) -> bytes:
-    return struct.pack(">HH", tci, ethertype) + payload
-
-
-def ipv4(protocol: int, payload: bytes, *, options: bytes = b"", fragment: int = 0, total: int | None = None) -> bytes:
-    header_octets = 20 + len(options)
-    if total is None:
-        total = header_octets + len(payload)
-    first = 0x40 | header_octets // 4
-    return struct.pack(">BBHHHBBH", first, 0xB8, total, 7, fragment, 61, protocol, 0) + A4 + B4 + options + payload
-
-
-def ipv6(next_header: int, payload: bytes, *, length: int | None = None) -> bytes:
-    length = len(payload) if length is None else length
-    return struct.pack(">IHBB", 0x6B800000, length, next_header, 62) + A6 + B6 + payload
-
-
-def tcp(payload: bytes = b"", *, flags: int = 0x18, offset: int = 5) -> bytes:
-    return struct.pack(">HHIIBBHHH", 40000, 443, 1000, 2000, offset << 4, flags, 512, 0, 0) + payload
-
-
-def udp(payload: bytes = b"") -> bytes:
-    return struct.pack(">HHHH", 5353, 53, 8 + len(payload), 0) + payload
-
-
-def fragment6(next_header: int, offset: int, more: bool, payload: bytes) -> bytes:
-    return struct.pack(">BBHI", next_header, 0, offset | more, 99) + payload
-
-
-SEEDS: dict[str, tuple[int, bytes]] = {
-    "tcp over ipv4": (ETHERNET, ethernet(0x0800, ipv4(6, tcp(b"x" * 10)))),
-    "padded to 60 octets": (ETHERNET, ethernet(0x0800, ipv4(17, udp())) + b"\xee" * 18),
-    "tcp with options over ipv4 with options": (
-        ETHERNET,
-        ethernet(0x0800, ipv4(6, tcp(b"\1" * 12 + b"data", offset=8), options=b"\x94\4\0\0")),
-    ),
-    "udp over ipv6": (ETHERNET, ethernet(0x86DD, ipv6(17, udp(b"abc")))),
-    "icmp": (ETHERNET, ethernet(0x0800, ipv4(1, b"\3\1\0\0" + b"\0" * 4 + ipv4(6, tcp())))),
-    "icmpv6": (ETHERNET, ethernet(0x86DD, ipv6(58, b"\x80\0\0\0\0\1\0\1"))),
-    "sctp": (ETHERNET, ethernet(0x0800, ipv4(132, struct.pack(">HHII", 1, 2, 3, 4) + b"c" * 16))),
-    "qinq": (ETHERNET, ethernet(0x88A8, tag(0x2064, 0x8100, tag(0x0065, 0x0800, ipv4(17, udp()))))),
-    "mpls": (ETHERNET, ethernet(0x8847, struct.pack(">II", 0x0001_0040, 0x0001_1140) + ipv4(6, tcp()))),
-    "mpls pseudowire": (
-        ETHERNET,
-        ethernet(0x8847, struct.pack(">II", 0x0001_0140, 0) + ethernet(0x8100, tag(5, 0x86DD, ipv6(17, udp())))),
-    ),
-    "pppoe": (ETHERNET, ethernet(0x8864, b"\x11\0\0\1\0\x40\0\x21" + ipv4(6, tcp()))),
-    "snap": (ETHERNET, ethernet(44, b"\xaa\xaa\3\0\0\0\x08\0" + ipv4(17, udp()))),
-    "ipv6 extension headers": (
-        ETHERNET,
-        ethernet(
-            0x86DD, ipv6(0, b"\x2b\0" + b"\1\4\0\0\0\0" + b"\x3c\2\4\0" + b"\0" * 20 + b"\6\0\1\4\0\0\0\0" + tcp())
-        ),
-    ),
-    "ipv6 first fragment": (RAW, ipv6(44, fragment6(17, 0, True, udp(b"z" * 8)))),
-    "ipv6 later fragment": (RAW, ipv6(44, fragment6(17, 1232, False, b"q" * 9))),
-    "ipv4 later fragment": (RAW, ipv4(17, b"p" * 16, fragment=185)),
-    "jumbogram": (RAW, ipv6(0, b"\6\0\xc2\4" + struct.pack(">I", 70000) + tcp(b"j" * (70000 - 28)), length=0)),
-    "authentication header": (RAW, ipv4(51, b"\6\4" + b"\0" * 22 + tcp())),
-    "loopback, little endian": (NULL, b"\2\0\0\0" + ipv4(17, udp())),
-    "loopback, big endian": (LOOP, b"\0\0\0\x1e" + ipv6(17, udp())),
-    "cooked": (SLL, struct.pack(">HHH8sH", 4, 1, 6, MACS[6:] + b"\0\0", 0x0800) + ipv4(6, tcp())),
-    "cooked 2": (SLL2, struct.pack(">HHIHBB8s", 0x86DD, 0, 3, 1, 0, 6, MACS[6:] + b"\0\0") + ipv6(6, tcp())),
-    "ppp": (PPP, b"\xff\3\0\x21" + ipv4(6, tcp())),
-    "ppp, compressed": (PPP_HDLC, b"\x57" + ipv6(6, tcp())),
-    "cisco hdlc": (C_HDLC, b"\x0f\0\x08\0" + ipv4(6, tcp())),
-}
 
 
 def test_reasons_stand_in_the_order_of_the_counter_page() -> None:
@@ -161,12 +104,18 @@ def test_an_atomic_fragment_is_no_fragment() -> None:
 def test_a_jumbogram_counts_its_option_length() -> None:
     fields = headers.parse(SEEDS["jumbogram"][1], RAW)
     assert (fields["ip_octets"], fields["payload_octets"]) == (70040, 70000 - 28)
+    assert not fields["status"] & ZERO_LENGTH
+
+
+def test_a_zero_ip_length_is_marked_and_the_octets_are_those_of_the_frame() -> None:
+    fields = headers.parse(ethernet(0x0800, ipv4(6, tcp(b"s" * 3000), total=0)), ETHERNET)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (3040, 40000, 3000)
     assert fields["status"] & ZERO_LENGTH
 
 
-def test_a_zero_ip_length_counts_no_octets_and_still_has_ports_and_payload() -> None:
-    fields = headers.parse(ethernet(0x0800, ipv4(6, tcp(b"s" * 3000), total=0)), ETHERNET)
-    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (0, 40000, 3000)
+def test_an_ipv6_payload_length_of_zero_is_marked_and_the_octets_are_those_of_the_frame() -> None:
+    fields = headers.parse(ethernet(0x86DD, ipv6(6, tcp(b"s" * 70_000), length=0)), ETHERNET)
+    assert (fields["ip_octets"], fields["source_port"], fields["payload_octets"]) == (70_060, 40000, 70_000)
     assert fields["status"] & ZERO_LENGTH
 
 
@@ -227,25 +176,33 @@ def test_sixteen_tags_are_taken() -> None:
 # ---- safety: only what was captured counts ----
 
 
-def results_under_tails(packet: bytes, linktype: int, length: int, original: int) -> list[dict[str, object]]:
+def results_under_tails(
+    packet: bytes, linktype: int, length: int, original: int
+) -> list[dict[bool, dict[str, object]]]:
+    """With the outer and with the inner header's flow, under each tail."""
     return [
-        headers.parse(packet[:length] + tail * 80, linktype, original_length=original, captured_length=length)
+        {
+            inner: headers.parse(
+                packet[:length] + tail * 80, linktype, original_length=original, captured_length=length, inner=inner
+            )
+            for inner in (False, True)
+        }
         for tail in (b"\x00", b"\xff", packet[:14] or b"\x45")
     ]
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", CRAFTED)
 def test_octets_behind_the_captured_length_change_nothing(name: str) -> None:
-    linktype, packet = SEEDS[name]
+    linktype, packet = CRAFTED[name]
     for length in range(min(len(packet), 200) + 1):
         for original in (length, len(packet)):
             first, *others = results_under_tails(packet, linktype, length, original)
             assert all(other == first for other in others), f"cut at {length} of {original}"
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", CRAFTED)
 def test_a_wrong_octet_anywhere_in_the_headers_reads_nothing_behind_them(name: str) -> None:
-    linktype, packet = SEEDS[name]
+    linktype, packet = CRAFTED[name]
     for position in range(min(len(packet), 100)):
         for value in (0x00, 0x01, 0x7F, 0x80, 0xFF, packet[position] ^ 0x10):
             mutated = packet[:position] + bytes([value]) + packet[position + 1 :]
@@ -259,7 +216,7 @@ def test_a_wrong_octet_anywhere_in_the_headers_reads_nothing_behind_them(name: s
 def test_any_octets_give_a_digest_or_a_reason(packet: bytes, linktype: int) -> None:
     first, *others = results_under_tails(packet, linktype, len(packet), len(packet))
     assert all(other == first for other in others)
-    assert first.get("ignored") in (*headers.IGNORED, None)
+    assert all(result.get("ignored") in (*headers.IGNORED, None) for result in first.values())
 
 
 class GuardedPage:
@@ -282,23 +239,37 @@ class GuardedPage:
 
 def test_no_read_crosses_into_an_unreadable_page() -> None:
     page = GuardedPage()
-    for linktype, packet in SEEDS.values():
-        for length in range(min(len(packet), 200)):
-            in_place = headers.parse(page.at_the_end(packet[:length]), linktype, original_length=len(packet))
-            assert in_place == headers.parse(packet[:length], linktype, original_length=len(packet))
+    for linktype, packet in CRAFTED.values():
+        for length, inner in product(range(min(len(packet), 250)), (False, True)):
+            in_place = headers.parse(page.at_the_end(packet[:length]), linktype, len(packet), inner=inner)
+            assert in_place == headers.parse(packet[:length], linktype, len(packet), inner=inner)
+
+
+PAGE = GuardedPage()
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    st.sampled_from(list(CRAFTED.values())),
+    st.lists(st.tuples(st.integers(0, 160), st.integers(0, 255)), max_size=4),
+    st.integers(0, 220),
+    st.integers(0, 3000),
+)
+def test_damaged_packets_of_every_kind_are_read_within_their_bounds(
+    crafted: tuple[int, bytes], changes: list[tuple[int, int]], length: int, longer: int
+) -> None:
+    linktype, packet = crafted
+    damaged = bytearray(packet[:length])
+    for at, value in changes:
+        if at < len(damaged):
+            damaged[at] = value
+    for inner in (False, True):
+        in_place = headers.parse(PAGE.at_the_end(bytes(damaged)), linktype, len(damaged) + longer, inner=inner)
+        elsewhere = bytes(damaged) + b"\xff" * 300
+        assert in_place == headers.parse(elsewhere, linktype, len(damaged) + longer, len(damaged), inner=inner)
 
 
 # ---- batches of records ----
-
-
-def packet_record(
-    packet: bytes, *, interface: int = 0, timestamp_ns: int = 0, original: int = 0, options: bytes = b""
-) -> bytes:
-    body = packet + b"\0" * (-len(packet) % 4) + options
-    length = 32 + len(body)
-    high, low = divmod(timestamp_ns, 1 << 32)
-    head = struct.pack("=7I", 6, length, interface, high, low, len(packet), original or len(packet))
-    return head + body + struct.pack("=I", length)
 
 
 def test_a_batch_gives_one_digest_for_every_metered_packet() -> None:
@@ -390,18 +361,19 @@ def test_real_and_damaged_captures_never_read_behind_a_packet() -> None:
 
 @settings(max_examples=2000)
 @given(
-    st.sampled_from([packet for linktype, packet in SEEDS.values() if linktype == ETHERNET]),
+    st.sampled_from([packet for linktype, packet in CRAFTED.values() if linktype == ETHERNET]),
     st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=3),
     st.integers(0, 120),
     st.integers(0, 120),
+    st.booleans(),
 )
 def test_the_short_way_for_common_packets_gives_what_the_long_one_gives(
-    packet: bytes, changes: list[tuple[int, int]], captured: int, longer: int
+    packet: bytes, changes: list[tuple[int, int]], captured: int, longer: int, inner: bool
 ) -> None:
     changed = bytearray(packet)
     for at, value in changes:
         if at < len(changed):
             changed[at] = value
     captured = min(captured or len(changed), len(changed))
-    short = headers.parse(changed, ETHERNET, captured + longer, captured)
-    assert short == headers.parse(changed, ETHERNET, captured + longer, captured, plain=False)
+    short = headers.parse(changed, ETHERNET, captured + longer, captured, inner=inner)
+    assert short == headers.parse(changed, ETHERNET, captured + longer, captured, inner=inner, plain=False)

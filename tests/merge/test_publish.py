@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from merge.outputs import Life, Make
 from merge.rings import S
-from support.lab import requires_tool
+from support.lab import requires_tool, wait_until
 
 from appliance.config import Output
 from appliance.counters import PUBLISH_BUCKETS_MS
@@ -203,14 +203,18 @@ def test_too_many_waiting_files_hold_the_writer_back_with_signs_of_life(
     monkeypatch.setattr(publish, "sync_and_hash", wait)
     beats: list[int] = []
     life = make(beats=beats)
-    threading.Timer(1.3, may_go.set).start()
+
+    def go_after_two_beats() -> None:
+        wait_until(lambda: len(beats) >= 2, "two signs of life")
+        may_go.set()
+
+    threading.Thread(target=go_after_two_beats).start()
     for at in range(publish.Publisher.QUEUE_SEGMENTS + 2):
         life.stream.open(T0)
         life.sources[0].packets_at(T0 + at)
         life.turn()
         life.stream.close("request")
     assert may_go.is_set(), "it waited"
-    assert len(beats) >= 2
     life.finish()
     assert [s["packets"] for s in life.sidecars()] == [1] * 10
     assert life.page["queued_segments"] == 0
@@ -224,3 +228,37 @@ def test_a_full_disk_leaves_no_half_sidecar(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         publish.write_durably(str(target), "text", 0o640)
     assert target.read_bytes() == b""
+
+
+def test_a_file_that_was_removed_while_it_was_written_is_neither_published_nor_in_quarantine(make: Make) -> None:
+    life = make()
+    life.stream.open(T0)
+    life.sources[0].packets_at(T0 + 1, T0 + 2)
+    life.turn()
+    (staged,) = (life.directory / "work").iterdir()
+    staged.unlink()
+    life.finish()
+    assert life.page["quarantined_packets"] == life.page["published_packets"] == life.page["written_packets"] == 0
+    assert life.source_pages[0]["written_packets"] == 0
+    assert life.source_pages[0]["dropped_writer_packets"] == 2
+
+
+def test_what_cannot_be_set_aside_or_explained_is_tried_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "RETENTION_EVERY_S", 0.05)
+    original = {name: getattr(publish, name) for name in ("rename_without_replacing", "write_durably")}
+    for name in original:
+        monkeypatch.setattr(publish, name, fails(28))
+    life = make()
+    life.stream.open(T0)
+    life.sources[0].packets_at(T0 + 1)
+    life.turn()
+    life.rotate()
+    wait_until(lambda: life.page["quarantined_packets"] == 1, "it is counted")
+    assert life.files("quarantine") == []
+    monkeypatch.setattr(publish, "rename_without_replacing", original["rename_without_replacing"])
+    wait_until(lambda: len(life.files("quarantine")) == 1, "it is moved")
+    monkeypatch.setattr(publish, "write_durably", original["write_durably"])
+    life.finish()
+    (path,) = life.files("quarantine")
+    assert json.loads(path.with_name(f"{path.name}.json").read_text())["packets"] == 1
+    assert (life.page["segments_quarantined"], life.page["quarantined_packets"]) == (1, 1)

@@ -127,7 +127,7 @@ def flush(table: FlowTable) -> list[dict[str, Any]]:
     return rows + take_rows(table)
 
 
-def capture_digests(path: Path) -> Iterator[tuple[bytes, dict[str, int]]]:
+def capture_digests(path: Path, *, inner: bool = False) -> Iterator[tuple[bytes, dict[str, int]]]:
     """The digests of a capture file in batches, and what was ignored in each. FormatError as the reader raises it."""
     room = (ctypes.c_uint64 * (1 << 18))()
     address, length = ctypes.addressof(room), ctypes.sizeof(room)
@@ -136,7 +136,7 @@ def capture_digests(path: Path) -> Iterator[tuple[bytes, dict[str, int]]]:
         while not end:
             filled = reader.fill(address, length)
             linktypes = [interface.linktype for interface in reader.interfaces]
-            yield headers.digests(memoryview(room).cast("B")[: filled.produced_bytes], linktypes)
+            yield headers.digests(memoryview(room).cast("B")[: filled.produced_bytes], linktypes, inner=inner)
             end = filled.end
 
 

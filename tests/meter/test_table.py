@@ -513,3 +513,15 @@ def test_a_small_table_never_loses_a_packet_or_a_flow(
         port = row["source_port"] if row["source_address"] == Packet().source else row["destination_port"]
         seen[port] += row["forward"]["packets"] + row["reverse"]["packets"]
     assert seen == per_port
+
+
+@pytest.mark.parametrize(("source", "field"), [(bytes([10, 0, 0, 1]), 0), (bytes(15) + b"\1", 40)])
+def test_a_length_field_of_zero_counts_as_it_stands_or_as_the_frame_held(source: bytes, field: int) -> None:
+    """BIG TCP: the digest has what the frame held, and says that the field is 0."""
+    offloaded = Packet(source=source, destination=source[:-1] + b"\2", octets=80_000, status=0x80 | 0x400)
+    for frame_octets, expected in ((False, field), (True, 80_000)):
+        table = make_table(frame_octets=frame_octets)
+        feed(table, offloaded.digest)
+        (row,) = flush(table)
+        assert row["forward"]["octets"] == table.counters()["metered_octets"] == expected
+        assert row["forward"]["max_length"] == min(expected, 65535)

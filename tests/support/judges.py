@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +136,46 @@ def tshark_fields(path: Pathlike, *names: str, display_filter: str = "") -> list
         chosen = ["-Y", display_filter] if display_filter else []
         output = _command([*command, *chosen, "-r", plain], path).decode()
     return [tuple(line.split("\t")) for line in output.splitlines()]
+
+
+class IpHeader(NamedTuple):
+    """An IP header as tshark shows it. `octets`: its length field, 40 more for IPv6. `ports`: of the UDP, TCP or SCTP
+    header behind it, None without one."""
+
+    source: bytes
+    destination: bytes
+    octets: int
+    ports: tuple[int, int] | None
+
+
+def ip_headers(path: Pathlike, *decode_as: str) -> list[list[IpHeader]]:
+    """For every packet its IP headers from the outermost to the innermost, without what ICMP errors quote. Nothing is
+    put together from fragments. `decode_as`: rules of tshark's -d, as `udp.port==8472,vxlan`."""
+    names = ("ip.src", "ip.dst", "ip.len", "ipv6.src", "ipv6.dst", "ipv6.plen")
+    names += tuple(f"{protocol}.{end}port" for protocol in ("tcp", "udp", "sctp") for end in ("src", "dst"))
+    command = ["tshark", "-n", "-o", "ip.defragment:FALSE", "-o", "ipv6.defragment:FALSE", "-T", "fields"]
+    command += ["-o", "tcp.desegment_tcp_streams:FALSE", "-E", "occurrence=a", "-E", "aggregator=,"]
+    command += [word for rule in decode_as for word in ("-d", rule)]
+    command += [word for name in ("frame.protocols", *names) for word in ("-e", name)]
+    with _Plain(path) as plain:
+        output = _command([*command, "-r", plain], path).decode()
+    return [_ip_headers(names, line.split("\t")) for line in output.splitlines()]
+
+
+def _ip_headers(names: Sequence[str], row: Sequence[str]) -> list[IpHeader]:
+    values = {name: iter(cell.split(",")) for name, cell in zip(names, row[1:], strict=True)}
+    found: list[IpHeader] = []
+    for protocol in row[0].split(":"):
+        if protocol in ("icmp", "icmpv6"):
+            break
+        if protocol in ("ip", "ipv6"):
+            source, destination = (ip_address(next(values[f"{protocol}.{end}"])).packed for end in ("src", "dst"))
+            length = int(next(values["ip.len"])) if protocol == "ip" else 40 + int(next(values["ipv6.plen"]))
+            found.append(IpHeader(source, destination, length, None))
+        elif protocol in ("tcp", "udp", "sctp") and found:
+            ports = int(next(values[f"{protocol}.srcport"])), int(next(values[f"{protocol}.dstport"]))
+            found[-1] = found[-1]._replace(ports=ports)
+    return found
 
 
 def packets_by_wireshark(path: Pathlike) -> list[Packet]:

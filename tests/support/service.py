@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.monitor.view import LOSS_STAGES, InterfaceView, Snapshot
+from support.equations import imbalances
 from support.judges import NumberedReport, check_numbered, packet_count
 from support.lab import Lab, wait_until
 
@@ -163,6 +164,12 @@ class Service:
         """Process ids by worker; the supervisor is `supervisor`."""
         return {worker.name: worker.pid for worker in self.snapshot().workers} | {"supervisor": self.process.pid}
 
+    def pids_by_page(self) -> dict[str, int]:
+        """As `pids`; with a `prefix` that stays, the supervisor is another process than the one started."""
+        children = descendants(self.process.pid)
+        supervisor = next((pid for pid in children if self.snapshot().workers[0].pid in descendants(pid)), None)
+        return self.pids() | {"supervisor": supervisor or self.process.pid}
+
     def opener_pid(self) -> int:
         return next(pid for pid in self.processes() if process_name(pid) == "opener")
 
@@ -206,7 +213,8 @@ class Service:
         return found.pid != other_than and found.state == "running"
 
     def wait_at_rest(self, received: Mapping[str, int], timeout_s: float = 15.0) -> Snapshot:
-        """Until every packet received is written or counted as dropped; the snapshot of that moment.
+        """Until every packet received is written or counted as dropped, and every accounting identity holds; the
+        snapshot of that moment.
 
         `received`: per label what the interface must have received by then (other interfaces: whatever they have).
         """
@@ -218,14 +226,14 @@ class Service:
             except OSError:
                 return False
             views = {view.label: view for view in last[-1].interfaces}
-            return all(views[label].received_packets >= count for label, count in received.items()) and all(
-                view.in_flight_packets == 0 and view.unaccounted_packets == 0 for view in views.values()
+            return all(views[label].received_packets >= count for label, count in received.items()) and not imbalances(
+                last[-1], meter_died=True
             )
 
         try:
             self.wait_until(rests, f"rest after {dict(received)}", timeout_s)
         except AssertionError as error:
-            shown = "\n".join(str(view) for view in last[-1].interfaces) if last else "no snapshot"
+            shown = "\n".join(imbalances(last[-1]) + [str(view) for view in last[-1].interfaces]) if last else "-"
             raise AssertionError(f"{shown}\n{error}") from None
         for label, count in received.items():
             view = next(view for view in last[-1].interfaces if view.label == label)

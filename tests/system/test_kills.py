@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.identities import recount
 from support.judges import capinfos, check_numbered
 from support.lab import Lab, Sender, requires_root, requires_tool, wait_until
 from support.service import Service, descendants, process_name
@@ -46,6 +47,7 @@ def stop_and_balance(service: Service, sender: Sender) -> tuple[int, int]:
     sent = sender.stop()
     last = service.wait_at_rest({name[0]: count for name, count in sent.sent.items()})
     assert service.stop() == 0, service.log
+    recount(service, last)
     report = check_numbered(service.ready())
     missing = 0
     for view in last.interfaces:
@@ -88,6 +90,21 @@ def test_a_killed_merge_costs_only_what_it_counts(lab: Lab, directory: Path) -> 
     missing, counted = stop_and_balance(service, sender)
     assert missing == counted
     assert missing < RATE  # one megabyte in a pipe, and one batch
+
+
+def test_merges_that_are_killed_in_a_row_cost_only_what_they_count(lab: Lab, directory: Path) -> None:
+    """At any moment of a segment's life: opening, writing, publishing, and in the middle of the last one's recovery."""
+    service, sender = start_under_load(
+        lab, directory, output={"rotate_packets": 3000}, service={"restart_limit": 1000, "restart_window_s": 1}
+    )
+    chance = random.Random(3)
+    for _ in range(12):
+        killed = service.pids()["merge/main"]
+        time.sleep(chance.uniform(0, 0.3))
+        os.kill(killed, signal.SIGKILL)
+        service.wait_for_start("merge/main", killed)
+    missing, counted = stop_and_balance(service, sender)
+    assert missing == counted
 
 
 def test_a_killed_compressor_costs_only_what_it_counts(lab: Lab, directory: Path) -> None:

@@ -52,6 +52,21 @@ def test_the_watchdog_is_not_fed_while_a_worker_shows_no_sign_of_life(lab: Lab, 
     assert service.stop() == 0
 
 
+def test_a_manager_that_listens_no_longer_does_not_hold_up_the_supervisor(lab: Lab, directory: Path) -> None:
+    """The queue of its socket is full after some messages, here within a second or two."""
+    a, pa = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], environment={"WATCHDOG_USEC": "100000"})
+    time.sleep(3)
+    for count in (1, 2):
+        killed = service.pids()["capture/a"]
+        os.kill(killed, signal.SIGKILL)
+        service.wait_for_start("capture/a", killed)
+        lab.send([pa], frames=500, rate=10_000, first_sequence=500 * (count - 1))
+        service.wait_at_rest({"a": 500 * count})
+    assert service.stop() == 0
+    service.check({0: 1000})
+
+
 def test_an_idle_service_sleeps(lab: Lab, directory: Path) -> None:
     """The goal is 1 % of a core (measured: see the bench); this catches what spins."""
     a, _ = lab.veth("a")

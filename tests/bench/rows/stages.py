@@ -91,6 +91,7 @@ def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) 
         difference = times["file to packet and digest ring"][name] - times["file to packet ring"][name]
         times["header digest (the difference)"] = {name: difference}
     note("file to digests alone", _best(lambda: _digest_file_ns(path)))
+    note("file to digests alone, inner flow key", _best(lambda: _digest_file_ns(path, inner=True)))
     for count in MERGES:
         stage = f"merge of {count}, pcapng"
         note(stage, _best(lambda count=count: _merge_ns(directory, count, size, packets, order.SINK_PCAPNG)))
@@ -164,10 +165,10 @@ def _capture_ns(path: Path, with_digests: bool) -> float:
             os.close(fd)
 
 
-def _digest_file_ns(path: Path) -> float:
+def _digest_file_ns(path: Path, *, inner: bool = False) -> float:
     """As `appliance flows` reads a file."""
     buffer = Buffer(DIGEST_BATCH_BYTES)
-    file = DigestFile(path)
+    file = DigestFile(path, inner=inner)
     try:
         begun = time.perf_counter_ns()
         while not file.ended:

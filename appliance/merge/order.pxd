@@ -1,0 +1,151 @@
+"""The merge's state, for the compiled modules that drive it. See order.pyi."""
+cimport cython
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from appliance.ring.layout cimport ring_view
+
+cdef enum:
+    S_IDLE = 0
+    S_FULL
+    S_BOUNDARY
+    S_LIMIT
+    S_CONTROL
+    S_EPOCH
+    S_ENDED
+
+cdef enum:
+    TO_PCAPNG = 0
+    TO_PCAP_NS
+    TO_PCAP_US
+    TO_DIGESTS
+    TO_ERF
+
+cdef enum:
+    HAS_RECORD = 0
+    IS_EMPTY
+    IS_PARKED
+    IS_ENDED
+    IS_CONTROL
+
+cdef enum:
+    MARKS = 64
+
+cdef struct mark:  # everything before `position` had arrived here by `arrived_ns` (CLOCK_MONOTONIC)
+    uint64_t position
+    uint64_t arrived_ns
+
+cdef struct merge_source:
+    ring_view *view
+    bint live
+    int state
+    uint64_t next_ns
+    int64_t watermark_ns
+    int64_t epoch_offset         # of the EPOCH record that it is parked at
+    uint64_t asked_ns            # CLOCK_MONOTONIC of the last request for a watermark
+    uint32_t *interface_map
+    uint32_t interface_count
+    mark marks[MARKS]
+    uint32_t first_mark
+    uint32_t mark_count
+    uint64_t counters[8]         # of the last RECORD_COUNTERS
+    uint64_t pending_packets     # in the output buffer
+    uint64_t pending_bytes
+    uint64_t dropped
+    uint64_t late
+    uint64_t consumed
+    int wake_fd                  # the producer's eventfd
+
+cdef struct front:  # what the ordering looks at most, dense: the oldest record of a source that has one
+    uint64_t next_ns
+    uint32_t source
+
+
+cdef uint64_t monotonic_ns() noexcept nogil
+
+
+@cython.final
+cdef class Merge:
+    cdef merge_source *sources
+    cdef front *fronts
+    cdef readonly uint32_t source_count
+    cdef list consumers
+    cdef uint8_t *out
+    cdef uint64_t out_capacity
+    cdef readonly uint64_t out_bytes
+    cdef readonly uint64_t out_packets
+    cdef public int sink
+    cdef uint64_t max_wait_ns
+    cdef uint64_t last_ns
+    cdef int64_t epoch_offset
+    cdef bint epoch_known
+    cdef readonly uint32_t control_source
+    cdef uint32_t control_length
+    cdef readonly uint64_t late
+    cdef readonly uint64_t late_max_ns
+    cdef readonly uint64_t forced
+    cdef readonly bint crowded
+    # Of the packets in the output buffer.
+    cdef readonly uint64_t batch_first_ns
+    cdef readonly uint64_t batch_last_ns
+    cdef readonly uint64_t batch_late
+    cdef readonly uint64_t batch_late_max_ns
+    cdef readonly uint64_t segment_packets
+    # Limits of the segment that is being written.
+    cdef public uint64_t boundary_ns
+    cdef public uint64_t packets_left
+    cdef public uint64_t bytes_left
+    cdef public bint count_captured_bytes
+    cdef bint held       # no segment is open: stop at the first record that may go
+    cdef bint forced_end
+    cdef bint final      # nobody is waited for any longer
+    cdef uint32_t parked
+    cdef uint64_t promised_ns  # what is younger is forced
+    cdef public uint64_t horizon_ns
+    cdef public int64_t clock_offset_ns
+    cdef uint64_t begun_ns
+    cdef uint64_t start_grace_ns
+
+    cdef uint64_t now_ns(self) noexcept nogil
+    cdef void refresh_all(self) noexcept nogil
+    cdef bint refresh(self, merge_source *source, uint64_t now) noexcept nogil
+    cdef int run(self) noexcept nogil
+    cdef int look(self) noexcept nogil
+    cdef bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil
+    cdef int classify(self, uint32_t index) noexcept nogil
+    cdef bint same_epoch(self, int64_t offset) noexcept nogil
+    cdef bint pick(self, uint32_t *best) noexcept nogil
+    cdef int nothing_to_pick(self) noexcept nogil
+    cdef bint epoch_is_due(self) noexcept nogil
+    cdef bint is_over(self) noexcept nogil
+    cdef bint bound(self, uint32_t best, uint64_t *limit_ns, uint64_t *limit_position) noexcept nogil
+    cdef bint must_go(self, merge_source *source, uint64_t *limit_position) noexcept nogil
+    cdef bint is_beginning(self) noexcept nogil
+    cdef bint one_of_a_full_ring(self, merge_source *source, uint64_t *limit_position) noexcept nogil
+    cdef bint is_half_full(self, merge_source *source) noexcept nogil
+    cdef uint64_t waiting_bytes(self, merge_source *source) noexcept nogil
+    cdef uint64_t promise(self, merge_source *source) noexcept nogil
+    cdef bint is_overdue(self, merge_source *source) noexcept nogil
+    cdef uint64_t arrival_ns(self, merge_source *source) noexcept nogil
+    cdef void forget_marks(self, merge_source *source) noexcept nogil
+    cdef void note_arrival(self, merge_source *source, uint64_t now) noexcept nogil
+    cdef uint64_t merged_watermark(self) noexcept nogil
+    cdef void give_up(self, merge_source *source) noexcept nogil
+    cdef int copy_promised(self) noexcept nogil
+    cdef uint32_t collect_fronts(self) noexcept nogil
+    cdef int copy_run(self, merge_source *source, uint32_t index, uint64_t limit_ns,
+                      uint64_t limit_position) noexcept nogil
+    cdef uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil
+    cdef bint emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
+                   uint64_t stamp) noexcept nogil
+    cdef void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
+                          uint32_t interface) noexcept nogil
+    cdef void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil
+    cdef void forget_batch(self) noexcept nogil
+    cdef void give_back(self) noexcept nogil
+    cdef uint32_t ask_who_holds(self) noexcept nogil
+    cdef int64_t hold_left_ms(self) noexcept nogil
+    cdef void ask_all(self) noexcept nogil
+    cdef void ask(self, uint32_t index, uint64_t now) noexcept nogil
+    cdef void announce_sleep(self, bint sleeping) noexcept nogil
+    cdef bint moved(self) noexcept nogil
+    cdef uint64_t watermark_or_last(self) noexcept nogil

@@ -1,0 +1,199 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The merge worker's steady state: rings to buffer, buffer to file, rest, sleep; without Python in between.
+
+Python comes in when there is something to decide: a segment's end, an interface, a clock that was set, a write that
+failed, a word of the supervisor; and once a second.
+"""
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport UINT64_MAX, int64_t, uint64_t
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+from posix.unistd cimport read, write
+
+from appliance.merge.books cimport Books
+from appliance.merge.order cimport S_FULL, S_IDLE, Merge, monotonic_ns
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    short POLLIN
+
+cdef enum:
+    HEARTBEAT_MS = 500
+    GATHER_MS = 8  # a live output that has just written waits for so long before it looks again: a turn has its price
+    FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
+
+# Not in an enum: see order.pyx. A packet cannot have been captured later than this from now, whatever clock is wrong.
+cdef uint64_t HORIZON_NS = 3600000000000
+
+
+cdef uint64_t realtime_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_REALTIME, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef class Pump:
+    """See pump.pyi."""
+    cdef Merge merge
+    cdef Books books
+    cdef bint live
+    cdef int wake_fd
+    cdef int channel_fd
+    cdef public uint64_t max_wait_ms
+    cdef readonly uint64_t done
+
+    def __cinit__(self, Merge merge not None, Books books not None, *, bint live, int wake_fd, int channel_fd,
+                  uint64_t max_wait_ms):
+        self.merge = merge
+        self.books = books
+        self.live = live
+        self.wake_fd = wake_fd
+        self.channel_fd = channel_fd
+        self.max_wait_ms = max_wait_ms
+
+    def hang_up(self):
+        self.channel_fd = -1
+
+    # ---- a turn ----
+
+    def fill(self):
+        cdef int status
+        self.done = 0
+        with nogil:
+            status = self.move()
+        return status
+
+    def serve(self, int fd, uint64_t limit_ms):
+        cdef int status
+        self.done = 0
+        with nogil:
+            status = self.serve_until(fd, monotonic_ns() + limit_ms * 1000000)
+        return status
+
+    cdef int move(self) noexcept nogil:
+        """What may go into the buffer; its place in the rings is given back at once, so nothing is written twice."""
+        cdef int status
+        if self.live:
+            self.merge.horizon_ns = realtime_ns() + HORIZON_NS
+        self.merge.refresh_all()
+        status = self.merge.run()
+        self.merge.give_back()
+        return status
+
+    cdef int serve_until(self, int fd, uint64_t until_ns) noexcept nogil:
+        cdef int status
+        cdef bint called, has_written
+        while True:
+            self.books.heartbeat_ns[0] = monotonic_ns()
+            status = self.move()
+            has_written = self.merge.out_bytes > 0
+            if has_written and not self.put(fd):
+                return status
+            if status == S_IDLE:
+                called = self.rest() if has_written and self.live else self.doze()
+                if called:
+                    return status
+            elif status != S_FULL:
+                return status
+            if monotonic_ns() >= until_ns:
+                return S_IDLE
+
+    cdef bint put(self, int fd) noexcept nogil:
+        """Writes the batch. False: `done` bytes of it; whoever knows the file does the rest."""
+        cdef int64_t count
+        self.books.batch_consumed()
+        while self.done < self.merge.out_bytes:
+            count = write(fd, self.merge.out + self.done, self.merge.out_bytes - self.done)
+            if count < 0 and errno == EINTR:
+                continue
+            if count <= 0:
+                return False
+            self.done += <uint64_t>count
+        self.books.batch_written(self.done)
+        self.merge.forget_batch()
+        self.done = 0
+        return True
+
+    # ---- waiting ----
+
+    def gather(self):
+        with nogil:
+            self.rest()
+
+    def idle(self):
+        with nogil:
+            self.doze()
+
+    def sleep(self, int timeout_ms):
+        with nogil:
+            self.sleep_for(timeout_ms)
+
+    cdef bint rest(self) noexcept nogil:
+        """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
+        cdef int64_t timeout_ms = GATHER_MS
+        cdef int64_t hold_ms = self.merge.hold_left_ms()
+        cdef pollfd channel
+        if self.merge.crowded:
+            return False
+        timeout_ms = min(timeout_ms, self.quarter_of_max_wait())
+        if hold_ms >= 0:
+            timeout_ms = min(timeout_ms, hold_ms)
+        if self.merge.boundary_ns != UINT64_MAX:
+            timeout_ms = min(timeout_ms, -self.overdue_ns() // 1000000)
+        if timeout_ms <= 0:
+            return False
+        channel.fd = self.channel_fd
+        channel.events = POLLIN
+        channel.revents = 0
+        poll(&channel, 1, <int>timeout_ms)
+        return channel.revents != 0
+
+    cdef bint doze(self) noexcept nogil:
+        """Sleeps until something comes or falls due. Returns whether the supervisor calls."""
+        cdef int64_t timeout_ms = HEARTBEAT_MS
+        cdef int64_t hold_ms
+        self.books.consumed()
+        if self.merge.ask_who_holds():
+            timeout_ms = self.quarter_of_max_wait()
+        hold_ms = self.merge.hold_left_ms()
+        if hold_ms >= 0:
+            timeout_ms = min(timeout_ms, max(<int64_t>1, hold_ms))
+        if self.live and not self.merge.held and self.merge.boundary_ns != UINT64_MAX:
+            timeout_ms = min(timeout_ms, self.until_boundary_ms())
+        return self.sleep_for(<int>min(timeout_ms, <int64_t>HEARTBEAT_MS))
+
+    cdef int64_t quarter_of_max_wait(self) noexcept nogil:
+        return max(<int64_t>1, <int64_t>self.max_wait_ms // 4)
+
+    cdef int64_t overdue_ns(self) noexcept nogil:
+        """How long ago the segment's time was over by the wall clock; negative: it is not."""
+        return <int64_t>realtime_ns() - <int64_t>self.merge.boundary_ns
+
+    cdef int64_t until_boundary_ms(self) noexcept nogil:
+        """Until the segment's time is over; when it is, the watermarks must move."""
+        cdef int64_t overdue_ns = self.overdue_ns()
+        if overdue_ns < 0:
+            return -overdue_ns // 1000000 + 3
+        self.merge.ask_all()
+        if overdue_ns > <int64_t>(self.max_wait_ms + FORCE_GRACE_MS) * 1000000:
+            self.merge.forced_end = True
+            return 0
+        return self.quarter_of_max_wait()
+
+    cdef bint sleep_for(self, int timeout_ms) noexcept nogil:
+        cdef pollfd[2] fds
+        cdef uint64_t woken
+        fds[0].fd = self.wake_fd
+        fds[1].fd = self.channel_fd
+        fds[0].events = fds[1].events = POLLIN
+        fds[0].revents = fds[1].revents = 0
+        self.merge.announce_sleep(True)
+        if not self.merge.moved():
+            poll(fds, 2, timeout_ms)
+        self.merge.announce_sleep(False)
+        if fds[0].revents:
+            read(self.wake_fd, &woken, sizeof(woken))
+        return fds[1].revents != 0

@@ -1,0 +1,1 @@
+"""Fuzzing: `./bootstrap fuzz`, and its bounded part in the suite (test_fuzz.py)."""

@@ -1,0 +1,174 @@
+"""Everything that reads bytes of others: a target takes any bytes, and fails only for a fault of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import struct
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from merge.rings import DATA_OFFSET, DIGEST, PACKET, Source, blocks, make_merge, record
+
+from appliance.capture import headers
+from appliance.config import parse
+from appliance.errors import ApplianceError, ConfigError
+from appliance.formats.reader import CaptureReader, read_records
+from appliance.merge import order
+from appliance.merge.salvage import salvage
+from appliance.meter.files import whole_messages
+from appliance.meter.table import FlowTable
+
+LINKTYPES = (0, 1, 9, 50, 101, 104, 108, 113, 147, 228, 229, 276)
+TAILS = (b"\x00", b"\xff", b"\x45")
+PACKET_BYTES_MAX = 2048
+BATCHES_MAX = 20
+RING_TURNS = 300
+SINKS = (order.SINK_PCAPNG, order.SINK_PCAP_NS, order.SINK_DIGESTS)
+
+logging.disable(logging.CRITICAL)  # damaged files are told of, at length
+
+
+def fuzz_headers(data: bytes) -> None:
+    """The first byte is the link type. Two ways of parsing and three tails behind the packet have the same result."""
+    if not data:
+        return
+    linktype, packet = LINKTYPES[data[0] % len(LINKTYPES)], data[1 : 1 + PACKET_BYTES_MAX]
+    results = [
+        headers.parse(packet + tail * 80, linktype, len(packet) + 4, len(packet), plain=plain)
+        for tail in TAILS
+        for plain in (True, False)
+    ]
+    assert all(result == results[0] for result in results), (linktype, packet.hex())
+
+
+@contextlib.contextmanager
+def as_file(data: bytes) -> Iterator[str]:
+    fd = os.memfd_create("fuzz")
+    try:
+        os.write(fd, data)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def fuzz_reader(data: bytes) -> None:
+    """A capture file of any format and compression: whole records come out, or an error of ours."""
+    with as_file(data) as path, contextlib.suppress(ApplianceError):
+        for number, batch in enumerate(read_records(path)):
+            for block in blocks(bytes(batch)):
+                assert block[0] != PACKET or block[5] <= len(block[7])
+            if number > BATCHES_MAX:
+                break
+
+
+def fuzz_salvage(data: bytes) -> None:
+    """A staging file after a crash: what is salvaged can be read to its end, and holds what was said."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fuzz-") as directory:
+        path, output = Path(directory) / "leftover", Path(directory) / "output"
+        path.write_bytes(data)
+        with contextlib.suppress(ApplianceError):
+            found = salvage(path, output, compress=False)
+            if found.outcome == "salvaged":
+                assert output.stat().st_size == found.bytes
+                assert packets_of(output) == found.packets
+
+
+def packets_of(path: Path) -> int:
+    batch = bytearray(1 << 20)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(batch))
+    with CaptureReader(path) as reader:
+        while not reader.fill(address, len(batch)).end:
+            pass
+        return reader.counts.packets
+
+
+def fuzz_ring(data: bytes) -> None:
+    """Shared memory that a mad producer wrote: whole blocks come out, and the consumer comes to rest."""
+    if len(data) < 12:
+        return
+    sink = SINKS[data[0] % len(SINKS)]
+    kind = DIGEST if sink == order.SINK_DIGESTS else PACKET
+    source = Source()
+    try:
+        source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes(20 + n), n) for n in range(8)))
+        if data[1] & 1:
+            source.poke(128 + data[2] % 24, data[4:12])  # head, watermark, and what is beside them
+        source.poke(DATA_OFFSET + 4 * (data[3] % 64), data[12 : 12 + 4096])
+        turn(make_merge([source], sink=sink, out_bytes=4096), sink)
+    finally:
+        source.close()
+
+
+def turn(merge: order.Merge, sink: int) -> None:
+    for _ in range(RING_TURNS):
+        status = merge.fill()
+        if sink == order.SINK_PCAPNG:
+            for block in blocks(bytes(merge.output())):
+                assert block[5] <= len(block[7])
+        merge.release()
+        merge.emptied()
+        if status == order.CONTROL:
+            merge.control_done()
+        elif status == order.EPOCH:
+            merge.next_epoch()
+        elif status in (order.IDLE, order.ENDED):
+            return
+    raise AssertionError("it never comes to rest")
+
+
+def fuzz_table(data: bytes) -> None:
+    """A digest ring's content in the flow table: metered within bounds, or refused."""
+    length = len(data) & ~3
+    if not length:
+        return
+    buffer = ctypes.create_string_buffer(data[:length] + bytes(8))
+    base = ctypes.addressof(buffer)
+    table = FlowTable(max_flows=64, idle_timeout_ns=10**9, active_timeout_ns=10**10, tcp_linger_ns=10**9)
+    done = 0
+    with contextlib.suppress(ValueError):
+        while done < length:
+            step = table.update(base + done, length - done)
+            table.clear_rows()
+            assert 0 <= step <= length - done
+            if not step:
+                break
+            done += step
+    while not table.flush():
+        table.clear_rows()
+
+
+def fuzz_ipfix(data: bytes) -> None:
+    """A flow file after a crash: cut to whole messages, each of which lies within the file."""
+    with as_file(data) as path:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            length, _ = whole_messages(fd)
+            assert 0 <= length <= len(data)
+            at = 0
+            while at < length:
+                at += int.from_bytes(data[at + 2 : at + 4], "big")
+            assert at == length
+        finally:
+            os.close(fd)
+
+
+def fuzz_config(data: bytes) -> None:
+    """A configuration: taken, or refused by our own error."""
+    with contextlib.suppress(UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError, RecursionError):
+        parse(tomllib.loads(data.decode()))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "headers": fuzz_headers,
+    "reader": fuzz_reader,
+    "salvage": fuzz_salvage,
+    "ring": fuzz_ring,
+    "table": fuzz_table,
+    "ipfix": fuzz_ipfix,
+    "config": fuzz_config,
+}

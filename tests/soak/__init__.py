@@ -1,0 +1,1 @@
+"""The soak test: `./bootstrap soak --minutes N`. See __main__.py."""
