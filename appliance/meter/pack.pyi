@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 Step: TypeAlias = tuple[int, int, int, int]
-"""(one of KINDS, offset in the row, octets in the row, octets on the wire)"""
+"""(one of KINDS, offset in the row, octets in the row, octets on the wire); `constant`: the offset in the constants"""
 
 Plan: TypeAlias = tuple[int, int, int, Sequence[Step]]
 """(template ID, row class, one of SHAPES, steps in template order); at most 64 steps and 492 octets a record.
@@ -38,6 +38,14 @@ class Packer:
     `message_bytes`: longest message, 512 to 65535. ValueError for plans that do not fit.
     """
 
-    def __init__(self, plans: Sequence[Plan], *, biflow: bool, observation_domain: int, message_bytes: int) -> None: ...
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        *,
+        biflow: bool,
+        observation_domain: int,
+        message_bytes: int,
+        constants: bytes = b"",
+    ) -> None: ...
     def pack(self, rows_address: int, row_count: int) -> list[Message]:
         """All records of the rows, grouped by template. The rows must stay in place during the call."""

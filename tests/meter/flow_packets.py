@@ -21,6 +21,7 @@ FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 TCP, UDP, ICMP = 6, 17, 1
 SECOND = 1_000_000_000
 START = 1_700_000_000 * SECOND
+VARIABLE = 65535  # length of a field that says its length itself
 
 DIGEST = struct.Struct("=5I4B16s16s4H5I2HI2H6s6s4B2I2HI")
 
@@ -209,6 +210,9 @@ class Decoder:
 
     def _records(self, decoded: Decoded, template_id: int, body: bytes) -> None:
         fields = self.templates[template_id]
+        if any(length == VARIABLE for _, _, length in fields):
+            self._variable_records(decoded, template_id, body)
+            return
         size = sum(length for _, _, length in fields)
         assert len(body) % size == 0, "no padding is written"
         for start in range(0, len(body), size):
@@ -216,6 +220,17 @@ class Decoder:
             for enterprise, number, length in fields:
                 record[enterprise, number] = body[offset : offset + length]
                 offset += length
+            decoded.records.append((template_id, record))
+
+    def _variable_records(self, decoded: Decoded, template_id: int, body: bytes) -> None:
+        while body:
+            record = {}
+            for enterprise, number, length in self.templates[template_id]:
+                if length == VARIABLE:
+                    length, body = body[0], body[1:]
+                    assert length < 255
+                assert length <= len(body), "a record is cut off"
+                record[enterprise, number], body = body[:length], body[length:]
             decoded.records.append((template_id, record))
 
 

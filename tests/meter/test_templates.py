@@ -187,8 +187,8 @@ def test_the_announcement_says_templates_options_and_flow_keys() -> None:
     messages = exported(TALKS)
     templates = {k: v for message in messages for k, v in message.templates.items()}
     scopes = {k: v for message in messages for k, v in message.scopes.items()}
-    assert scopes == {300: 2, 301: 2, 302: 1, 303: 1}
-    assert len(templates) == 12 + 4
+    assert scopes == {300: 2, 301: 2, 302: 1, 303: 1, 311: 2}
+    assert len(templates) == 12 + 5
     keys = {
         number(record, 145): number(record, 173)
         for message in messages
