@@ -515,6 +515,69 @@ def flows(
 
 
 @app.command()
+def trace(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Capture files, compressed or not, oldest first.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the flows' files are made.")],
+    format: Annotated[str, typer.Option(help="pcap, json, plist or tree.")] = "pcap",
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Both directions of a connection are one flow.")
+    ] = False,
+    idle_timeout_s: Annotated[
+        float, typer.Option(min=0, help="A flow ends after this long without a packet; 0 = never.")
+    ] = 300.0,
+    linger_s: Annotated[
+        float, typer.Option(min=0, help="What comes this long behind FIN or RST is still the flow's; 0 = for ever.")
+    ] = 60.0,
+    max_flows: Annotated[int, typer.Option(min=1, help="Flows in memory at once.")] = MAX_FLOWS,
+    buffer_bytes: Annotated[
+        int, typer.Option(min=65536, help="Of packets that wait to be written, all flows together.")
+    ] = 64 << 20,
+    tunnels: Annotated[
+        Literal["outer", "inner"],
+        typer.Option(help="TCP in a tunnel: not looked for, or of the innermost IP packet."),
+    ] = "outer",
+    microseconds: Annotated[
+        bool, typer.Option("--microseconds", help="Times of pcap files in microseconds, for old programs.")
+    ] = False,
+    frames: Annotated[bool, typer.Option("--frames", help="The index lists each flow's frame numbers too.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write each TCP flow into a file of its own.
+
+    An index, flows.jsonl, has a line for each flow: its file, packets, times, and how it ended.
+    """
+    import dataclasses
+
+    from appliance.start import tell_damage
+    from appliance.traces import TraceSettings, trace_files
+
+    settings = TraceSettings(
+        format=format,
+        bidirectional=bidirectional,
+        idle_timeout_s=idle_timeout_s,
+        linger_s=linger_s,
+        max_flows=max_flows,
+        buffer_bytes=buffer_bytes,
+        nanoseconds=not microseconds,
+        frames=frames,
+        inner=tunnels == "inner",
+    )
+    with progress("tracing", "packets") as advance:
+        counts = trace_files(files, str(output), settings, lambda packets: advance(packets, 0))
+    if as_json:
+        print_json(dataclasses.asdict(counts))
+    else:
+        evicted = f", {counts.evicted_flows} of them cut short by --max-flows" if counts.evicted_flows else ""
+        print(
+            f"{output}: {counts.flows} flows{evicted} of {counts.tcp_packets} TCP packets; "
+            f"{counts.other_packets} other packets read"
+        )
+    return tell_damage(counts.damage)
+
+
+@app.command()
 def verify(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="The directory of an output (with ready/ below it).")

@@ -35,6 +35,7 @@ from appliance.capture import uri as capture_uri
 from appliance.errors import ConfigError, MissingInputError, MissingPermissionError, UsageError
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
+ERF_SNAPLEN = 65517  # formats.erf.SNAPLEN_MAX: the most of a packet that fits into an ERF record
 MAX_SNAPLEN = 262144  # libpcap's MAXIMUM_SNAPLEN: more is refused by the readers
 MIN_RING_BYTES = MIB  # the longest record must fit (RECORD_MAX_BYTES in ring/layout.h)
 MAX_LABEL_CHARACTERS = 64
@@ -253,7 +254,8 @@ class Interface(_Table):
 
     uri: Annotated[str, AfterValidator(_capture_uri)] = Field(
         description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without "
-        "bridge ports and container veths), pcap:IF or int:IF (through libpcap), pcapfile:PATH, pcapng:PATH"
+        "bridge ports and container veths), pcap:IF or int:IF (through libpcap), or a file: pcapfile:PATH, "
+        "pcapng:PATH, erf:PATH (what it is, its content tells), legacyeth:, legacypos:, legacyatm:, tsh:, fr+:"
     )
     label: Annotated[str, AfterValidator(_label)] = Field(
         default="", description='its name in files, metrics and messages; "" = from the uri'
@@ -323,9 +325,10 @@ class Output(_Table):
         default=Path("/var/lib/appliance"),
         description="work/ ready/ meta/ flows/ quarantine/ are made below it; must be this output's alone",
     )
-    format: Literal["pcapng", "pcap", "pcap-us"] = Field(
+    format: Literal["pcapng", "pcap", "pcap-us", "erf"] = Field(
         default="pcapng",
-        description='"pcapng" (tells interfaces and losses), "pcap" (nanoseconds) or "pcap-us" (microseconds)',
+        description='"pcapng" (tells interfaces and losses), "pcap" (nanoseconds), "pcap-us" (microseconds) or "erf" '
+        "(Ethernet, IP and HDLC; at most 65517 bytes of a packet)",
     )
     linktype: Literal["", "sll2"] = Field(
         default="", description='"" = as captured; "sll2" makes several link types one (Linux cooked capture v2)'

@@ -478,7 +478,7 @@ def eventfd() -> int:
 
 
 def appliance_naming(output: Output) -> Naming:
-    ending = ".pcapng" if output.format == "pcapng" else ".pcap"
+    ending = f".{output.format}" if output.format in ("pcapng", "erf") else ".pcap"
     return ApplianceNaming(output.directory, output.name, ending + compressor_suffix(output.compressor))
 
 

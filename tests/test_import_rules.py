@@ -28,6 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.counters": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
+    # A user's end: URIs, files and compressors; interfaces.
+    "appliance.formats.live_input": {"appliance.capture.pcap_live"},
+    "appliance.formats.output_trace": {"appliance.capture.opener", "appliance.capture.uri"}
+    | {"appliance.merge.compressor"},
     "appliance.logs": set(),
     "appliance.process": set(),
     "appliance.ring": set(),
@@ -58,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
+    "appliance.traces": {"appliance.capture", "appliance.meter"},
     "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.lab": set(),
     "appliance.capturer": {"appliance.monitor.control"},
