@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from bench import pictures, report
-from bench.context import Bench, Progress, machine, scratch_directory
+from bench.context import DISK, Bench, Progress, machine, scratch_directory
 from bench.results import RowResult
 
 PROJECT = Path(__file__).parents[2]
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(heading, flush=True)
     results: list[RowResult] = []
     interrupted = False
-    with scratch_directory(arguments.scratch) as scratch:
-        bench = _bench(arguments, scratch)
+    with scratch_directory(arguments.scratch) as scratch, scratch_directory(arguments.recordings) as recordings:
+        bench = _bench(arguments, scratch, recordings)
         try:
             for name in arguments.rows:
                 results.append(measure(name, bench))
@@ -71,6 +71,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=OUTPUT / "bench.json", metavar="FILE")
     parser.add_argument("--pictures", type=Path, default=OUTPUT, metavar="DIR", help="one PNG of each table")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="captures of a few GiB go there (/dev/shm)")
+    parser.add_argument(
+        "--recordings", type=Path, metavar="DIR", default=DISK, help=f"what live rows record goes there ({DISK})"
+    )
     arguments = parser.parse_args(argv)
     if arguments.rounds is None:
         arguments.rounds = 1 if arguments.quick else 3
@@ -86,7 +89,7 @@ def _rows(text: str) -> list[str]:
     return names
 
 
-def _bench(arguments: argparse.Namespace, scratch: Path) -> Bench:
+def _bench(arguments: argparse.Namespace, scratch: Path, recordings: Path) -> Bench:
     cpus = sorted(os.sched_getaffinity(0))
     pinned = len(cpus) > 1 and not arguments.unpinned
     return Bench(
@@ -95,6 +98,7 @@ def _bench(arguments: argparse.Namespace, scratch: Path) -> Bench:
         arguments.quick,
         sender_cpu=cpus[0] if pinned else None,
         tool_cpus=(cpus[1],) if pinned else None,
+        recordings=recordings,
         progress=Progress(),
     )
 

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 SHARED_MEMORY = Path("/dev/shm")
+DISK = Path("/var/tmp")
 
 
 class Progress:
@@ -48,30 +51,52 @@ class Progress:
 
 @dataclass
 class Bench:
-    """The run of the benchmark. `sender_cpu` and `tool_cpus` are None when nothing is pinned."""
+    """The run of the benchmark. `scratch`: in memory. `recordings`: where live rows record, on a disk as others do too;
+    None: in `scratch`. `sender_cpu` and `tool_cpus` are None when nothing is pinned."""
 
     scratch: Path
     rounds: int = 3
     quick: bool = False
     sender_cpu: int | None = None
     tool_cpus: tuple[int, ...] | None = None
+    recordings: Path | None = None
     progress: Progress = field(default_factory=Progress)
 
     @property
     def pinning(self) -> str:
         """The conditions of live rows, in words."""
+        files = f"files on {file_system(self.recordings or self.scratch)}"
         if self.tool_cpus is None:
-            return "sender and programs run where the kernel puts them"
-        return f"sender and receive softirq on CPU {self.sender_cpu}, each program on CPU {self.tool_cpus[0]}"
+            return f"sender and programs run where the kernel puts them; {files}"
+        return f"sender and receive softirq on CPU {self.sender_cpu}, each program on CPU {self.tool_cpus[0]}; {files}"
 
     @contextlib.contextmanager
     def directory(self) -> Iterator[Path]:
         """An empty directory in memory, gone at the end of the block."""
-        path = Path(tempfile.mkdtemp(dir=self.scratch))
-        try:
+        with _directory(self.scratch) as path:
             yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def recording_directory(self) -> Iterator[Path]:
+        """An empty directory for recordings, gone at the end of the block."""
+        with _directory(self.recordings or self.scratch) as path:
+            yield path
+
+
+@contextlib.contextmanager
+def _directory(parent: Path) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def file_system(path: Path) -> str:
+    """The kind of the file system that `path` is on: ext4, tmpfs, ..."""
+    places = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    resolved = path.resolve()
+    return next((places[str(parent)] for parent in (resolved, *resolved.parents) if str(parent) in places), "unknown")
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_no_namespace_and_no_data(tmp_path: Path, project: Path, delay_s: float) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--rows", "latency", "--scratch", str(tmp_path / "scratch")]
     command += ["--json", str(tmp_path / "bench.json"), "--pictures", str(tmp_path)]
+    command += ["--recordings", str(tmp_path / "scratch")]
     (tmp_path / "scratch").mkdir()
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(project / "tests")}, stdout=subprocess.PIPE, text=True

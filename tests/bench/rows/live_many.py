@@ -95,7 +95,7 @@ def run_row(bench: Bench) -> RowResult:
 
 def measure(bench: Bench, case: str, interfaces: int, traffic: Traffic) -> dict[str, Found]:
     found: dict[str, Found] = {}
-    with bench.directory() as scratch:
+    with bench.recording_directory() as scratch:
         for i in range(bench.rounds):
             for program in PROGRAMS:
                 if not program.missing:

@@ -91,7 +91,7 @@ def run_row(bench: Bench) -> RowResult:
         traffic = Traffic(800_000 if bench.quick else 2_400_000, flows=flows)
         trials: dict[str, list[Trial]] = {}
         lost: dict[str, list[int]] = {}
-        with bench.directory() as scratch:
+        with bench.recording_directory() as scratch:
             for i in range(bench.rounds):
                 for program in PROGRAMS:
                     if not program.missing:

@@ -121,7 +121,7 @@ def _measure(
     """By program: the trials, and whether the output was in order."""
     trials: dict[str, list[Trial]] = {}
     order: dict[str, list[bool]] = {}
-    with bench.directory() as scratch:
+    with bench.recording_directory() as scratch:
         for i in range(bench.rounds):
             for program in programs:
                 if program.missing:

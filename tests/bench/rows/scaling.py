@@ -28,7 +28,7 @@ def run_row(bench: Bench) -> RowResult:
     trials: dict[int, list[Trial]] = {}
     lost: dict[int, int] = {}
     inversions: dict[int, int] = {}
-    with bench.directory() as scratch:
+    with bench.recording_directory() as scratch:
         for i in range(bench.rounds):
             for count in INTERFACES:
                 bench.progress.step(f"round {i + 1} of {bench.rounds}: {count} interfaces")
