@@ -28,6 +28,8 @@ from appliance.start import (
     ACTIVE_TIMEOUT_S,
     EXIT_INTERRUPTED,
     FEWEST_FLOWS,
+    FILE_FORMATS,
+    FORMAT_ENDINGS,
     IDLE_TIMEOUT_S,
     MAX_FLOWS,
     MAX_FRAGMENTED,
@@ -191,12 +193,14 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     from appliance.config import expand_interfaces, load
     from appliance.merge.compressor import compressor_argv
     from appliance.plan import make_plan
+    from appliance.wiring import meter_settings
 
     loaded = expand_interfaces(load(config), host_interfaces())
     plan = make_plan(loaded)
     for output in loaded.outputs:
         compressor_argv(output.compressor)
     _check_sources(plan)
+    meter_settings(loaded)
     tables = _plan_tables(plan)
     if as_json:
         print_json(
@@ -472,11 +476,21 @@ def flows(
         typer.Option(help="IP octets of a packet whose length field is 0: 0 (IPv6: 40), or what its frame held."),
     ] = "field",
     as_json: AsJson = False,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help=f"{', '.join(FILE_FORMATS)}; without it by the ending of --output "
+            f"({', '.join(FORMAT_ENDINGS)}; IPFIX otherwise).",
+        ),
+    ] = None,
 ) -> int:
-    """Meter capture files into an IPFIX file.
+    """Meter capture files into an IPFIX, JSON, CSV or Parquet file.
 
     Several files are metered together, in the order of time.
     """
+    if file_format is not None and file_format not in FILE_FORMATS:
+        raise UsageError(f"--format {file_format}: must be one of {', '.join(FILE_FORMATS)}")
     return meter_flows(
         [str(file) for file in files],
         str(output),
@@ -487,6 +501,7 @@ def flows(
         max_fragmented,
         zero_length,
         as_json,
+        file_format,
     )
 
 
@@ -528,6 +543,57 @@ def verify(
         packets = sum(one.packets for one in verified)
         print(f"{len(verified)} files, {packets} packets, {problems} with problems")
     return EXIT_FINDINGS if problems else 0
+
+
+# IPFIX ----------------------------------------------------------------------------------------------------------------
+
+ipfix_app = typer.Typer(
+    help="Decode the IPFIX of any exporter: from files, or over the network.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(ipfix_app, name="ipfix")
+
+IpfixFormat = Annotated[str, typer.Option("--format", help="json (a record a line) or table.")]
+Count = Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many records; 0 = never.")]
+
+
+@ipfix_app.command("read")
+def ipfix_read(
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="An IPFIX file (RFC 5655), or - for standard input.")],
+    output_format: IpfixFormat = "json",
+) -> None:
+    """Decode an IPFIX file.
+
+    Records go to standard output; what is odd, and a summary, to standard error.
+    """
+    from appliance.meter.collect import read_file
+
+    read_file(file, output_format, sys.stdout, _tell)
+
+
+@ipfix_app.command("listen")
+def ipfix_listen(
+    uris: Annotated[list[str], typer.Argument(metavar="URI...", help="udp://ADDRESS:PORT tcp://... tls://...")],
+    output_format: IpfixFormat = "json",
+    count: Count = 0,
+    certificate: Annotated[Path | None, typer.Option(help="tls:// only: our certificate (PEM).")] = None,
+    key: Annotated[Path | None, typer.Option(help="tls:// only: its key (PEM).")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="tls:// only: exporters need a certificate of one of these authorities (PEM).")
+    ] = None,
+) -> None:
+    """Collect from exporters, until Ctrl-C.
+
+    Records go to standard output; what is odd, and a summary, to standard error.
+    """
+    from appliance.meter.collect import listen
+
+    listen(uris, output_format, sys.stdout, _tell, count=count, certificate=certificate, key=key, ca=ca)
+
+
+def _tell(text: str) -> None:
+    print(f"appliance: {text}", file=sys.stderr, flush=True)
 
 
 # Version --------------------------------------------------------------------------------------------------------------

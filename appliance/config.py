@@ -40,6 +40,7 @@ MIN_RING_BYTES = MIB  # the longest record must fit (RECORD_MAX_BYTES in ring/la
 MAX_LABEL_CHARACTERS = 64
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with the final zero (sys/un.h)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}", re.ASCII)
+_EXPORT_SCHEMES: dict[str, Literal["udp", "tcp", "tls"]] = {"udp": "udp", "tcp": "tcp", "tls": "tls"}
 _FILE_ENDINGS = re.compile(r"(\.(gz|lz4|zst|xz|bz2|pcap|pcapng|cap|ntar|dmp|erf))+$", re.IGNORECASE)
 
 
@@ -159,28 +160,30 @@ Cpus = tuple[Annotated[int, _between(0, 8191), Field(strict=True)], ...]
 class Destination:
     """Where flow records go. `path` is set for files only (None: below the state directory), host and port else."""
 
-    scheme: Literal["udp", "tcp", "file"]
+    scheme: Literal["udp", "tcp", "tls", "file"]
     host: str = ""
     port: int = 0
     path: Path | None = None
 
 
 def parse_destination(text: str) -> Destination:
-    """`udp://HOST:PORT`, `tcp://HOST:PORT`, `file:` or `file:DIRECTORY`; ValueError says what is wrong."""
+    """`udp://HOST:PORT`, `tcp://...`, `tls://...`, `file:` or `file:DIRECTORY`; ValueError says what is wrong."""
     if text.startswith("file:"):
         path = text.removeprefix("file:")
         if "\0" in path:
             raise ValueError(f"{text!r} holds a zero byte")
         return Destination("file", path=Path(path) if path else None)
     scheme, separator, address = text.partition("://")
-    if scheme in ("tls", "dtls", "sctp"):
-        raise ValueError(f"{scheme}:// is not supported yet; flow records go to udp:// tcp:// file:")
-    if not separator or scheme not in ("udp", "tcp"):
-        raise ValueError(f"must be udp://HOST:PORT, tcp://HOST:PORT, file: or file:DIRECTORY, is {text!r}")
+    if scheme in ("dtls", "sctp"):
+        raise ValueError(f"{scheme}:// is not supported; flow records go to udp:// tcp:// tls:// file:")
+    if not separator or scheme not in _EXPORT_SCHEMES:
+        raise ValueError(
+            f"must be udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT, file: or file:DIRECTORY, is {text!r}"
+        )
     host, port = parse_address(address)
     if port == 0:
         raise ValueError(f"{text!r} names no port")
-    return Destination("udp" if scheme == "udp" else "tcp", host=host, port=port)
+    return Destination(_EXPORT_SCHEMES[scheme], host=host, port=port)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -316,14 +319,15 @@ class MeterExport(_Table):
     """One destination of flow records."""
 
     uri: Annotated[str, AfterValidator(_export_uri)] = Field(
-        description="udp://HOST:PORT, tcp://HOST:PORT, file: (flows/ below the meter's directory) or file:DIRECTORY"
+        description="udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT, file: (flows/ below the meter's directory) or "
+        "file:DIRECTORY"
     )
     template_refresh_s: Seconds = Field(default=60, description="udp:// only: templates are sent again after this long")
     template_refresh_messages: Annotated[int, _between(0, 1_000_000)] = Field(
         default=1000, description="udp:// only: ... or after this many messages; 0 = by time alone"
     )
     mtu_bytes: Annotated[int, _between(512, 65535)] = Field(
-        default=1400, description="longest message; 512 where the path is not known (RFC 7011, 10.3.3)"
+        default=1400, description="longest message; over udp:// never longer than the path takes"
     )
     domain: Annotated[int, _between(0, (1 << 32) - 1)] = Field(default=1, description="observation domain ID")
     biflow: bool = Field(
@@ -331,6 +335,20 @@ class MeterExport(_Table):
     )
     rotate_seconds: RotateSeconds = Field(
         default=60, description="file: only: a new file at every multiple of this many seconds; 0 = never"
+    )
+    tls_ca: OptionalPath = Field(
+        default=None,
+        description='tls:// only: the authorities that the collector\'s certificate must come from (PEM); "" = the '
+        "system's",
+    )
+    tls_certificate: OptionalPath = Field(
+        default=None, description='tls:// only: our certificate, for collectors that ask for one (PEM); "" = none'
+    )
+    tls_key: OptionalPath = Field(
+        default=None, description='tls:// only: the key of tls_certificate (PEM); "" = in the same file'
+    )
+    tls_name: Annotated[str, AfterValidator(_printable)] = Field(
+        default="", description='tls:// only: the name that the collector\'s certificate must hold; "" = HOST'
     )
 
     @property
@@ -388,6 +406,14 @@ class Meter(_Table):
         default="outer",
         description='the flow of a packet in a tunnel: "outer" = that of the tunnel, "inner" = that of the packet '
         "inside, as far as it can be read",
+    )
+    elements: tuple[Annotated[str, AfterValidator(_printable)], ...] = Field(
+        default=(),
+        strict=False,
+        description="elements of your own in every flow record, each NAME(ENTERPRISE/NUMBER)<TYPE> = a field of the "
+        'flow table or a constant, e.g. ["siteNumber(99999/1)<unsigned16> = 7", '
+        "\"siteName(99999/2)<string> = 'north'\", "
+        '"longestPacket(99999/3)<unsigned16> = forward.max_length"]',
     )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)

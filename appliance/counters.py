@@ -156,6 +156,7 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "messages",
     "bytes",
     "send_errors",
+    "tls_failures",  # handshakes that failed, and sessions that TLS ended
     "connects",
     "not_sent_flows",
     "not_sent_packets",

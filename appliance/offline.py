@@ -21,7 +21,7 @@ from appliance.counters import EXPORT_FIELDS, IGNORED_REASONS, METER_FIELDS, Cou
 from appliance.errors import FormatError, UsageError
 from appliance.merge import order
 from appliance.meter.metering import Metering
-from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Consumer, Producer, initialise
 
@@ -49,8 +49,10 @@ def meter_files(
     destination: str,
     settings: MeterSettings,
     progress: Callable[[int], None] = lambda packets: None,
+    file_format: str = "ipfix",
 ) -> FlowCounts:
-    """Meters `paths` together, in the order of time, into the new IPFIX file `destination`.
+    """Meters `paths` together, in the order of time, into the new file `destination`, of IPFIX or of `file_format`
+    (see ExportSettings).
 
     `settings.export` is replaced. `progress` is told the packets read so far. A damaged file counts with its whole
     packets, and is named in `damage`. Raises MissingInputError and the like for a file that cannot be opened,
@@ -61,19 +63,19 @@ def meter_files(
     inputs: list[_Input] = []
     try:
         inputs += (_Input(path, i, inner=settings.tunnels == "inner") for i, path in enumerate(paths))
-        return _meter(inputs, destination, settings, progress)
+        names = tuple(InterfaceName(i, os.path.basename(path), path) for i, path in enumerate(paths))
+        exporting = with_export(settings, destination, file_format)
+        return _meter(inputs, replace(exporting, interfaces=names), progress)
     finally:
         for one in inputs:
             one.close()
 
 
-def _meter(
-    inputs: Sequence[_Input], destination: str, settings: MeterSettings, progress: Callable[[int], None]
-) -> FlowCounts:
+def _meter(inputs: Sequence[_Input], settings: MeterSettings, progress: Callable[[int], None]) -> FlowCounts:
     pages = CounterPages([("meter", METER_FIELDS), ("export", EXPORT_FIELDS)])
     page = pages["meter"]
     metering = Metering(
-        with_export(settings, destination),
+        settings,
         page,
         [pages["export"]],
         ignored_packets=lambda: sum(sum(one.ignored) for one in inputs),
@@ -97,8 +99,10 @@ def _meter(
     )
 
 
-def with_export(settings: MeterSettings, destination: str) -> MeterSettings:
-    export = ExportSettings(f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0)
+def with_export(settings: MeterSettings, destination: str, file_format: str = "ipfix") -> MeterSettings:
+    export = ExportSettings(
+        f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0, file_format=file_format
+    )
     return replace(settings, export=(export,))
 
 

@@ -28,6 +28,8 @@ TUNNELS = ("outer", "inner")
 ZERO_LENGTH = ("field", "frame")
 MAX_FRAGMENTED = 65_536
 MOST_FRAGMENTED = 1 << 24
+FILE_FORMATS = ("ipfix", "json", "csv", "parquet")
+FORMAT_ENDINGS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def main() -> None:
@@ -79,8 +81,9 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     names = {"-o": "output", "--output": "output", "--idle-timeout-s": "idle_timeout_s"}
     names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
     names |= {"--tunnels": "tunnels", "--max-fragmented": "max_fragmented", "--zero-length": "zero_length"}
+    names["--format"] = "file_format"
     kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "max_fragmented": int}
-    kinds |= {"tunnels": str, "zero_length": str}
+    kinds |= {"tunnels": str, "zero_length": str, "file_format": str}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
@@ -104,7 +107,7 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     if found.get("tunnels", TUNNELS[0]) not in TUNNELS or found.get("zero_length", ZERO_LENGTH[0]) not in ZERO_LENGTH:
         return None
     plain = found["files"] and found.get("output") and found.get("max_flows", MAX_FLOWS) >= FEWEST_FLOWS
-    return found if plain else None
+    return found if plain and found.get("file_format", "ipfix") in FILE_FORMATS else None
 
 
 def flows(
@@ -117,8 +120,9 @@ def flows(
     max_fragmented: int = MAX_FRAGMENTED,
     zero_length: str = ZERO_LENGTH[0],
     as_json: bool = False,
+    file_format: str | None = None,
 ) -> int:
-    """The command `flows`; returns its exit status."""
+    """The command `flows`; returns its exit status. `file_format`: one of FILE_FORMATS; None: by the output's name."""
     from appliance.console import joined, print_json, progress
     from appliance.meter.settings import MeterSettings
     from appliance.offline import meter_files
@@ -134,8 +138,9 @@ def flows(
         max_fragmented=max_fragmented,
         zero_length=zero_length,
     )
+    file_format = file_format or FORMAT_ENDINGS.get(os.path.splitext(output)[1].lower(), "ipfix")
     with progress("metering", "packets") as advance:
-        counts = meter_files(files, output, settings, lambda packets: advance(packets, 0))
+        counts = meter_files(files, output, settings, lambda packets: advance(packets, 0), file_format)
     if as_json:
         from dataclasses import asdict
 

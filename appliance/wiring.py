@@ -16,7 +16,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,8 @@ from appliance.counters import CounterPages
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
-from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.own import own_elements
+from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
 from appliance.monitor.render import live_line
@@ -344,7 +345,7 @@ class Wiring:
             sources=sources,
             generation=self.generation,
             wake_fd=self.meter_wake,
-            settings=meter_settings(self.config),
+            settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
         )
 
@@ -468,9 +469,16 @@ def live_description(source: Source, linktype: int) -> InterfaceDescription:
     )
 
 
+def interface_names(plan: Plan) -> tuple[InterfaceName, ...]:
+    """The meter numbers its sources in this order."""
+    return tuple(InterfaceName(i, source.label, str(source.uri)) for i, source in enumerate(plan.sources))
+
+
 def meter_settings(config: Config) -> MeterSettings:
     meter = config.meter
+    own_elements(meter.elements)  # here, where a mistake is told to the user; the worker would die of it
     return MeterSettings(
+        elements=meter.elements,
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
@@ -493,6 +501,10 @@ def meter_settings(config: Config) -> MeterSettings:
                 template_refresh_s=export.template_refresh_s,
                 template_refresh_messages=export.template_refresh_messages,
                 rotate_seconds=export.rotate_seconds,
+                tls_ca=export.tls_ca,
+                tls_certificate=export.tls_certificate,
+                tls_key=export.tls_key,
+                tls_name=export.tls_name,
                 directory=config.flows_directory.parent,
             )
             for export in meter.exports

@@ -67,7 +67,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
         {
             "interface": [{"uri": "ring:eth0", "snaplen": 12, "promiscous": True, "output": "mian"}, {"label": "b/c"}],
             "output": [{"format": "erf", "compressor": "zstd", "rotate_bytes": 1}],
-            "meter": {"enabled": 1, "export": [{"uri": "tls://collector:4740"}]},
+            "meter": {"enabled": 1, "export": [{"uri": "dtls://collector:4740"}]},
             "monitor": {"listen": "9750"},
             "memory": 5,
         }
@@ -82,7 +82,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
         "output[0].compressor": 'must be "none", "lz4" or a list of strings such as ["zstd", "-q", "-1"], is \'zstd\'',
         "output[0].rotate_bytes": f"must be 0 or between 4096 and {1 << 60}, is 1",
         "meter.enabled": "must be true or false, is 1",
-        "meter.export[0].uri": "tls:// is not supported yet; flow records go to udp:// tcp:// file:",
+        "meter.export[0].uri": "dtls:// is not supported; flow records go to udp:// tcp:// tls:// file:",
         "monitor.listen": "must be HOST:PORT or [IPV6]:PORT, is '9750'",
         "memory": "unknown key; did you mean 'memory_bytes'?",
     }

@@ -61,10 +61,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Packages of others with traps of their own, and where those are met: nobody else imports them.
 ADAPTERS: dict[str, set[str]] = {
-    "ipfix": {"appliance.meter.ipfix"},
+    "ipfix": {"appliance.meter.ipfix", "appliance.meter.library"},
     "lz4": {"appliance.formats.unpack", "appliance.merge.salvage", "workers.compress"},
     "multiprocessing_logging": {"appliance.logs"},
     "pcap": {"appliance.capture.pcap_live"},
+    "pyarrow": {"appliance.meter.records"},
     "prometheus_client": {"appliance.monitor"},
     "sdnotify": {"appliance.supervisor"},
     "starlette": {"appliance.monitor.web"},

@@ -20,6 +20,7 @@ PLAIN = [
     (["-", "--output", "out", "--json"], {"files": ["-"], "output": "out", "as_json": True}),
     (["a", "-o", "-out"], {"files": ["a"], "output": "-out"}),
     (["a", "-o", "1", "-o", "2"], {"files": ["a"], "output": "2"}),
+    (["a", "-o", "out", "--format", "csv"], {"files": ["a"], "output": "out", "file_format": "csv"}),
     (
         ["a", "-o", "out", "--idle-timeout-s", "1.5", "--active-timeout-s", "60", "--max-flows", "64"],
         {"files": ["a"], "output": "out", "idle_timeout_s": 1.5, "active_timeout_s": 60.0, "max_flows": 64},
@@ -49,6 +50,7 @@ NOT_PLAIN = [
     ["a.pcap", "-o", "out", "--tunnels", "both"],
     ["a.pcap", "-o", "out", "--zero-length", "none"],
     ["a.pcap", "-o", "out", "--max-fragmented", "-1"],
+    ["a.pcap", "-o", "out", "--format", "xml"],
 ]
 
 
@@ -72,8 +74,10 @@ def test_plain_arguments_mean_what_they_mean_in_the_command_line(
         "max_fragmented",
         "zero_length",
         "as_json",
+        "file_format",
     )
-    assert dict(zip(names, called[0], strict=True)) == defaults | {"as_json": False} | expected
+    defaults |= {"as_json": False, "file_format": None}
+    assert dict(zip(names, called[0], strict=True)) == defaults | expected
 
 
 @pytest.mark.parametrize("arguments", NOT_PLAIN)

@@ -14,6 +14,7 @@ import logging
 import math
 import select
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -24,7 +25,7 @@ from appliance.counters import EXPORT_FIELDS, PAGE_BYTES, CounterPage
 from appliance.errors import ConfigError, MissingInputError
 from appliance.meter.files import FlowFiles
 from appliance.meter.pack import Message, Packer
-from appliance.meter.settings import Endpoint, ExportSettings, MeterSettings, parse_uri
+from appliance.meter.settings import MIN_MESSAGE_BYTES, Endpoint, ExportSettings, MeterSettings, parse_uri
 from appliance.meter.templates import TemplateSet
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ RETRY_LONGEST_S = 60.0  # RFC 7011, 10.4.4: at most one attempt a minute, once a
 CONNECT_TIMEOUT_S = 10.0
 REFUSED_TEMPLATES_S = 1.0  # a collector that was not there gets the templates again soon
 DRAIN_MESSAGES = 256  # sent in one go, so that a slow system call cannot hold the meter for long
+# linux/in.h and linux/in6.h, which Python does not name: (option level, MTU_DISCOVER, MTU, headers of IP and UDP).
+PATH_MTU = {
+    socket.AF_INET: (socket.IPPROTO_IP, 10, 14, 28),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 24, 48),
+}
+PMTUDISC_DONT, PMTUDISC_DO = 0, 2
 BURST_DATAGRAMS = 64  # without a pause: 90 KB, well below a socket's usual buffer
 LOG_PAUSE_S = 30.0  # between two lines about one collector
 
@@ -66,17 +73,21 @@ class Exporter(ABC):
         self.sequence = first_sequence
         self.templates = TemplateSet(meter, settings)
         self.message_bytes = settings.message_bytes or self.default_message_bytes
-        self.packer = Packer(
-            self.templates.plans,
-            biflow=settings.biflow,
-            observation_domain=settings.domain,
-            message_bytes=self.message_bytes,
-        )
+        self.packer = self.make_packer()
         self.queue: deque[Message] = deque()
         self.queued_bytes = 0
         self.started_ms = int(clock() * 1000)
         self.statistics_due_s: float | None = None
         self.logged_at_s = -math.inf
+
+    def make_packer(self) -> Packer:
+        return Packer(
+            self.templates.plans,
+            biflow=self.settings.biflow,
+            observation_domain=self.settings.domain,
+            message_bytes=self.message_bytes,
+            constants=self.templates.constants,
+        )
 
     @property
     @abstractmethod
@@ -174,10 +185,11 @@ class Exporter(ABC):
         self.page["up"] = int(up)
 
 
-def resolve(
-    uri: str, endpoint: Endpoint, kind: socket.SocketKind
-) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-    """A collector's addresses, asked for once, at the start: a name server must not hold up the meter later."""
+Addresses = list[tuple[socket.AddressFamily, tuple[str, int]]]
+
+
+def resolve(uri: str, endpoint: Endpoint, kind: socket.SocketKind) -> Addresses:
+    """A collector's addresses. MissingInputError: it has none."""
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=kind)
     except OSError as error:
@@ -186,8 +198,46 @@ def resolve(
     return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]
 
 
+def is_address(host: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+class Lookup:
+    """Asks for a collector's addresses again, on a thread: a name server must not hold up the meter."""
+
+    def __init__(self, uri: str, endpoint: Endpoint, kind: socket.SocketKind) -> None:
+        self._arguments = (uri, endpoint, kind)
+        self._is_name = not is_address(endpoint.host)
+        self._thread: threading.Thread | None = None
+        self._found: Addresses = []
+
+    def begin(self) -> None:
+        """Nothing, when it is asking already, or when there is no name to ask for."""
+        if self._is_name and (self._thread is None or not self._thread.is_alive()):
+            # A daemon: an answer that never comes must not hold up the end.
+            self._thread = threading.Thread(target=self._ask, name="collector-name", daemon=True)
+            self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            self._found = resolve(*self._arguments)
+        except MissingInputError as error:
+            logger.debug("%s", error)  # what was known before is tried on
+
+    def take(self) -> Addresses:
+        """What was found since the last call; empty: nothing."""
+        found, self._found = self._found, []
+        return found
+
+
 class SocketExporter(Exporter):
-    """What UDP and TCP share: the addresses, tried in turn, and the growing pause between attempts."""
+    """What UDP, TCP and TLS share: the addresses, tried in turn, and the growing pause between attempts."""
 
     kind: socket.SocketKind
 
@@ -200,20 +250,25 @@ class SocketExporter(Exporter):
         first_sequence: int = 0,
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
-        self.addresses = resolve(settings.uri, parse_uri(settings.uri), self.kind)
+        endpoint = parse_uri(settings.uri)
+        self.addresses = resolve(settings.uri, endpoint, self.kind)
+        self.lookup = Lookup(settings.uri, endpoint, self.kind)
         self.attempt = 0
         self.socket: socket.socket | None = None
         self.retry_at_s = 0.0
         self.retry_s = RETRY_FIRST_S
 
     def open_socket(self) -> tuple[socket.socket, tuple[str, int]]:
+        if found := self.lookup.take():
+            self.addresses = found
         family, address = self.addresses[self.attempt % len(self.addresses)]
         self.attempt += 1
         new = socket.socket(family, self.kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         return new, address
 
     def give_up_socket(self, why: str) -> None:
-        """Closes the session; the next attempt comes after a pause that doubles."""
+        """Closes the session; the next attempt comes after a pause that doubles, to where the name leads then."""
+        self.lookup.begin()
         if self.socket is not None:
             self.socket.close()
             self.socket = None
@@ -238,7 +293,10 @@ class SocketExporter(Exporter):
         if self.socket is None:
             time.sleep(max(0.0, min(self.retry_at_s - time.monotonic(), timeout_s)))
         elif timeout_s > 0:
-            select.select([], [self.socket], [], timeout_s)
+            poller = select.poll()
+            for fd, events in self.poll_events():
+                poller.register(fd, events)
+            poller.poll(timeout_s * 1000)
 
     def close(self, deadline_s: float) -> None:
         while True:
@@ -248,9 +306,13 @@ class SocketExporter(Exporter):
             self.wait_writable(deadline_s)
         self.abandon_queue()
         if self.socket is not None:
+            self.close_session(deadline_s)
             self.socket.close()
             self.socket = None
         self.page["up"] = 0
+
+    def close_session(self, deadline_s: float) -> None:
+        """What is to be done with the socket before it is closed, until `deadline_s`."""
 
 
 class UdpExporter(SocketExporter):
@@ -271,6 +333,7 @@ class UdpExporter(SocketExporter):
         first_sequence: int = 0,
     ) -> None:
         super().__init__(meter, settings, page, clock, first_sequence)
+        self.first_sequence = first_sequence
         self.templates_due_s = 0.0
         self.messages_to_templates: float = 0
         self.allowed = float(BURST_DATAGRAMS)  # datagrams that may go out now
@@ -280,6 +343,7 @@ class UdpExporter(SocketExporter):
         self.connect()
         if self.socket is not None and now_s >= self.templates_due_s:
             self.send_templates(1)
+            self.lookup.begin()  # over UDP nothing else would tell that the collector has moved
         super().service(now_s, counts)
 
     def next_deadline_s(self) -> float:
@@ -293,6 +357,10 @@ class UdpExporter(SocketExporter):
     def poll_events(self) -> list[tuple[int, int]]:
         return super().poll_events() if self.queue and self.allowed >= 1 else []
 
+    def export(self, rows_address: int, row_count: int) -> None:
+        self.connect()  # how long a message may be is the path's matter
+        super().export(rows_address, row_count)
+
     def refill(self) -> None:
         now_s = time.monotonic()
         if self.settings.datagrams_per_s:
@@ -302,7 +370,17 @@ class UdpExporter(SocketExporter):
             self.allowed = DRAIN_MESSAGES
         self.allowed_at_s = now_s
 
+    def follow_name(self) -> None:
+        """To where the collector's name leads by now."""
+        found = self.lookup.take()
+        if found and set(found) != set(self.addresses):  # the order changes all the time
+            self.addresses, self.attempt = found, 0
+            if self.socket is not None:
+                self.socket.close()
+                self.socket = None
+
     def connect(self) -> None:
+        self.follow_name()
         if self.socket is not None or time.monotonic() < self.retry_at_s:
             return
         new, address = self.open_socket()
@@ -312,12 +390,41 @@ class UdpExporter(SocketExporter):
         except OSError as error:
             self.give_up_socket(f"cannot be reached ({error.strerror})")
             return
+        self.fit_path()
         self.page.add("connects")
         self.retry_s = RETRY_FIRST_S
+        self.sequence = self.first_sequence  # another port of ours: to the collector a new session
         self.set_up(True)
         self.send_templates(self.settings.template_copies)
 
+    def fit_path(self) -> None:
+        """Makes messages as long as the path takes, and no longer than configured (RFC 7011, 10.3.3)."""
+        if self.socket is None:
+            return
+        level, discover, mtu, header_bytes = PATH_MTU[self.socket.family]
+        try:
+            self.socket.setsockopt(level, discover, PMTUDISC_DO)
+            path_bytes = self.socket.getsockopt(level, mtu) - header_bytes
+        except OSError:
+            path_bytes = MIN_MESSAGE_BYTES  # what is safe where the path is unknown
+        wanted = min(self.settings.message_bytes or self.default_message_bytes, path_bytes)
+        wanted = max(wanted, MIN_MESSAGE_BYTES)
+        if wanted != self.message_bytes:
+            self.message_bytes = wanted
+            self.packer = self.make_packer()
+
+    def send_in_fragments(self, message: Message) -> None:
+        """For a message that was packed when the path was thought to take more. OSError: it cannot be sent at all."""
+        assert self.socket is not None
+        level, discover, _, _ = PATH_MTU[self.socket.family]
+        self.socket.setsockopt(level, discover, PMTUDISC_DONT)
+        try:
+            self.socket.send(message.data)
+        finally:
+            self.socket.setsockopt(level, discover, PMTUDISC_DO)
+
     def send_templates(self, copies: int) -> None:
+        self.fit_path()
         self.templates_due_s = time.monotonic() + self.settings.template_refresh_s
         self.messages_to_templates = self.settings.template_refresh_messages or math.inf
         for _ in range(copies):
@@ -348,31 +455,43 @@ class UdpExporter(SocketExporter):
         if self.socket is None:
             return False
         self.stamp(message)
-        for last_attempt in (False, True):
-            try:
-                self.socket.send(message.data)
-            except BlockingIOError:
+        try:
+            self.send_datagram(message)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOBUFS):
                 return False
-            except OSError as error:
-                self.page.add("send_errors")
-                if error.errno == errno.ECONNREFUSED and not last_attempt:
-                    # The error belongs to an earlier datagram and has eaten this one: once more.
-                    self.refused()
-                    continue
-                if error.errno == errno.ENOBUFS:
-                    return False
-                logger.debug("collector %s: %s", self.settings.uri, error.strerror)
-                self.set_up(False, f"sending failed ({error.strerror})")
-                self.count_not_sent(message)
-                return True
-            self.count_sent(message)
-            if not self.page["up"] and not last_attempt:
-                self.set_up(True)
+            self.page.add("send_errors")
+            logger.debug("collector %s: %s", self.settings.uri, error.strerror)
+            self.set_up(False, f"sending failed ({error.strerror})")
+            self.count_not_sent(message)
             return True
+        self.count_sent(message)
         return True
+
+    def send_datagram(self, message: Message) -> None:
+        """OSError: it was not sent."""
+        assert self.socket is not None
+        try:
+            self.socket.send(message.data)
+            if not self.page["up"]:
+                self.set_up(True)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ECONNREFUSED, errno.EMSGSIZE):
+                raise
+            was_refused = error.errno == errno.ECONNREFUSED
+        # Both errors may belong to an earlier datagram, and have eaten this one: once more.
+        if was_refused:
+            self.page.add("send_errors")
+            self.refused()
+            self.socket.send(message.data)
+        else:
+            self.fit_path()
+            self.send_in_fragments(message)
 
     def refused(self) -> None:
         self.set_up(False, "nobody listens there")
+        self.lookup.begin()
         self.templates_due_s = min(self.templates_due_s, time.monotonic() + REFUSED_TEMPLATES_S)
 
 
@@ -380,6 +499,7 @@ class TcpExporter(SocketExporter):
     """One connection at a time. Every connection is a new session: all templates first, sequence numbers from 0."""
 
     kind = socket.SOCK_STREAM
+    not_yet: tuple[type[OSError], ...] = (BlockingIOError,)  # what a socket raises that cannot go on now
 
     @property
     def default_message_bytes(self) -> int:
@@ -396,6 +516,8 @@ class TcpExporter(SocketExporter):
         super().__init__(meter, settings, page, clock, first_sequence)
         self.first_sequence = first_sequence
         self.connecting_since_s: float | None = None
+        self.connecting_events = select.POLLOUT
+        self.has_peer = False  # TCP's part of connecting is done
         self.announced: deque[Message] = deque()  # templates of this session that are still to be sent
         self.sent_bytes = 0  # of the message at the front
 
@@ -407,10 +529,13 @@ class TcpExporter(SocketExporter):
             for _ in range(DRAIN_MESSAGES):
                 if not self.send_front():
                     return
-        except BlockingIOError:
+        except self.not_yet:
             return
         except OSError as error:
-            self.disconnect(f"connection lost ({error.strerror or error})")
+            self.lost(error)
+
+    def lost(self, error: OSError) -> None:
+        self.disconnect(f"connection lost ({error.strerror or error})")
 
     def connected(self) -> bool:
         """True when the session is up; otherwise moves it on without waiting."""
@@ -425,6 +550,8 @@ class TcpExporter(SocketExporter):
     def begin_connecting(self) -> None:
         new, address = self.open_socket()
         self.socket = new
+        self.has_peer = False
+        self.connecting_events = select.POLLOUT
         self.connecting_since_s = time.monotonic()
         code = new.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
@@ -433,18 +560,35 @@ class TcpExporter(SocketExporter):
     def finish_connecting(self) -> None:
         if self.socket is None or self.connecting_since_s is None:
             return
+        if time.monotonic() - self.connecting_since_s > CONNECT_TIMEOUT_S:
+            self.disconnect("connecting took too long")
+        elif (self.has_peer or self.find_peer(self.socket)) and self.handshake():
+            self.begin_session()
+
+    def find_peer(self, connecting: socket.socket) -> bool:
         poller = select.poll()
-        poller.register(self.socket, select.POLLOUT)
+        poller.register(connecting, select.POLLOUT)
         if not poller.poll(0):
-            if time.monotonic() - self.connecting_since_s > CONNECT_TIMEOUT_S:
-                self.disconnect("connecting took too long")
-            return
-        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            return False
+        code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self.disconnect(f"connection failed ({errno.errorcode.get(code, code)})")
-            return
+            return False
+        connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = self.wrap(connecting)
+        self.has_peer = True
+        return True
+
+    def wrap(self, connected: socket.socket) -> socket.socket:
+        """The socket that messages go to."""
+        return connected
+
+    def handshake(self) -> bool:
+        """True when messages may be sent; else `connecting_events` says what is waited for, or the session is over."""
+        return True
+
+    def begin_session(self) -> None:
         self.connecting_since_s = None
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.page.add("connects")
         self.sequence = self.first_sequence
         self.sent_bytes = 0
@@ -465,7 +609,7 @@ class TcpExporter(SocketExporter):
         try:
             if not self.socket.recv(4096):
                 raise ConnectionResetError(errno.ECONNRESET, "closed by the collector")
-        except BlockingIOError:
+        except self.not_yet:
             pass
 
     def send_front(self) -> bool:
@@ -490,7 +634,9 @@ class TcpExporter(SocketExporter):
     def poll_events(self) -> list[tuple[int, int]]:
         if self.socket is None:
             return []
-        waiting = self.queue or self.announced or self.connecting_since_s is not None
+        if self.connecting_since_s is not None:
+            return [(self.socket.fileno(), self.connecting_events)]
+        waiting = self.queue or self.announced
         return [(self.socket.fileno(), select.POLLIN | (select.POLLOUT if waiting else 0))]
 
 
@@ -589,5 +735,14 @@ def make_exporter(
     clock: Callable[[], float] = time.time,
 ) -> Exporter:
     """The exporter for `settings.uri`. Raises ConfigError, MissingInputError or CannotCreateError, which name it."""
+    if settings.file_format != "ipfix":
+        from appliance.meter.records import RecordExporter
+
+        return RecordExporter(meter, settings, page, clock)
+    scheme = parse_uri(settings.uri).scheme
+    if scheme == "tls":
+        from appliance.meter.tls import TlsExporter
+
+        return TlsExporter(meter, settings, page, clock)
     kinds: dict[str, type[Exporter]] = {"udp": UdpExporter, "tcp": TcpExporter, "file": FileExporter}
-    return kinds[parse_uri(settings.uri).scheme](meter, settings, page, clock)
+    return kinds[scheme](meter, settings, page, clock)

@@ -7,14 +7,20 @@ its registry (up to number 433) does not have are added here by their full speci
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+from appliance.meter import registry
+from appliance.meter.registry import REVERSE_ENTERPRISE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the package's own source, from Python 3.12 on
     import ipfix.ie
     import ipfix.template
+    import ipfix.types
 
 TEMPLATE_SET_ID = 2
 OPTIONS_TEMPLATE_SET_ID = 3
@@ -87,3 +93,66 @@ def encode_template(template_id: int, specs: Sequence[str], scope_fields: int = 
     room = bytearray(8 + 8 * len(specs))
     end = template.encode_template_to(room, 0, template.native_setid())
     return bytes(room[:end])
+
+
+@cache
+def information_model() -> Mapping[tuple[int, int], tuple[str, str]]:
+    """(enterprise, number) -> (name, abstract data type) of every element that has a name here.
+
+    python-ipfix has no structured data types (RFC 6313); they are known to it as octet arrays under their own names.
+    """
+    for number, name in enumerate(("basicList", "subTemplateList", "subTemplateMultiList"), start=20):
+        ipfix.types._TypeForName.setdefault(name, ipfix.types.OctetArrayType(name, number))
+    for spec in (*registry.IANA_SPECS, *registry.CERT_SPECS, *registry.CERT_REVERSIBLE_SPECS):
+        ipfix.ie.for_spec(spec)
+    model = {(e.pen, e.num): (e.name, e.type.name) for e in ipfix.ie.dump_infomodel()}
+    for spec in registry.IANA_SPECS:  # also what was made known under a simpler type
+        name, enterprise, number, type_name, _ = ipfix.ie.parse_spec(spec)
+        model[enterprise, number] = (name, type_name)
+    for (enterprise, number), (name, type_name) in list(model.items()):
+        if enterprise == 0:
+            model.setdefault((registry.REVERSE_ENTERPRISE, number), (reverse_name(name), type_name))
+    for spec in registry.CERT_REVERSIBLE_SPECS:
+        e = ipfix.ie.for_spec(spec)
+        model[e.pen, e.num | registry.CERT_REVERSE_BIT] = (reverse_name(e.name), e.type.name)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class KnownElement:
+    """What the information model says of an element. `type_number`: as RFC 5610, 3.1 numbers the data types."""
+
+    enterprise: int
+    number: int
+    name: str
+    type_name: str
+    type_number: int
+
+
+def known_element(enterprise: int, number: int) -> KnownElement:
+    """KeyError: nobody has named it."""
+    name, type_name = information_model()[enterprise, number]
+    return KnownElement(enterprise, number, name, type_name, ipfix.types.for_name(type_name).num)
+
+
+OWN_SPEC = re.compile(r"([A-Za-z]\w{0,63})\((\d{1,10})/(\d{1,5})\)<(\w+)>(?:\[(\d{1,5})\])?", re.ASCII)
+
+
+def define_element(spec: str) -> tuple[Element, str]:
+    """A new element of an enterprise by its whole specification, and its data type. ValueError says what is wrong."""
+    matched = OWN_SPEC.fullmatch(spec)
+    if matched is None:
+        raise ValueError("the element must be written as in siteNumber(99999/1)<unsigned16>")
+    name, enterprise, number, type_name = matched[1], int(matched[2]), int(matched[3]), matched[4]
+    if not 0 < enterprise < 1 << 32 or enterprise == REVERSE_ENTERPRISE or not 0 < number < 1 << 15:
+        raise ValueError(f"{enterprise}/{number}: an enterprise has its own number, and its elements have 1 to 32767")
+    known = information_model().get((enterprise, number))
+    if known is not None and known != (name, type_name):
+        raise ValueError(f"{enterprise}/{number} is {known[0]}<{known[1]}> already")
+    if known is None and any(name == other for other, _ in information_model().values()):
+        raise ValueError(f"another element is called {name} already")
+    found = ipfix.ie.for_spec(f"{name}({enterprise}/{number})<{type_name}>")  # its errors are ValueErrors
+    information_model.cache_clear()
+    length = int(matched[5]) if matched[5] else found.length
+    found.for_length(length)
+    return Element(name, enterprise, number, length), type_name

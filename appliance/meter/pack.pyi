@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 Step: TypeAlias = tuple[int, int, int, int]
-"""(one of KINDS, offset in the row, octets in the row, octets on the wire)"""
+"""(one of KINDS, offset in the row, octets in the row, octets on the wire); `constant`: the offset in the constants"""
 
 Plan: TypeAlias = tuple[int, int, int, Sequence[Step]]
-"""(template ID, row class, one of SHAPES, steps in template order); at most 96 steps and 492 octets a record.
+"""(template ID, row class, one of SHAPES, steps in template order); at most 192 steps and 492 octets a record.
 
 Row class: 0 other, 1 TCP, 2 ICMP over IPv4; 3, 4, 5 over IPv6. Shape `forward` and `reverse`: one direction (the plan
 of `reverse` has source and destination exchanged); `biflow`: both.
@@ -41,6 +41,14 @@ class Packer:
     `message_bytes`: longest message, 512 to 65535. ValueError for plans that do not fit.
     """
 
-    def __init__(self, plans: Sequence[Plan], *, biflow: bool, observation_domain: int, message_bytes: int) -> None: ...
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        *,
+        biflow: bool,
+        observation_domain: int,
+        message_bytes: int,
+        constants: bytes = b"",
+    ) -> None: ...
     def pack(self, rows_address: int, row_count: int) -> list[Message]:
         """All records of the rows, grouped by template. The rows must stay in place during the call."""

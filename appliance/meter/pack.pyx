@@ -14,11 +14,12 @@ from appliance.meter.table cimport Direction, FlowRow, PacketNote, TcpReport
 cdef enum:
     MESSAGE_HEADER_BYTES = 16
     SET_HEADER_BYTES = 4
-    MAX_STEPS = 96
+    MAX_STEPS = 192
     MAX_SEQUENCE = 20  # packets of a flow, as in the flow table
     MAX_MESSAGE_BYTES = 65535
     ROW_CLASSES = 6
 
+    STEP_CONSTANT = 100
     STEP_COPY = 0
     STEP_UNSIGNED = 1
     STEP_MILLISECONDS = 2
@@ -45,6 +46,7 @@ cdef struct Step:
     uint8_t bytes  # on the wire
 
 cdef struct Plan:
+    const uint8_t* constants  # the packer's
     uint16_t template_id
     uint8_t row_class
     uint8_t shape
@@ -138,6 +140,8 @@ cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* ou
         source = <const uint8_t*>row + step.offset
         if step.kind == STEP_COPY:
             memcpy(out, source, step.bytes)
+        elif step.kind == STEP_CONSTANT:
+            memcpy(out, plan.constants + step.offset, step.bytes)
         else:
             value = load(source, step.source_bytes)
             if step.kind == STEP_MILLISECONDS:
@@ -224,14 +228,17 @@ cdef class Packer:
     cdef uint32_t used, set_start
     cdef uint64_t records, flows, packets, octets
     cdef list messages
+    cdef bytes constants
 
-    def __cinit__(self, plans, *, bint biflow, uint32_t observation_domain, uint32_t message_bytes):
+    def __cinit__(self, plans, *, bint biflow, uint32_t observation_domain, uint32_t message_bytes,
+                  bytes constants=b""):
         cdef Plan* plan
         if not 512 <= message_bytes <= MAX_MESSAGE_BYTES:
             raise ValueError(f"message_bytes {message_bytes} is not within 512 .. {MAX_MESSAGE_BYTES}")
         self.plans = <Plan*>calloc(len(plans) or 1, sizeof(Plan))
         if self.plans == NULL:
             raise MemoryError
+        self.constants = constants
         self.biflow = biflow
         self.domain = observation_domain
         self.message_bytes = message_bytes
@@ -239,6 +246,7 @@ cdef class Packer:
             plan = &self.plans[self.plan_count]
             if len(steps) > MAX_STEPS or not 0 <= class_number < ROW_CLASSES or not 0 <= shape <= SHAPE_SEQUENCE:
                 raise ValueError(f"template {template_id} cannot be packed")
+            plan.constants = self.constants
             plan.template_id = template_id
             plan.row_class = class_number
             plan.shape = shape
@@ -253,9 +261,12 @@ cdef class Packer:
         free(self.plans)
 
     cdef add_step(self, Plan* plan, int kind, int offset, int source_bytes, int wire_bytes):
-        if not 0 <= offset <= <int>sizeof(FlowRow) - max(source_bytes, wire_bytes if kind == STEP_COPY else 0):
+        if kind == STEP_CONSTANT:
+            if not (0 <= offset and 1 <= wire_bytes <= 255 and offset + wire_bytes <= len(self.constants)):
+                raise ValueError("a step reads outside of the constants")
+        elif not 0 <= offset <= <int>sizeof(FlowRow) - max(source_bytes, wire_bytes if kind == STEP_COPY else 0):
             raise ValueError("a step reads outside of its row")
-        if kind != STEP_COPY and (source_bytes not in (1, 2, 4, 8) or not 1 <= wire_bytes <= 8):
+        if kind not in (STEP_COPY, STEP_CONSTANT) and (source_bytes not in (1, 2, 4, 8) or not 1 <= wire_bytes <= 8):
             raise ValueError("a step of an unknown size")
         plan.steps[plan.step_count].kind = <uint8_t>kind
         plan.steps[plan.step_count].offset = <uint16_t>offset
@@ -427,3 +438,4 @@ cdef dict offsets_of_reports():
 
 
 ROW_FIELDS = offsets_of_rows()
+KINDS["constant"] = STEP_CONSTANT

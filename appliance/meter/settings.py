@@ -9,13 +9,14 @@ from urllib.parse import urlsplit
 from appliance.errors import ConfigError
 
 DEFAULT_PORT = 4739  # IANA: ipfix, over UDP and TCP
+DEFAULT_TLS_PORT = 4740  # IANA: ipfixs
 MIN_MESSAGE_BYTES = 512  # RFC 7011, 10.3.3: what is safe when the path MTU is unknown
 MAX_MESSAGE_BYTES = 65535
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """One collector or file. `uri`: udp://HOST[:PORT], tcp://HOST[:PORT], file:DIRECTORY, or file: alone.
+    """One collector or file. `uri`: udp://HOST[:PORT], tcp://..., tls://..., file:DIRECTORY, or file: alone.
 
     Files are rotated: staged in `work/`, published in `flows/` below the directory (`directory` when the URI names
     none). With `single_file` the URI names one file, which appears when all is done.
@@ -25,7 +26,8 @@ class ExportSettings:
     domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
-    message_bytes: int = 0  # longest message; 0: 1400 over UDP, 16384 over TCP, 65535 in files
+    # Longest message, over UDP less when the path takes less; 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files.
+    message_bytes: int = 0
     template_refresh_s: float = 60.0  # over UDP
     template_refresh_messages: int = 1000  # over UDP; 0: by time alone
     template_copies: int = 3  # over UDP, before the first record
@@ -37,13 +39,33 @@ class ExportSettings:
     rotate_seconds: int = 60  # of files, aligned to the clock; 0: never
     directory: Path | None = None
     single_file: bool = False
+    tls_ca: Path | None = None  # PEM: whose certificates are believed; None: the system's authorities
+    tls_certificate: Path | None = None  # PEM: ours, for collectors that ask for one
+    tls_key: Path | None = None  # PEM: its key, when it is not in the same file
+    tls_name: str = ""  # that the collector's certificate must hold; "": the host of the URI
+    file_format: str = "ipfix"  # of a single file; or "json" (a flow a line), "csv", "parquet"
 
     def __post_init__(self) -> None:
-        parse_uri(self.uri)
+        endpoint = parse_uri(self.uri)
+        if endpoint.scheme != "file" and endpoint.port == 0:
+            raise ConfigError(f"{self.uri}: port 0 cannot be sent to")
+        if endpoint.scheme != "tls" and (self.tls_ca or self.tls_certificate or self.tls_key or self.tls_name):
+            raise ConfigError(f"{self.uri}: tls_ca, tls_certificate, tls_key and tls_name belong to tls:// alone")
+        if self.tls_key is not None and self.tls_certificate is None:
+            raise ConfigError(f"{self.uri}: tls_key without tls_certificate")
         if self.message_bytes and not MIN_MESSAGE_BYTES <= self.message_bytes <= MAX_MESSAGE_BYTES:
             raise ConfigError(
                 f"{self.uri}: message_bytes {self.message_bytes} is not 0 or {MIN_MESSAGE_BYTES} to {MAX_MESSAGE_BYTES}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceName:
+    """What is told to collectors about an interface. `number`: its ingressInterface."""
+
+    number: int
+    name: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +84,8 @@ class MeterSettings:
     fragment_timeout_s: float = 30.0  # after a datagram's last fragment so far
     zero_length: str = "field"  # or "frame": the octets of a packet whose IP length field is 0 (offloaded segments)
     tunnels: str = "outer"  # or "inner": which IP header of a tunnel the digests describe; whoever makes them heeds it
+    interfaces: tuple[InterfaceName, ...] = ()
+    elements: tuple[str, ...] = ()  # of the user's own, in every flow record; see own.py
     export: tuple[ExportSettings, ...] = field(default=())
 
     @property
@@ -72,7 +96,7 @@ class MeterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    scheme: str  # "udp", "tcp" or "file"
+    scheme: str  # "udp", "tcp", "tls" or "file"
     host: str = ""
     port: int = 0
     path: str = ""  # of a file: URI, "" when it names none
@@ -83,19 +107,18 @@ def parse_uri(uri: str) -> Endpoint:
     scheme, colon, rest = uri.partition(":")
     if scheme == "file" and colon:
         return Endpoint("file", path=rest.removeprefix("//"))
-    if scheme == "tls":
-        raise ConfigError(f"{uri}: TLS is not supported; send tcp:// to a local TLS proxy, or write a file:")
-    if scheme not in ("udp", "tcp") or not rest.startswith("//"):
-        raise ConfigError(f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT or file:DIRECTORY")
+    if scheme not in ("udp", "tcp", "tls") or not rest.startswith("//"):
+        raise ConfigError(
+            f"{uri}: not an exporter's URI; use udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT or file:DIRECTORY"
+        )
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(f"{uri}: {error}") from None
+    default_port = DEFAULT_TLS_PORT if scheme == "tls" else DEFAULT_PORT
     if not host or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(
-            f"{uri}: only a host and a port belong here, as in {scheme}://collector.example:{DEFAULT_PORT}"
+            f"{uri}: only a host and a port belong here, as in {scheme}://collector.example:{default_port}"
         )
-    if port == 0:
-        raise ConfigError(f"{uri}: port 0 cannot be sent to")
-    return Endpoint(scheme, host=host, port=port or DEFAULT_PORT)
+    return Endpoint(scheme, host=host, port=default_port if port is None else port)

@@ -20,6 +20,8 @@ from appliance.meter.ipfix import (
     encode_template,
     reverse_name,
 )
+from appliance.meter.options import Encoded, interface_names, type_information
+from appliance.meter.own import OwnElement, own_elements
 from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, Message
 from appliance.meter.settings import ExportSettings, MeterSettings
 
@@ -47,6 +49,7 @@ class Field:
     source: str  # a row's field; direction fields without `forward.`
     kind: str = "unsigned"
     key: bool = False  # part of the flow key
+    place: int = 0  # of a constant, among the constants
 
 
 # Of both directions together (appliance/meter/tcp.pxd). QoF's elements have milliseconds, the other microseconds.
@@ -160,7 +163,17 @@ MIRRORED |= {there: here for here, there in MIRRORED.items() if not there.starts
 ALONE = {"start_ns": "forward.first_ns", "end_ns": "forward.last_ns"}
 
 
+def mirrored(source: str) -> str:
+    """Where a record of the reverse direction takes this from."""
+    for here, there in (("forward.", "reverse."), ("reverse.", "forward.")):
+        if source.startswith(here):
+            return there + source.removeprefix(here)
+    return MIRRORED.get(source, source)
+
+
 def step(field: Field, source: str) -> Step:
+    if field.kind == "constant":
+        return KINDS[field.kind], field.place, 0, element(field.spec).length
     offset, octets = ROW_FIELDS[source]
     return KINDS[field.kind], offset, octets, element(field.spec).length
 
@@ -199,7 +212,7 @@ class FlowTemplate:
         forward += [step(f, f"forward.{f.source}") for f in self.direction]
         yield self.template_id, self.row_class, SHAPES["forward"], forward
         if not biflow:
-            reverse = [step(f, MIRRORED.get(f.source, f.source)) for f in self.base]
+            reverse = [step(f, mirrored(f.source)) for f in self.base]
             reverse += [step(f, f"reverse.{f.source}") for f in self.direction]
             yield self.template_id, self.row_class, SHAPES["reverse"], reverse
 
@@ -300,21 +313,33 @@ def sampling(meter: MeterSettings) -> Iterator[tuple[OptionsTemplate, tuple[int,
         yield FLOW_SAMPLING, (FLOW_SAMPLING_ID, UNIFORM_PROBABILISTIC, probability)
 
 
+def own_fields(elements: Sequence[OwnElement]) -> list[Field]:
+    fields, place = [], 0
+    for one in elements:
+        fields.append(Field(one.spec, one.source, one.kind, place=place))
+        place += len(one.constant)
+    return fields
+
+
 class TemplateSet:
     """All templates of one exporter, their plans, and the messages that announce them."""
 
     def __init__(self, meter: MeterSettings, export: ExportSettings) -> None:
         self.observation_domain = export.domain
         self.biflow = export.biflow
+        own = own_elements(meter.elements)
+        self.own = own_fields(own)
+        self.constants = b"".join(one.constant for one in own)
         self.flows: list[FlowTemplate | SequenceTemplate] = list(self._flow_templates(meter, export))
         if meter.packet_sequence:
             self.flows += [SequenceTemplate(SEQUENCE_ID, 4), SequenceTemplate(SEQUENCE_ID + 1, 6)]
         self.sampling = list(sampling(meter))
+        self.interfaces = meter.interfaces
 
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:
         for row_class in range(6):
             ip_version, protocol_class = (4, row_class) if row_class < 3 else (6, row_class - 3)
-            base = base_fields(ip_version, protocol_class, meter, export.nanoseconds)
+            base = base_fields(ip_version, protocol_class, meter, export.nanoseconds) + self.own
             direction = direction_fields(protocol_class, meter)
             template_id = MIN_TEMPLATE_ID + 2 * row_class
             yield FlowTemplate(template_id, row_class, base, direction, ())
@@ -333,12 +358,19 @@ class TemplateSet:
         options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in (*OPTIONS, *(o for o, _ in self.sampling))]
         keys = [(FLOW_KEYS_ID, FLOW_KEYS.encode((t.template_id, t.key_indicator)), 1) for t in self.flows]
         samples = [(o.template_id, o.encode(values), 1) for o, values in self.sampling]
-        return templates + options + keys + samples
+        return templates + options + keys + samples + interface_names(self.interfaces)
+
+    @cached_property
+    def _types(self) -> list[Encoded]:
+        elements = [element(spec) for one in self.flows if isinstance(one, FlowTemplate) for spec in one.specs]
+        return type_information((one.enterprise, one.number) for one in elements)
 
     def announcement(self, message_bytes: int) -> list[Message]:
-        """Templates, options templates and the flow keys, in messages of at most `message_bytes`. New ones each time:
-        a message is stamped when it leaves."""
-        return build_messages(self.observation_domain, self._sets, message_bytes)
+        """Templates, options templates, flow keys and interface names, in messages of at most `message_bytes`. New ones
+        each time: a message is stamped when it leaves. What elements mean must come before the message with the
+        templates that use them (RFC 5610, 3.9)."""
+        types = build_messages(self.observation_domain, self._types, message_bytes)
+        return types + build_messages(self.observation_domain, self._sets, message_bytes)
 
     def statistics(self, counts: Mapping[str, int], message_bytes: int) -> list[Message]:
         """Options data about metering and exporting. `counts`: messages, flow_records, bytes, ignored_packets,

@@ -402,6 +402,11 @@ FAMILIES: tuple[Family, ...] = (
     _EXPORT.counter("appliance_ipfix_messages_total", "IPFIX messages sent.", lambda row: row.messages),
     _EXPORT.counter("appliance_ipfix_sent_bytes_total", "Bytes of IPFIX messages sent.", lambda row: row.bytes),
     _EXPORT.counter("appliance_ipfix_send_errors_total", "IPFIX messages that failed.", lambda row: row.send_errors),
+    _EXPORT.counter(
+        "appliance_ipfix_tls_failures_total",
+        "TLS sessions that were refused, by us or by the collector, or broke.",
+        lambda row: row.tls_failures,
+    ),
     _EXPORT.counter("appliance_ipfix_connects_total", "Connections made to the collector.", lambda row: row.connects),
     _EXPORT.counter(
         "appliance_ipfix_not_sent_flows_total", "Flow records that could not be sent.", lambda row: row.not_sent_flows

@@ -240,6 +240,7 @@ class ExportView:
     messages: int
     bytes: int
     send_errors: int
+    tls_failures: int
     connects: int
     not_sent_flows: int
     not_sent_packets: int
@@ -509,6 +510,7 @@ def _export(pages: CounterPages, index: int, export: ExportInfo) -> ExportView:
         messages=page["messages"],
         bytes=page["bytes"],
         send_errors=page["send_errors"],
+        tls_failures=page["tls_failures"],
         connects=page["connects"],
         not_sent_flows=page["not_sent_flows"],
         not_sent_packets=page["not_sent_packets"],

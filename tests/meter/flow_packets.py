@@ -21,6 +21,7 @@ FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 TCP, UDP, ICMP = 6, 17, 1
 SECOND = 1_000_000_000
 START = 1_700_000_000 * SECOND
+VARIABLE = 65535  # length of a field that says its length itself
 
 DIGEST = struct.Struct("=5I4B16s16s4H5I2HI2H6s6s4B2I2HI")
 
@@ -225,7 +226,7 @@ class Decoder:
         while offset < len(body):
             record: dict[tuple[int, int], bytes] = {}
             for place, (enterprise, element, length) in enumerate(self.templates[template_id]):
-                if length == 65535:  # variable
+                if length == VARIABLE:
                     length, offset = body[offset], offset + 1
                     if length == 255:
                         length, offset = int.from_bytes(body[offset : offset + 2], "big"), offset + 2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import select
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +28,7 @@ from meter.flow_packets import (
     flow_records,
     make_table,
 )
+from support.lab import Lab, requires_root
 
 from appliance.counters import EXPORT_FIELDS, METER_FIELDS, CounterPages
 from appliance.errors import CannotCreateError, ConfigError, MissingInputError
@@ -35,7 +39,7 @@ from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
 from appliance.meter.table import FlowTable
 
 COUNTS = {"ignored_packets": 0}
-TEMPLATES = 16
+TEMPLATES = 17
 
 
 def expired(flows: int, *, octets: int = 100) -> FlowTable:
@@ -49,6 +53,12 @@ def expired(flows: int, *, octets: int = 100) -> FlowTable:
 def export(exporter: Exporter, flows: int) -> None:
     table = expired(flows)
     exporter.export(table.rows_address, table.row_count)
+
+
+def announced(messages: list[Decoded]) -> int:
+    """Templates before the first flow record."""
+    first = next((i for i, message in enumerate(messages) if flow_records([message])), len(messages))
+    return sum(len(message.templates) for message in messages[:first])
 
 
 class Clock:
@@ -182,11 +192,168 @@ def test_a_collector_that_comes_back_soon_gets_the_templates_soon(udp_collector:
 
 def test_a_datagram_too_long_for_the_socket_is_counted_as_not_sent(udp_collector: socket.socket) -> None:
     exporter = udp_exporter(udp_collector, message_bytes=65535, template_copies=1)
-    export(exporter, 600)  # 62 KB in one datagram, but the largest payload over IPv4 is 65507
+    export(exporter, 600)
+    exporter.message_bytes = 65535  # of which no UDP over IPv4 takes more than 65507
+    exporter.packer = exporter.make_packer()
     export(exporter, 1000)
     sent, not_sent = exporter.page["flow_records"], exporter.page["not_sent_flows"]
     assert not_sent > 0 and sent + not_sent == 1600
     assert exporter.page["not_sent_packets"] == not_sent and exporter.page["not_sent_octets"] == 100 * not_sent
+    export(exporter, 1000)
+    assert exporter.page["flow_records"] == sent + 1000, "the packer has learned how much the path takes"
+
+
+# ---- the path ----
+
+
+@contextlib.contextmanager
+def inside(lab: Lab) -> Iterator[None]:
+    """Sockets made here belong to the lab's network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{lab.namespace}") as there:
+        assert libc.setns(there.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(home.fileno(), 0) == 0
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab() as made:
+        yield made
+
+
+@requires_root
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_messages_fit_the_path_also_when_it_becomes_narrower_and_none_is_lost(lab: Lab, address: str) -> None:
+    family, headers_bytes = (socket.AF_INET6, 48) if ":" in address else (socket.AF_INET, 28)
+    lab.run(["sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0", "net.ipv6.conf.lo.disable_ipv6=0"])
+    lab.ip("address", "replace", "::1/128", "dev", "lo")
+    lab.ip("link", "set", "dev", "lo", "mtu", "1420")
+    with inside(lab), socket.socket(family, socket.SOCK_DGRAM) as collector:
+        collector.bind((address.strip("[]"), 0))
+        uri = f"udp://{address}:{collector.getsockname()[1]}"
+        exporter = make_exporter(MeterSettings(), ExportSettings(uri, template_copies=1))
+        export(exporter, 100)
+        before = received(collector)
+        assert 1242 < max(map(len, before)) <= 1420 - headers_bytes
+        exporter.queue.extend(message for message in exporter.packer.pack(*rows(expired(50))))
+        lab.ip("link", "set", "dev", "lo", "mtu", "1290")
+        exporter.drain()  # packed for more than the path takes now: in fragments
+        in_fragments = received(collector)
+        assert max(map(len, in_fragments)) > 1290 - headers_bytes
+        export(exporter, 100)
+        after = received(collector)
+        assert max(map(len, after)) <= 1290 - headers_bytes
+        messages = [decoder.message(data) for decoder in [Decoder()] for data in before + in_fragments + after]
+        check_sequence(messages)
+        assert len(flow_records(messages)) == 250 == exporter.page["flow_records"]
+        assert exporter.page["not_sent_flows"] == 0
+
+
+def rows(table: FlowTable) -> tuple[int, int]:
+    KEPT.append(table)  # rows live as long as their table
+    return table.rows_address, table.row_count
+
+
+KEPT: list[FlowTable] = []
+
+
+def test_where_the_path_is_unknown_messages_have_512_octets(
+    udp_collector: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporter_module.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
+    exporter = udp_exporter(udp_collector)
+    export(exporter, 100)
+    messages = received(udp_collector)
+    assert max(map(len, messages)) <= 512 and exporter.page["flow_records"] == 100
+
+
+# ---- where a name leads ----
+
+
+class Names:
+    """Stands in for the name servers: `collector.test` leads where `address` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.address = "127.0.0.1"
+        self.asked = 0
+        self._resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self)
+
+    def __call__(self, host: str, *arguments: Any, **options: Any) -> Any:
+        if host != "collector.test":
+            return self._resolve(host, *arguments, **options)
+        self.asked += 1
+        if not self.address:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return self._resolve(self.address, *arguments, **options)
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_collector_that_moved_is_found_again_over_tcp(
+    tcp_collector: TcpCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names(monkeypatch)
+    exporter = make_exporter(MeterSettings(), ExportSettings(f"tcp://collector.test:{tcp_collector.port}"))
+    wait_until(lambda: exporter.page["up"] == 1, exporter)
+    tcp_collector.read()
+    names.address = ""  # for a while nobody knows: the old address is tried on
+    tcp_collector.close()
+    wait_until(lambda: names.asked >= 3, exporter)
+    moved = TcpCollector.__new__(TcpCollector)
+    moved.listener = socket.create_server(("127.0.0.2", tcp_collector.port))
+    moved.listener.setblocking(False)
+    moved.connections, moved.sessions = [], []
+    names.address = "127.0.0.2"
+    export(exporter, 10)
+    wait_until(lambda: not exporter.queue, exporter)
+    exporter.close(time.monotonic() + 5)
+    moved.read()
+    assert len(flow_records(whole_messages(moved.sessions[0]))) == 10
+    moved.close()
+
+
+def test_a_collector_that_moved_is_found_again_over_udp_and_begins_with_templates(
+    udp_collector: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names(monkeypatch)
+    port = udp_collector.getsockname()[1]
+    settings = ExportSettings(f"udp://collector.test:{port}", template_refresh_s=0.01, template_copies=1)
+    exporter = make_exporter(MeterSettings(), settings)
+    export(exporter, 10)
+    with socket.socket(type=socket.SOCK_DGRAM) as moved:
+        moved.bind(("127.0.0.2", port))
+        names.address = "127.0.0.2"
+        wait_until(lambda: bool(select.select([moved], [], [], 0)[0]), exporter)
+        export(exporter, 5)
+        decoder = Decoder()
+        messages = [decoder.message(data) for data in received(moved)]
+    assert announced(messages) == TEMPLATES and len(flow_records(messages)) == 5
+    check_sequence(messages)
+
+
+def test_a_name_server_that_does_not_answer_holds_nobody_up(
+    udp_collector: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    names = Names(monkeypatch)
+    settings = ExportSettings(f"udp://collector.test:{udp_collector.getsockname()[1]}", template_refresh_s=0.01)
+    exporter = make_exporter(MeterSettings(), settings)
+    asked = names.asked
+
+    def slow(host: str, *arguments: Any, **options: Any) -> Any:
+        assert answer.wait(60)
+        return names(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for _ in range(5):
+        time.sleep(0.02)
+        exporter.service(time.monotonic(), COUNTS)
+    export(exporter, 10)
+    assert exporter.page["flow_records"] == 10 and names.asked == asked
+    answer.set()
 
 
 def test_an_unknown_collector_is_named() -> None:
@@ -264,7 +431,7 @@ def test_tcp_begins_with_all_templates_and_counts_from_zero(tcp_collector: TcpCo
     exporter.close(time.monotonic() + 5)
     tcp_collector.read()
     messages = whole_messages(tcp_collector.sessions[0])
-    assert len(messages[0].templates) == TEMPLATES
+    assert announced(messages) == TEMPLATES
     check_sequence(messages)
     assert len(flow_records(messages)) == 1000 == exporter.page["flow_records"]
 
@@ -285,7 +452,7 @@ def test_every_tcp_connection_is_a_session_of_its_own(tcp_collector: TcpCollecto
     tcp_collector.read()
     messages = whole_messages(tcp_collector.sessions[-1])
     check_sequence(messages)
-    assert len(messages[0].templates) == TEMPLATES and len(flow_records(messages)) == 50
+    assert announced(messages) == TEMPLATES and len(flow_records(messages)) == 50
 
 
 @pytest.mark.usefixtures("quick_retries")
@@ -358,7 +525,7 @@ def test_files_appear_when_their_time_is_over_and_each_can_be_read_alone(tmp_pat
     for path, flows in ((first, 30), (second, 5)):
         messages = Decoder().stream(path.read_bytes())
         check_sequence(messages)
-        assert len(messages[0].templates) == TEMPLATES and len(flow_records(messages)) == flows
+        assert announced(messages) == TEMPLATES and len(flow_records(messages)) == flows
     assert first.name == "flows-20231114T221320Z-000001.ipfix"
     assert stat.S_IMODE(first.stat().st_mode) == 0o640
 
@@ -476,7 +643,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("tls://host:4740", "TLS is not supported"),
+        ("dtls://host:4740", "not an exporter's URI"),
         ("http://host", "not an exporter's URI"),
         ("udp:host:4739", "not an exporter's URI"),
         ("udp://", "only a host and a port"),
@@ -558,3 +725,38 @@ def test_the_tcp_exporter_is_polled_for_writing_only_when_it_has_something(tcp_c
     wait_until(lambda: exporter.page["up"] == 1 and not exporter.announced, exporter)
     ((_, events),) = exporter.poll_events()
     assert events == select.POLLIN
+
+
+def test_several_exporters_have_sessions_domains_and_sequences_of_their_own(
+    tmp_path: Path, udp_collector: socket.socket, tcp_collector: TcpCollector
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as second:
+        second.bind(("127.0.0.1", 0))
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        exports = (
+            ExportSettings(udp_uri(udp_collector), domain=1),
+            ExportSettings(udp_uri(second), domain=2, biflow=False, nanoseconds=False, template_copies=1),
+            ExportSettings(tcp_collector.uri, domain=3, queue_bytes=1 << 16),
+            ExportSettings("file:", domain=4, directory=tmp_path),
+        )
+        metering = Metering(MeterSettings(max_flows=2000, export=exports))
+        packets = [Packet(source_port=port, time_ns=START + port) for port in range(1000)]
+        packets += [replace(packet, **packet.back, time_ns=packet.time_ns + SECOND) for packet in packets]
+        memory = Memory(digests(packets))
+        metering.feed(memory.address, memory.length)
+        metering.finish()
+        tcp_collector.read()
+        decoder, other = Decoder(), Decoder()
+        sessions = [
+            [decoder.message(data) for data in received(udp_collector)],
+            [other.message(data) for data in received(second)],
+            whole_messages(tcp_collector.sessions[0]),
+            Decoder().stream(published(tmp_path)[0].read_bytes()),
+        ]
+    for number_, (messages, exporter) in enumerate(zip(sessions, metering.exporters, strict=True), start=1):
+        assert {message.domain for message in messages} == {number_}
+        check_sequence(messages)
+        flows, page = len(flow_records(messages)), exporter.page
+        assert flows == page["flow_records"]
+        assert page["flow_records"] + page["not_sent_flows"] == (2000 if number_ == 2 else 1000)
+    assert [exporter.page["not_sent_flows"] for exporter in metering.exporters] == [0, 0, 0, 0]
