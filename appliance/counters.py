@@ -35,6 +35,8 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "dropped_kernel_packets",  # tp_drops
     "dropped_filter_packets",  # rejected by a filter in user space
     "dropped_ring_packets",  # our ring was full
+    "gated_packets",  # not recorded: the triggers or keep rules of the recording left them out
+    "gate_state",  # of the recording: 0 closed, 1 open, 2 closed for good
     "foreign_packets",  # of another interface, or outgoing copies that were not asked for
     "read_packets",  # taken out of the kernel's ring or the file
     "read_bytes",  # original lengths of those
@@ -58,6 +60,9 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
 
 # Upper bounds of the histogram of the time from a segment's close to its publication.
 PUBLISH_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
+
+# What the publisher counts with the rename of a file, so that a death between the two costs neither.
+SETTLED_FIELDS = ("segments_published", "published_packets", "segments_recovered", "recovered_packets")
 
 # One page per output.
 MERGE_FIELDS = COMMON_FIELDS + (
@@ -86,6 +91,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "last_published_ns",  # CLOCK_REALTIME
     "queued_segments",  # closed, not yet published
     "settling_inode",  # of the staging file that is being published or quarantined; 0: none (merge/ledger.py)
+    *(f"settling_{name}" for name in SETTLED_FIELDS),  # what they become with that file
     "expired_files",
     "expired_bytes",
     "clock_steps",

@@ -104,6 +104,7 @@ class Worker:
     ended: bool = False  # orderly, or given up: it is not started again
     start_at: float = 0.0  # when the next life begins, if it has none now
     deaths: deque[float] = field(default_factory=deque)
+    open_segment: tuple[int, float] = (0, 0.0)  # a merge's: when it was opened by its own word, when we first saw that
 
     @property
     def role(self) -> str:
@@ -261,6 +262,7 @@ class Supervisor:
         child.close()
         worker_log.forget_writing_end()
         worker.process, worker.channel, worker.log, worker.pidfd = process, parent, worker_log, pidfd
+        worker.open_segment = (0, 0.0)
         if self.stopping_since is not None and worker.role == "capture":
             self.say(worker, DRAIN)  # what its predecessor left in the kernel's ring
         self.selector.register(pidfd, selectors.EVENT_READ, lambda: self.reap(worker))
@@ -371,18 +373,21 @@ class Supervisor:
             if age_ns > timeout_ns:
                 log.error("%s shows no sign of life for %.1f s; it is ended", worker.name, age_ns / 1e9)
                 worker.process.kill()
-            elif worker.role == "merge" and self.is_stuck(worker):
+            elif worker.role == "merge" and self.is_stuck(worker, now):
                 log.error("%s has not closed its file for much too long; it is ended", worker.name)
                 worker.process.kill()
 
-    def is_stuck(self, worker: Worker) -> bool:
-        """Alive by its heartbeat, dead by its output: the open file is older than any rotation allows."""
+    def is_stuck(self, worker: Worker, now: float) -> bool:
+        """Alive by its heartbeat, dead by its output: the open file is older than any rotation allows. By the monotonic
+        clock: the other one may be set."""
         output = self.wired.output_of(worker.name)
         opened_ns = self.wired.pages[worker.name]["segment_opened_ns"]
+        if opened_ns != worker.open_segment[0]:
+            worker.open_segment = (opened_ns, now)
         if not output.rotate_seconds or not opened_ns or self.wired.options.watch_file or not self.wired.is_live:
             return False
         limit_s = STUCK_SEGMENT_INTERVALS * output.rotate_seconds + output.compressor_timeout_s
-        return time.time_ns() - opened_ns > limit_s * 1_000_000_000
+        return now - worker.open_segment[1] > limit_s
 
     # ---- words ----
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 
-from appliance.counters import CounterPage
+from appliance.counters import SETTLED_FIELDS, CounterPage
 
 
 class Ledger:
@@ -21,16 +21,21 @@ class Ledger:
         self._page = page
         self._pages = dict(zip(labels, source_pages, strict=True))
 
-    def begin(self, path: str, packets: Mapping[str, int]) -> None:
-        """The file at `path`, with so many packets of each source, is about to be moved."""
+    def begin(self, path: str, packets: Mapping[str, int], **counted: int) -> None:
+        """The file at `path`, with so many packets of each source, is about to be moved. `counted`: what is added to
+        the page's SETTLED_FIELDS with it."""
+        for name in SETTLED_FIELDS:
+            self._page[f"settling_{name}"] = self._page[name] + counted.get(name, 0)
         for label, page in self._pages.items():
             page["settling_packets"] = page["closed_packets"] + packets.get(label, 0)
         self._page["settling_inode"] = os.stat(path).st_ino
 
     def end(self) -> None:
-        """It was."""
+        """It was. Doing this twice does no harm: a successor does it again."""
         for page in self._pages.values():
             page["closed_packets"] = page["settling_packets"]
+        for name in SETTLED_FIELDS:
+            self._page[name] = self._page[f"settling_{name}"]
         self._page["settling_inode"] = 0
 
     def give_up(self) -> None:

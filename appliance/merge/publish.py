@@ -276,6 +276,8 @@ class Publisher:
         """Returns the published path. OSError, InputOutputError: it is not published, `segment.path` is where it is."""
         if self._naming.stream is not None:
             self._ledger.add(segment.source_packets)
+            self._page.add("segments_published")
+            self._page.add("published_packets", segment.packets)
             self._count_published(segment, segment.bytes)
             return self._naming.stream
         start_ns = segment.start_ns
@@ -290,7 +292,8 @@ class Publisher:
             sha256, length = sync_and_hash(segment.path)
         segment.sequence, final = free_name(self._naming, segment.sequence, start_ns)
         sidecar = self._naming.sidecar_path(segment.sequence, start_ns)
-        self._ledger.begin(segment.path, segment.source_packets)
+        counted = {"segments_published": 1, "published_packets": segment.packets}
+        self._ledger.begin(segment.path, segment.source_packets, **counted)
         told = self._sidecar(segment, final, sha256, length)
         try:
             if sidecar is not None:
@@ -342,8 +345,6 @@ class Publisher:
         )
 
     def _count_published(self, segment: Segment, length: int) -> None:
-        self._page.add("segments_published")
-        self._page.add("published_packets", segment.packets)
         self._page.add("published_bytes", length)
         self._page["last_published_ns"] = time.time_ns()
         duration_ns = time.monotonic_ns() - segment.closed_ns

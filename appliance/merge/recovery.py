@@ -167,7 +167,8 @@ class Recovery:
             self._publish(path, found)
 
     def _fits(self, found: Salvage) -> bool:
-        return (found.format == "pcapng") == (self._output.format == "pcapng")
+        written = self._output.format
+        return found.format == (written if written in ("pcapng", "erf") else "pcap")
 
     def _set_aside_undecodable(self, path: str, found: Salvage) -> None:
         if os.stat(path).st_size <= NOTHING_BYTES and holds_nothing(path):
@@ -232,18 +233,15 @@ class Recovery:
         )
         if sidecar is not None:
             write_durably(sidecar, told.to_json(), self._mode)
-        if self._is_successor:
-            self._ledger.begin(path, packets)
+        counted = {"segments_recovered": 1, "recovered_packets": found.packets}
+        self._ledger.begin(path, packets if self._is_successor else {}, **counted)
         rename_without_replacing(path, final)
-        if self._is_successor:
-            self._ledger.end()
+        self._ledger.end()
         sync_directory(os.path.dirname(final))
         for label, count in packets.items():
             self._recovered[label] = self._recovered.get(label, 0) + count
         if self._announcer is not None:
             self._announcer.published(final, dataclasses.asdict(told))
-        self._page.add("segments_recovered")
-        self._page.add("recovered_packets", found.packets)
         log.warning("recovered %s: %d packets from a file that was not finished", final, found.packets)
 
     def _number_of(self, path: str) -> int:

@@ -105,7 +105,8 @@ def information_model() -> Mapping[tuple[int, int], tuple[str, str]]:
         ipfix.types._TypeForName.setdefault(name, ipfix.types.OctetArrayType(name, number))
     for spec in (*registry.IANA_SPECS, *registry.CERT_SPECS, *registry.CERT_REVERSIBLE_SPECS):
         ipfix.ie.for_spec(spec)
-    model = {(e.pen, e.num): (e.name, e.type.name) for e in ipfix.ie.dump_infomodel()}
+    # Not by dump_infomodel, which sorts: that would take as long as a small file.
+    model = {key: (e.name, e.type.name) for key, e in ipfix.ie._ieForNum.items()}
     for spec in registry.IANA_SPECS:  # also what was made known under a simpler type
         name, enterprise, number, type_name, _ = ipfix.ie.parse_spec(spec)
         model[enterprise, number] = (name, type_name)
@@ -130,9 +131,9 @@ class KnownElement:
 
 
 def known_element(enterprise: int, number: int) -> KnownElement:
-    """KeyError: nobody has named it."""
-    name, type_name = information_model()[enterprise, number]
-    return KnownElement(enterprise, number, name, type_name, ipfix.types.for_name(type_name).num)
+    """Of an element that templates here may use. KeyError: nobody has named it."""
+    e = ipfix.ie._ieForNum[enterprise, number]
+    return KnownElement(enterprise, number, e.name, e.type.name, e.type.num)
 
 
 OWN_SPEC = re.compile(r"([A-Za-z]\w{0,63})\((\d{1,10})/(\d{1,5})\)<(\w+)>(?:\[(\d{1,5})\])?", re.ASCII)

@@ -296,6 +296,14 @@ FLOW_KEYS = OptionsTemplate(FLOW_KEYS_ID, ("templateId", "flowKeyIndicator"), 1)
 OPTIONS = (STATISTICS, METERING_RELIABILITY, EXPORTING_RELIABILITY, FLOW_KEYS)
 
 
+def own_fields(elements: Sequence[OwnElement]) -> list[Field]:
+    fields, place = [], 0
+    for one in elements:
+        fields.append(Field(one.spec, one.source, one.kind, place=place))
+        place += len(one.constant)
+    return fields
+
+
 PACKET_SAMPLING = OptionsTemplate(  # RFC 5476, 6.5.2.1
     PACKET_SAMPLING_ID, ("selectorId", "selectorAlgorithm", "samplingPacketInterval", "samplingPacketSpace"), 1
 )
@@ -311,14 +319,6 @@ def sampling(meter: MeterSettings) -> Iterator[tuple[OptionsTemplate, tuple[int,
     if meter.flow_sampling > 1:
         probability = int.from_bytes(struct.pack("!d", 1 / meter.flow_sampling), "big")
         yield FLOW_SAMPLING, (FLOW_SAMPLING_ID, UNIFORM_PROBABILISTIC, probability)
-
-
-def own_fields(elements: Sequence[OwnElement]) -> list[Field]:
-    fields, place = [], 0
-    for one in elements:
-        fields.append(Field(one.spec, one.source, one.kind, place=place))
-        place += len(one.constant)
-    return fields
 
 
 class TemplateSet:

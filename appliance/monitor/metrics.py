@@ -148,7 +148,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _INTERFACE.counter(
         "appliance_packets_dropped_total",
-        "Packets not written, by the stage that dropped them; foreign and filter are as asked for, the others losses.",
+        "Packets not written, by the stage that dropped them; foreign, filter, gate: as asked for; the others: losses.",
         lambda row: row.dropped,
         by="stage",
     ),

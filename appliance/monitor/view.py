@@ -29,10 +29,10 @@ from appliance.counters import (
     restarts_field,
 )
 
-# Where a packet can end without being written, in the order of its journey. The first two are as asked for
-# (the user's filter, other interfaces' packets); the others are losses.
-STAGES = ("foreign", "filter", "kernel", "ring", "merge", "writer", "unclean")
-LOSS_STAGES = STAGES[2:]
+# Where a packet can end without being written, in the order of its journey. The first three are as asked for (other
+# interfaces' packets, the user's filter, the recording's triggers and keep rules); the others are losses.
+STAGES = ("foreign", "filter", "gate", "kernel", "ring", "merge", "writer", "unclean")
+LOSS_STAGES = STAGES[3:]
 # Where a packet can be on its way, in the same order.
 PLACES = ("kernel", "reorder", "ring", "merge")
 FLOW_END_REASONS = ("idle_timeout", "active_timeout", "end_of_flow", "forced_end", "lack_of_resources")  # RFC 5102
@@ -365,6 +365,7 @@ def _interface(
     dropped = {
         "foreign": capture["foreign_packets"],
         "filter": capture["dropped_filter_packets"],
+        "gate": capture["gated_packets"],
         "kernel": capture["dropped_kernel_packets"],
         "ring": capture["dropped_ring_packets"],
         "merge": merge["dropped_merge_packets"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import signal
 import struct
 import time
 from pathlib import Path
@@ -96,6 +98,28 @@ def test_a_clock_that_is_set_an_hour_on_and_an_hour_back_stops_nobody(lab: Lab, 
     assert len({sidecar["sequence"] for sidecar in sidecars}) == len(sidecars)
     assert all(sidecar["first_ns"] <= sidecar["last_ns"] for sidecar in sidecars if sidecar["packets"])
     service.assert_nothing_left()
+
+
+def test_a_clock_that_is_set_on_does_not_make_an_open_file_look_hours_old(lab: Lab, directory: Path) -> None:
+    """The supervisor looks before the merge can: that one is stopped for a moment."""
+    clock = directory / "clock"
+    clock.write_bytes(bytes(8))
+    library = compile_preload(directory, CLOCK)
+    environment = {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(clock)}
+    traffic = Traffic(lab, lab_with_wires(lab, "a"))
+    service = Service(lab, directory, [{"uri": "ring:a"}], environment=environment, service={"heartbeat_timeout_s": 60})
+    traffic.send(500)
+    balance(service, traffic.sent)
+    merge = service.pids()["merge/main"]
+    os.kill(merge, signal.SIGSTOP)
+    clock.write_bytes(struct.pack("=q", HOUR_NS))
+    time.sleep(1.5)
+    os.kill(merge, signal.SIGCONT)
+    traffic.send(500)
+    balance(service, traffic.sent)
+    assert service.pids()["merge/main"] == merge
+    assert service.stop() == 0
+    assert check_numbered(service.ready())[0].received == 1000
 
 
 def test_the_kernels_32_bit_counters_add_up_beyond_their_size(lab: Lab, directory: Path) -> None:

@@ -116,7 +116,7 @@ def faults_of_files(directory: Path, ready: list[Path]) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("compressor", ["none", "lz4"])
+@pytest.mark.parametrize("compressor", [pytest.param("none", marks=pytest.mark.slow), "lz4"])
 def test_a_power_failure_between_any_two_file_operations_leaves_whole_files_or_files_that_are_salvaged(
     lab: Lab, directory: Path, compressor: str
 ) -> None:

@@ -98,6 +98,11 @@ def test_a_compressor_that_does_not_exist(lab: Lab, directory: Path, output: Pat
     assert_refused(lab, directory, config, 66, "no-such-compressor")
 
 
+def test_a_hook_that_does_not_exist(lab: Lab, directory: Path, output: Path) -> None:
+    lab.veth("a")
+    assert_refused(lab, directory, plain(output, output={"hook": ["no-such-hook"]}), 66, "hook", "no-such-hook")
+
+
 def test_a_compressor_that_the_user_of_the_service_may_not_run(lab: Lab, directory: Path) -> None:
     lab.veth("a")
     program = directory / "compress"
