@@ -7,7 +7,7 @@ Step: TypeAlias = tuple[int, int, int, int]
 """(one of KINDS, offset in the row, octets in the row, octets on the wire); `constant`: the offset in the constants"""
 
 Plan: TypeAlias = tuple[int, int, int, Sequence[Step]]
-"""(template ID, row class, one of SHAPES, steps in template order); at most 96 steps and 492 octets a record.
+"""(template ID, row class, one of SHAPES, steps in template order); at most 192 steps and 492 octets a record.
 
 Row class: 0 other, 1 TCP, 2 ICMP over IPv4; 3, 4, 5 over IPv6. Shape `forward` and `reverse`: one direction (the plan
 of `reverse` has source and destination exchanged); `biflow`: both.

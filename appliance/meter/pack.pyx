@@ -14,7 +14,7 @@ from appliance.meter.table cimport Direction, FlowRow, PacketNote, TcpReport
 cdef enum:
     MESSAGE_HEADER_BYTES = 16
     SET_HEADER_BYTES = 4
-    MAX_STEPS = 96
+    MAX_STEPS = 192
     MAX_SEQUENCE = 20  # packets of a flow, as in the flow table
     MAX_MESSAGE_BYTES = 65535
     ROW_CLASSES = 6

@@ -113,5 +113,5 @@ cdef struct FlowRow:
     uint32_t rtt_last_us
     uint32_t rtt_samples
     uint32_t unused3
-    TcpReport forward_tcp  # with the three above: nothing without TCP analysis and in rows of other protocols
+    TcpReport forward_tcp  # with the three above: zero without TCP analysis and in rows of other protocols
     TcpReport reverse_tcp

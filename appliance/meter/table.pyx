@@ -617,6 +617,10 @@ cdef class FlowTable:
             report_tcp(&row.forward_tcp, &tcp, FORWARD, f.payload_octets)
             report_tcp(&row.reverse_tcp, &tcp, REVERSE, r.payload_octets)
             report_round_trips(row)
+        elif self.tcp_halves != NULL:
+            row.rtt_min_us = row.rtt_last_us = row.rtt_samples = 0
+            memset(&row.forward_tcp, 0, sizeof(row.forward_tcp))
+            memset(&row.reverse_tcp, 0, sizeof(row.reverse_tcp))
         row.noted_packets = 0
         if flow.noted_packets != 0 and not flow.key.state & STATE_OLD:
             self.write_notes(flow, row)

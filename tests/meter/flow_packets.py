@@ -226,7 +226,7 @@ class Decoder:
         while offset < len(body):
             record: dict[tuple[int, int], bytes] = {}
             for place, (enterprise, element, length) in enumerate(self.templates[template_id]):
-                if length == 65535:  # variable
+                if length == VARIABLE:
                     length, offset = body[offset], offset + 1
                     if length == 255:
                         length, offset = int.from_bytes(body[offset : offset + 2], "big"), offset + 2

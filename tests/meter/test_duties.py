@@ -30,6 +30,8 @@ from appliance.meter.exporter import UdpExporter, make_exporter
 from appliance.meter.metering import Metering
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 
+ALL_FIELDS = "cflow.max_template_fields:0"  # tshark's default limit is 60
+
 
 def needs(*programs: str) -> pytest.MarkDecorator:
     missing = [program for program in programs if shutil.which(program) is None]
@@ -50,14 +52,14 @@ class Told:
     def __init__(self, directory: Path, messages: Iterable[bytes]) -> None:
         self.path = directory / f"messages-{time.monotonic_ns()}.ipfix"
         self.path.write_bytes(b"".join(messages))
-        self.text = run("tshark", "-n", "-r", self.path, "-V")
+        self.text = run("tshark", "-n", "-o", ALL_FIELDS, "-r", self.path, "-V")
         for complaint in ("Malformed", "No template found", "Expert Info", "Unexpected"):
             assert complaint not in self.text, complaint
 
     def fields(self, *names: str) -> list[list[list[str]]]:
         """By message and name the values, in order."""
         words = [word for name in names for word in ("-e", name)]
-        out = run("tshark", "-n", "-r", self.path, "-T", "fields", *words)
+        out = run("tshark", "-n", "-o", ALL_FIELDS, "-r", self.path, "-T", "fields", *words)
         return [[cell.split(",") if cell else [] for cell in line.split("\t")] for line in out.splitlines()]
 
     def field(self, name: str) -> list[list[str]]:

@@ -309,6 +309,14 @@ def test_the_table_of_a_flood_with_analysis_stays_within_its_bound() -> None:
     assert table.counters()["evicted_single_packet_flows"] == 4500
 
 
+def test_a_row_of_another_protocol_keeps_nothing_of_the_tcp_row_before_it() -> None:
+    table = make_table(tcp_analysis=True)
+    syn = Packet(protocol=TCP, flags=SYN, status=0x180, mss=1460, window_scale=7)
+    (first,) = feed(table, syn.digest) + flush(table)
+    (second,) = feed(table, at(1, Packet()).digest) + flush(table)
+    assert first["forward_tcp"]["mss"] == 1460 and not any(second["forward_tcp"].values())
+
+
 # ---- sampling ----
 
 
