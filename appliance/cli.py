@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from appliance import capture_command
 from appliance.console import (
     Table,
     joined,
@@ -220,13 +221,15 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
 def _check_sources(plan: Plan) -> None:
     """Whether the interfaces and files are there, and the filters compile."""
     from appliance.capture import bpf, opener
+    from appliance.capture.gate import check_rules
     from appliance.prepare import check_files
 
     check_files(plan)
     for source in plan.live_sources:
         opener.interface_index(source.uri.target)
+        linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
+        check_rules(source.interface, linktype)
         if source.interface.filter:
-            linktype = opener.LINKTYPES.get(opener.hardware_type(source.uri.target), opener.LINKTYPE_RAW)
             bpf.compile_offline(linktype, source.interface.filter)
 
 
@@ -317,7 +320,7 @@ def top(
     """
     from appliance.monitor.render import live_line
 
-    path = _control_socket(config, socket)
+    path = control_socket(config, socket)
     snapshots = _snapshots(path, interval, count)
     if not sys.stdout.isatty():
         for now, before in snapshots:
@@ -361,7 +364,7 @@ def _snapshots(path: Path, interval_s: float, count: int) -> Iterator[tuple[Snap
 def _ask(request: str, config: Path | None, socket: Path | None) -> object:
     from appliance.monitor.control import ControlClient
 
-    return ControlClient(_control_socket(config, socket)).ask(request)
+    return ControlClient(control_socket(config, socket)).ask(request)
 
 
 def _snapshot(answer: object) -> Snapshot:
@@ -377,7 +380,7 @@ def _snapshot(answer: object) -> Snapshot:
         ) from None
 
 
-def _control_socket(config: Path | None, socket: Path | None) -> Path:
+def control_socket(config: Path | None, socket: Path | None) -> Path:
     """--socket, else what the configuration says, else where a service would be found without either."""
     from appliance.config import Monitor, load
 
@@ -391,6 +394,10 @@ def _control_socket(config: Path | None, socket: Path | None) -> Path:
     default = Monitor().control_socket
     assert default is not None
     return QUICKSTART_SOCKET if not default.exists() and QUICKSTART_SOCKET.exists() else default
+
+
+app.add_typer(capture_command.app)
+app.command("generate")(capture_command.generate)
 
 
 # This host ------------------------------------------------------------------------------------------------------------
@@ -505,6 +512,69 @@ def flows(
         as_json,
         file_format,
     )
+
+
+@app.command()
+def trace(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Capture files, compressed or not, oldest first.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the flows' files are made.")],
+    format: Annotated[str, typer.Option(help="pcap, json, plist or tree.")] = "pcap",
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Both directions of a connection are one flow.")
+    ] = False,
+    idle_timeout_s: Annotated[
+        float, typer.Option(min=0, help="A flow ends after this long without a packet; 0 = never.")
+    ] = 300.0,
+    linger_s: Annotated[
+        float, typer.Option(min=0, help="What comes this long behind FIN or RST is still the flow's; 0 = for ever.")
+    ] = 60.0,
+    max_flows: Annotated[int, typer.Option(min=1, help="Flows in memory at once.")] = MAX_FLOWS,
+    buffer_bytes: Annotated[
+        int, typer.Option(min=65536, help="Of packets that wait to be written, all flows together.")
+    ] = 64 << 20,
+    tunnels: Annotated[
+        Literal["outer", "inner"],
+        typer.Option(help="TCP in a tunnel: not looked for, or of the innermost IP packet."),
+    ] = "outer",
+    microseconds: Annotated[
+        bool, typer.Option("--microseconds", help="Times of pcap files in microseconds, for old programs.")
+    ] = False,
+    frames: Annotated[bool, typer.Option("--frames", help="The index lists each flow's frame numbers too.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write each TCP flow into a file of its own.
+
+    An index, flows.jsonl, has a line for each flow: its file, packets, times, and how it ended.
+    """
+    import dataclasses
+
+    from appliance.start import tell_damage
+    from appliance.traces import TraceSettings, trace_files
+
+    settings = TraceSettings(
+        format=format,
+        bidirectional=bidirectional,
+        idle_timeout_s=idle_timeout_s,
+        linger_s=linger_s,
+        max_flows=max_flows,
+        buffer_bytes=buffer_bytes,
+        nanoseconds=not microseconds,
+        frames=frames,
+        inner=tunnels == "inner",
+    )
+    with progress("tracing", "packets") as advance:
+        counts = trace_files(files, str(output), settings, lambda packets: advance(packets, 0))
+    if as_json:
+        print_json(dataclasses.asdict(counts))
+    else:
+        evicted = f", {counts.evicted_flows} of them cut short by --max-flows" if counts.evicted_flows else ""
+        print(
+            f"{output}: {counts.flows} flows{evicted} of {counts.tcp_packets} TCP packets; "
+            f"{counts.other_packets} other packets read"
+        )
+    return tell_damage(counts.damage)
 
 
 @app.command()

@@ -35,9 +35,11 @@ from appliance.capture import uri as capture_uri
 from appliance.errors import ConfigError, MissingInputError, MissingPermissionError, UsageError
 
 KIB, MIB, GIB, TIB = (1 << shift for shift in (10, 20, 30, 40))
+ERF_SNAPLEN = 65517  # formats.erf.SNAPLEN_MAX: the most of a packet that fits into an ERF record
 MAX_SNAPLEN = 262144  # libpcap's MAXIMUM_SNAPLEN: more is refused by the readers
 MIN_RING_BYTES = MIB  # the longest record must fit (RECORD_MAX_BYTES in ring/layout.h)
 MAX_LABEL_CHARACTERS = 64
+MAX_CAPTURE_FILTERS, MAX_CAPTURE_FILTER_BYTES = 16, 1024  # PORT_FILTERS, PORT_FILTER_TEXT_BYTES of ring/port.h
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with the final zero (sys/un.h)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}", re.ASCII)
 _EXPORT_SCHEMES: dict[str, Literal["udp", "tcp", "tls"]] = {"udp": "udp", "tcp": "tcp", "tls": "tls"}
@@ -88,6 +90,18 @@ def _printable(value: str) -> str:
     if not value.replace("\n", " ").replace("\t", " ").isprintable() or len(value) > 4096:
         raise ValueError("must be printable text of at most 4096 characters")
     return value
+
+
+def _short(value: str) -> str:
+    if len(value.encode()) > MAX_CAPTURE_FILTER_BYTES:
+        raise ValueError(f"must have at most {MAX_CAPTURE_FILTER_BYTES} bytes")
+    return value
+
+
+def _at_most_filters(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) > MAX_CAPTURE_FILTERS:
+        raise ValueError(f"there can be {MAX_CAPTURE_FILTERS} filters, not {len(values)}")
+    return values
 
 
 def _path(value: object) -> object:
@@ -147,6 +161,7 @@ def _listen(value: str) -> str:
     return value
 
 
+CaptureFilter = Annotated[str, AfterValidator(_printable), AfterValidator(_short)]
 Seconds = Annotated[int, _between(1, 86400)]
 Milliseconds = Annotated[int, _between(1, 60_000)]
 Bytes = Annotated[int, _between(0, 1 << 60)]
@@ -206,12 +221,41 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
 
 
+class RecordingTrigger(_Table):
+    """From which packet to which one an interface is recorded."""
+
+    start: Literal["on", "filter", "fcserr", "plderr"] = Field(
+        default="on",
+        description='recorded from the first packet on ("on"), or from one that matches start_filter ("filter"), has a '
+        'wrong check sequence ("fcserr": needs rx-fcs) or a wrong checksum ("plderr")',
+    )
+    start_filter: CaptureFilter = Field(default="", description="BPF filter")
+    stop: Literal["userstop", "filter", "fcserr", "plderr"] = Field(
+        default="userstop", description='recorded to the end ("userstop"), or up to such a packet, which is the last'
+    )
+    stop_filter: CaptureFilter = Field(default="", description="BPF filter")
+    repeat: bool = Field(default=True, description='after a stop, start can be met again (not "on")')
+
+
+class RecordingKeep(_Table):
+    """Which of those packets are recorded."""
+
+    kind: Literal["all", "filter", "tpld", "notpld", "fcserr", "plderr"] = Field(
+        default="all",
+        description='"all", those that match filter ("filter"), with our test payload of one stream ("tpld") or with '
+        'none ("notpld"), with a wrong check sequence ("fcserr") or a wrong checksum ("plderr")',
+    )
+    filter: CaptureFilter = Field(default="", description="BPF filter")
+    stream: Annotated[int, _between(0, (1 << 32) - 1)] = Field(default=0, description='the stream of "tpld"')
+
+
 class Interface(_Table):
     """One source of packets, read by `fanout` capture workers."""
 
     uri: Annotated[str, AfterValidator(_capture_uri)] = Field(
         description="where packets come from: ring:IF (fast, Linux), ring:* (every interface that is up, without "
-        "bridge ports and container veths), pcap:IF or int:IF (through libpcap), pcapfile:PATH, pcapng:PATH"
+        "bridge ports and container veths), pcap:IF or int:IF (through libpcap), or a file: pcapfile:PATH, "
+        "pcapng:PATH, erf:PATH (what it is, its content tells), legacyeth:, legacypos:, legacyatm:, tsh:, fr+:"
     )
     label: Annotated[str, AfterValidator(_label)] = Field(
         default="", description='its name in files, metrics and messages; "" = from the uri'
@@ -247,6 +291,21 @@ class Interface(_Table):
     output: Annotated[str, AfterValidator(_name)] = Field(
         default="main", description="the name of the [[output]] that records it"
     )
+    capture_buffer_bytes: Annotated[int, _zero_or_between(64 * KIB, 4 * GIB)] = Field(
+        default=16 * MIB,
+        description="port capture (ring: only): memory for captured packets, taken when one is started; 0 = none",
+    )
+    capture_filters: Annotated[tuple[CaptureFilter, ...], AfterValidator(_at_most_filters)] = Field(
+        default=(), strict=False, description="port capture: BPF filters that triggers and keep rules name by index"
+    )
+
+    trigger: RecordingTrigger = RecordingTrigger()
+    keep: RecordingKeep = RecordingKeep()
+
+    @property
+    def gates_recording(self) -> bool:
+        """Whether triggers or keep rules leave packets out of the recording."""
+        return self.trigger != RecordingTrigger() or self.keep != RecordingKeep()
 
     @property
     def source(self) -> capture_uri.Uri:
@@ -266,9 +325,10 @@ class Output(_Table):
         default=Path("/var/lib/appliance"),
         description="work/ ready/ meta/ flows/ quarantine/ are made below it; must be this output's alone",
     )
-    format: Literal["pcapng", "pcap", "pcap-us"] = Field(
+    format: Literal["pcapng", "pcap", "pcap-us", "erf"] = Field(
         default="pcapng",
-        description='"pcapng" (tells interfaces and losses), "pcap" (nanoseconds) or "pcap-us" (microseconds)',
+        description='"pcapng" (tells interfaces and losses), "pcap" (nanoseconds), "pcap-us" (microseconds) or "erf" '
+        "(Ethernet, IP and HDLC; at most 65517 bytes of a packet)",
     )
     linktype: Literal["", "sll2"] = Field(
         default="", description='"" = as captured; "sll2" makes several link types one (Linux cooked capture v2)'
@@ -367,6 +427,27 @@ class Meter(_Table):
     active_timeout_s: Seconds = Field(default=300, description="a flow that goes on is reported this often")
     max_flows: Annotated[int, _between(64, 100_000_000)] = Field(
         default=1_000_000, description="flows in the table; when it is full the one idle for longest is exported early"
+    )
+    vlan_in_key: bool = Field(
+        default=True, description="packets of different VLANs are different flows; false = they may be one flow"
+    )
+    interface_in_key: bool = Field(
+        default=False,
+        description="packets of different interfaces are different flows; false = both halves of a tap meet in one",
+    )
+    tcp_analysis: bool = Field(
+        default=True,
+        description="count repeats, disorder, losses, stalls and round trips of TCP; 256 bytes more for each flow",
+    )
+    packet_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one packet of so many is metered, and tcp_analysis is off; 1 = all"
+    )
+    flow_sampling: Annotated[int, _between(1, 1_000_000)] = Field(
+        default=1, description="one flow of so many is metered; 1 = all"
+    )
+    packet_sequence: Annotated[int, _between(0, 20)] = Field(
+        default=0,
+        description="of so many first packets of a flow: times, lengths, directions, TCP flags, in a record beside",
     )
     max_fragmented: Annotated[int, _between(0, 1 << 24)] = Field(
         default=65_536,
@@ -578,8 +659,25 @@ def _keys_fit_the_kind_of_source(config: Config) -> Iterator[Fault]:
             yield f"interface[{i}].fanout", f"only ring: can have several workers, not {interface.uri}"
         if interface.speed != "full" and interface.source.is_live:
             yield f"interface[{i}].speed", f"only a file can be replayed, not {interface.uri}"
+        if interface.gates_recording and interface.source.scheme != "ring":
+            yield f"interface[{i}].trigger", f"only a ring: source is recorded by triggers, not {interface.uri}"
+        if interface.trigger != RecordingTrigger() and interface.fanout > 1:
+            yield f"interface[{i}].trigger", "a trigger needs all packets in one worker: fanout must be 1"
         if interface.source.is_every_interface and interface.label:
             yield f"interface[{i}].label", f"{interface.uri} stands for several; each is called by its own name"
+
+
+def _criteria_have_their_filters(config: Config) -> Iterator[Fault]:
+    for i, interface in enumerate(config.interfaces):
+        for table, criterion, key in (
+            ("trigger", interface.trigger.start, "start_filter"),
+            ("trigger", interface.trigger.stop, "stop_filter"),
+            ("keep", interface.keep.kind, "filter"),
+        ):
+            expression = getattr(getattr(interface, table), key)
+            if (criterion == "filter") != bool(expression):
+                missing = "is missing" if criterion == "filter" else f'is given, and the criterion is "{criterion}"'
+                yield f"interface[{i}].{table}.{key}", missing
 
 
 def _sources_can_be_taken_once(config: Config) -> Iterator[Fault]:
@@ -601,6 +699,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[Fault]]]
     (("interface.uri", "interface.output"), _an_output_has_one_clock),
     (("interface.uri", "meter.enabled"), _a_meter_has_one_clock),
     (("interface.uri", "interface.fanout", "interface.speed", "interface.label"), _keys_fit_the_kind_of_source),
+    (("interface.trigger", "interface.keep"), _criteria_have_their_filters),
     (("interface.uri",), _sources_can_be_taken_once),
 )
 
@@ -739,6 +838,8 @@ def _shown(value: object) -> str:
 _SECTIONS: dict[str, tuple[type[_Table], bool]] = {  # section: (its shape, whether it can be there several times)
     "": (Config, False),
     "interface": (Interface, True),
+    "interface.trigger": (RecordingTrigger, False),
+    "interface.keep": (RecordingKeep, False),
     "output": (Output, True),
     "meter": (Meter, False),
     "meter.export": (MeterExport, True),

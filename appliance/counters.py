@@ -35,6 +35,8 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "dropped_kernel_packets",  # tp_drops
     "dropped_filter_packets",  # rejected by a filter in user space
     "dropped_ring_packets",  # our ring was full
+    "gated_packets",  # not recorded: the triggers or keep rules of the recording left them out
+    "gate_state",  # of the recording: 0 closed, 1 open, 2 closed for good
     "foreign_packets",  # of another interface, or outgoing copies that were not asked for
     "read_packets",  # taken out of the kernel's ring or the file
     "read_bytes",  # original lengths of those
@@ -112,11 +114,15 @@ MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "settling_packets",  # what closed_packets becomes with the file of settling_inode
 )
 
+# Upper bounds of the histogram of the time from a flow's end, by its time-out, to its record.
+EXPORT_DELAY_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
+
 METER_FIELDS = COMMON_FIELDS + (
     "observed_packets",  # digests consumed
     "metered_packets",
     "metered_octets",
     "ignored_packets",
+    "unsampled_packets",  # passed over by packet or flow sampling
     "active_flows",
     "active_flow_packets",
     "peak_flows",
@@ -126,12 +132,23 @@ METER_FIELDS = COMMON_FIELDS + (
     "flows_active_timeout",  # 2
     "flows_end_of_flow",  # 3
     "flows_forced_end",  # 4
-    "flows_lack_of_resources",  # 5
+    "flows_lack_of_resources",  # 5; these by what they were:
+    "evicted_single_packet_flows",
+    "evicted_half_open_flows",  # TCP that nobody answered
+    "evicted_other_flows",
     "exported_flows",
     "exported_packets",
     "exported_octets",
     "stream_time_ns",
     "late_packets",
+    "tcp_retransmitted_packets",  # what TCP analysis found
+    "tcp_out_of_order_packets",
+    "tcp_lost_segments",
+    "tcp_duplicate_acks",
+    "tcp_zero_windows",
+    "export_delay_ns",  # sum of the times from a flow's end to its record
+    *(f"export_delay_{bound_ms}_ms" for bound_ms in EXPORT_DELAY_BUCKETS_MS),  # how many fell below this bound only
+    "export_delay_longer",  # and above the last one
     "fragments_keyed",  # later fragments that got the ports of their first
     "fragments_unmatched",  # that did not, though their protocol has ports
     "fragments_overlapping",  # that begin where others have been

@@ -47,7 +47,8 @@ HELP = f"""\
 {USAGE}
 Records the packets of all traceuris, in the order of their time stamps, into one file or into a series of files.
 
-  -B, --baseuri FMT:DIR           a series of files: DIR/YYYYMMDD-HHMMSS-NNNNNNNN, in format FMT (pcapfile, pcapng)
+  -B, --baseuri FMT:DIR           a series of files: DIR/YYYYMMDD-HHMMSS-NNNNNNNN, in format FMT (pcapfile, pcapng,
+                                  erf)
   -F, --filter BPF                discard packets that do not match the filter expression
   -G, --rotate-seconds SECONDS    a new file every SECONDS, also when no packet comes; 0: never (needs -B)
   -S, --rotate-sizemb MB          a new file before more than MB MiB of packets are in one; 0: never (needs -B)
@@ -88,13 +89,19 @@ Done right where mtracecap 0.4 has a fault:
 URI_HELP = """\
 Inputs (traceuri):
   ring:IF        an interface, through the kernel's shared ring (fastest)
-  pcap:IF int:IF an interface, through libpcap
-  pcapfile:PATH  a pcap or pcapng file, also compressed (gz, lz4, zst, xz, bz2); - is standard input
-  pcapng:PATH    the same
-  NAME           a file, or else an interface, of that name
+  pcap:IF pcapint:IF int:IF
+                 an interface, through libpcap
+  pcapfile:PATH  a pcap, pcapng or ERF file, also compressed (gz, lz4, zst, xz, bz2); - is standard input
+  pcapng:PATH erf:PATH rawerf:PATH
+                 the same: what a file is, its content tells
+  legacyeth:PATH legacypos:PATH legacyatm:PATH tsh:PATH fr+:PATH
+                 old traces, whose content does not tell what they are
+  NAME -         a file, or else an interface, of that name; standard input
+Not here, and what to use instead, is said when they are named: dag: dpdk: ndag: rt: duck: bpf: pfring: and others.
 Outputs (outputuri; DIR for -B):
   pcapfile:PATH  pcap, with nanoseconds where an input has them; - is standard output
   pcapng:PATH    pcapng, with every interface's name and its losses
+  erf:PATH       ERF: Ethernet, IP and HDLC; no more than 65517 bytes of a packet
 """
 
 SHORT_OPTIONS = "HhF:B:G:N:S:s:Uvz:Z:W:w:"
@@ -366,7 +373,7 @@ def make_job(arguments: Arguments) -> Job:
     output = {
         "name": OUTPUT_NAME,
         "directory": directory,
-        "format": {"pcapfile": "pcap", "pcapng": "pcapng"}[sink.scheme],
+        "format": {"pcapfile": "pcap", "pcapng": "pcapng", "erf": "erf"}[sink.scheme],
         "max_wait_ms": max(1, arguments.max_wait_ms),
         "rotate_seconds": arguments.rotate_seconds,
         "rotate_bytes": arguments.rotate_mib * MIB,

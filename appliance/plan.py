@@ -13,7 +13,7 @@ from pathlib import Path
 
 from appliance import counters
 from appliance.capture import uri as capture_uri
-from appliance.config import Config, Interface, Meter, MeterExport, Output
+from appliance.config import ERF_SNAPLEN, Config, Interface, Meter, MeterExport, Output
 from appliance.counters import page_name
 from appliance.errors import ConfigError
 from appliance.ring.memory import ring_capacity
@@ -87,6 +87,8 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     metered = config.meter.enabled
     sources = []
     for index, (interface, member) in enumerate(members):
+        if config.output_of(interface).format == "erf":  # cut where the cut is counted
+            interface = interface.model_copy(update={"snaplen": min(interface.snaplen, ERF_SNAPLEN)})
         label = interface.label if member == 0 else f"{interface.label}.{member}"
         sources.append(plan_source(interface, index, label, share, metered))
     used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources)

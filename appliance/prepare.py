@@ -22,6 +22,7 @@ from appliance.errors import (
     MissingPermissionError,
 )
 from appliance.formats.encode import InterfaceDescription
+from appliance.formats.erf import LINKTYPES as ERF_LINKTYPES
 from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv, program_argv
 from appliance.merge.naming import Naming, prepare_directories
@@ -119,7 +120,7 @@ def first_interfaces(source: Source) -> list[InterfaceDescription]:
     if os.path.isdir(source.uri.target):
         raise MissingInputError(f"{source.uri.target} is a directory, not a capture file")
     try:
-        return read_interfaces(source.uri.target)
+        return read_interfaces(source.uri.target, source.uri.told_format)
     except FormatError as error:
         if error.packets or "damaged" in str(error):
             # Damage is met again, and counted, when the file is read: what is whole before it is worth having.
@@ -128,7 +129,16 @@ def first_interfaces(source: Source) -> list[InterfaceDescription]:
 
 
 def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> None:
-    """A pcap file holds one link type. `linktypes`: (label, link type) of every interface known at the start."""
+    """A pcap file holds one link type, ERF has types for some. `linktypes`: (label, link type) of every interface known
+    at the start."""
+    if output.format == "erf":
+        for label, linktype in linktypes:
+            if linktype not in ERF_LINKTYPES:
+                raise ConfigError(
+                    f"output {output.name}: {label} has link type {linktype}, for which ERF has no type; "
+                    'use format = "pcapng" or "pcap"'
+                )
+        return
     distinct = {linktype: label for label, linktype in reversed(linktypes)}
     if len(distinct) < 2:
         return

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import workers.capture
 import workers.merge
+from appliance.capture.gate import check_rules
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
@@ -35,6 +36,7 @@ from appliance.meter.own import own_elements
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
+from appliance.monitor.ports import PortParts
 from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
@@ -51,7 +53,7 @@ from appliance.process import (
     on_cpus,
     set_process_name,
 )
-from appliance.ring import memory
+from appliance.ring import memory, port as port_memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class Wiring:
     opened: dict[str, OpenedInterface] = field(default_factory=dict)
     serials: dict[str, int] = field(default_factory=dict)
     rings: dict[str, Rings] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)  # label -> descriptor of its port's memory
     merge_wakes: dict[str, int] = field(default_factory=dict)
     meter_wake: int = -1
     listener: socket.socket | None = None
@@ -165,6 +168,7 @@ class Wiring:
                 self.opened[source.label] = self.opener.open(self.open_request(source.worker))
                 self.serials[source.label] = 1
                 self.pages["opener"].add("opened")
+                check_rules(source.interface, self.opened[source.label].linktype)
         for planned in self.plan.outputs:
             check_linktypes(planned.output, self.known_linktypes(planned))
 
@@ -192,6 +196,9 @@ class Wiring:
                 ring_fd = self.new_ring(source.ring_bytes, source.label)
                 digest_fd = self.new_ring(source.digest_ring_bytes, source.label) if source.digest_ring_bytes else -1
             self.rings[source.label] = Rings(ring_fd, digest_fd, eventfd(), RingMapping(ring_fd, self.generation))
+            if self.config.monitor.control_socket is not None and not no_port_because(source):
+                capacity = memory.ring_capacity(source.interface.capture_buffer_bytes)
+                self.ports[source.label] = port_memory.allocate(capacity, self.generation, source.label)
 
     def new_ring(self, capacity: int, name: str) -> int:
         fd = memory.allocate(capacity, name)
@@ -290,6 +297,7 @@ class Wiring:
             opened=self.opened.get(source.label),
             socket_serial=self.serials.get(source.label, 0),
             inner=self.config.meter.tunnels == "inner",
+            port_fd=self.ports.get(source.label, -1),
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
@@ -355,6 +363,17 @@ class Wiring:
             control_fd=self.control.fileno() if self.control is not None else -1,
             rings=tuple((label, rings.ring_fd) for label, rings in self.rings.items()),
             generation=self.generation,
+            ports=tuple(self.port_parts(source) for source in self.plan.sources),
+        )
+
+    def port_parts(self, source: Source) -> PortParts:
+        return PortParts(
+            label=source.label,
+            interface=source.uri.target,
+            port_fd=self.ports.get(source.label, -1),
+            wake_fd=self.rings[source.label].wake_fd,
+            filters=source.interface.capture_filters,
+            refusal=no_port_because(source),
         )
 
     # ---- sockets ----
@@ -439,6 +458,17 @@ def load_workers(plan: Plan) -> None:
         import_module("workers.monitor")
 
 
+def no_port_because(source: Source) -> str:
+    """Why a source has no port capture; empty when it has."""
+    if source.uri.scheme != "ring":
+        return f"{source.label}: port capture needs a ring: source, {source.uri} is none"
+    if source.interface.fanout > 1:
+        return f"{source.label}: port capture needs all packets in one worker, and fanout is {source.interface.fanout}"
+    if not source.interface.capture_buffer_bytes:
+        return f"{source.label}: port capture is switched off (capture_buffer_bytes = 0)"
+    return ""
+
+
 def needs_host(config: Config) -> bool:
     return any(interface.source.is_every_interface for interface in config.interfaces)
 
@@ -448,7 +478,7 @@ def eventfd() -> int:
 
 
 def appliance_naming(output: Output) -> Naming:
-    ending = ".pcapng" if output.format == "pcapng" else ".pcap"
+    ending = f".{output.format}" if output.format in ("pcapng", "erf") else ".pcap"
     return ApplianceNaming(output.directory, output.name, ending + compressor_suffix(output.compressor))
 
 
@@ -482,6 +512,12 @@ def meter_settings(config: Config) -> MeterSettings:
         idle_timeout_s=meter.idle_timeout_s,
         active_timeout_s=meter.active_timeout_s,
         max_flows=meter.max_flows,
+        vlan_in_key=meter.vlan_in_key,
+        interface_in_key=meter.interface_in_key,
+        tcp_analysis=meter.tcp_analysis,
+        packet_sampling=meter.packet_sampling,
+        flow_sampling=meter.flow_sampling,
+        packet_sequence=meter.packet_sequence,
         zero_length=meter.zero_length,
         tunnels=meter.tunnels,
         max_fragmented=meter.max_fragmented,

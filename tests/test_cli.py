@@ -24,7 +24,19 @@ from appliance.cli import run_command
 from appliance.console import Table, duration_text, print_table, rate_text, size_text
 from appliance.monitor.view import Snapshot
 
-COMMANDS = ("run", "check-config", "status", "rotate", "top", "interfaces", "doctor", "flows", "verify", "version")
+COMMANDS = (
+    "run",
+    "check-config",
+    "status",
+    "rotate",
+    "top",
+    "interfaces",
+    "doctor",
+    "flows",
+    "trace",
+    "verify",
+    "version",
+)
 APPLIANCE = [sys.executable, "-c", "from appliance.start import main; main()"]
 
 

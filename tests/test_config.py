@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 
 from appliance.capture import uri
@@ -66,7 +67,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
     told = faults(
         {
             "interface": [{"uri": "ring:eth0", "snaplen": 12, "promiscous": True, "output": "mian"}, {"label": "b/c"}],
-            "output": [{"format": "erf", "compressor": "zstd", "rotate_bytes": 1}],
+            "output": [{"format": "snoop", "compressor": "zstd", "rotate_bytes": 1}],
             "meter": {"enabled": 1, "export": [{"uri": "dtls://collector:4740"}]},
             "monitor": {"listen": "9750"},
             "memory": 5,
@@ -78,7 +79,7 @@ def test_all_faults_are_told_at_once_and_each_with_its_key() -> None:
         "interface[0].output": "there is no [[output]] called 'mian', only main",
         "interface[1].uri": "is missing",
         "interface[1].label": "must be 1 to 64 of A-Z a-z 0-9 _ . -, beginning with a letter, a digit or _, is 'b/c'",
-        "output[0].format": "must be 'pcapng', 'pcap' or 'pcap-us', is 'erf'",
+        "output[0].format": "must be 'pcapng', 'pcap', 'pcap-us' or 'erf', is 'snoop'",
         "output[0].compressor": 'must be "none", "lz4" or a list of strings such as ["zstd", "-q", "-1"], is \'zstd\'',
         "output[0].rotate_bytes": f"must be 0 or between 4096 and {1 << 60}, is 1",
         "meter.enabled": "must be true or false, is 1",
@@ -148,6 +149,7 @@ def test_a_file_and_a_live_interface_are_neither_merged_nor_metered_together() -
     parse({"interface": apart, "output": outputs, "meter": {"enabled": False}})
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -253,8 +255,18 @@ def test_a_hostile_interface_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("erf:x", "erf: is not supported yet; the appliance reads ring: pcap: int: pcapfile: pcapng:"),
-        ("dag:/dev/dag0", "dag: is not supported yet"),
+        ("dag:/dev/dag0", "dag: needs a DAG card; record on the card's host, and read the file here: erf:PATH"),
+        ("rt:host:3435", "rt: needs a sender"),
+        ("duck:/x", "read the trace beside it: erf:PATH"),
+        ("bpf:em0", "on Linux use ring:INTERFACE"),
+        ("xdp:eth0", "ring:INTERFACE"),
+        ("pfring:eth0", "ring:INTERFACE"),
+        ("dpdk:0000:01:00.0", "ring:INTERFACE"),
+        ("ndag:eth0,225.0.0.225,9001", "erf:PATH"),
+        ("tzsplive:0.0.0.0:37008", "ring:INTERFACE with filter udp port 37008"),
+        ("etsilive:0.0.0.0:9999", "lawful interception"),
+        ("legacynzix:/x", "traceconvert legacynzix:PATH pcapfile:NEW"),
+        ("atmhdr:/x", "traceconvert atmhdr:PATH erf:NEW"),
         ("pcapfle:x", "unknown scheme; did you mean pcapfile:?"),
         ("eth0", "say e.g. ring:eth0"),
         ("ring:", "names no interface"),
@@ -270,9 +282,44 @@ def test_a_uri_that_is_not_read_is_refused_by_name(text: str, message: str) -> N
 
 def test_an_output_is_a_format_and_a_path() -> None:
     assert uri.parse_output("pcapfile:/tmp/a.pcap").target == "/tmp/a.pcap"
-    for text in ("ring:eth0", "erf:x"):
-        with pytest.raises(UsageError, match="is not supported yet; the appliance writes pcapfile: pcapng:"):
+    assert str(uri.parse_output("erf:/tmp/a.erf")) == "erf:/tmp/a.erf"
+    assert str(uri.parse_output("rawerf:/tmp/a.erf")) == "erf:/tmp/a.erf"
+    assert str(uri.parse_output("pcap:/tmp/a.pcap")) == "pcapfile:/tmp/a.pcap"
+    for text in ("ring:eth0", "tsh:x", "legacyeth:x"):
+        with pytest.raises(UsageError, match="is only read; The appliance writes pcapfile: pcapng: erf:"):
             uri.parse_output(text)
+
+
+@pytest.mark.parametrize("scheme", ["legacyeth", "legacypos", "legacyatm", "tsh", "fr+", "erf", "rawerf"])
+def test_what_a_file_does_not_tell_itself_its_uri_tells(scheme: str) -> None:
+    parsed = uri.parse(f"{scheme}:/a:b")
+    assert (parsed.target, parsed.is_live, parsed.told_format) == ("/a:b", False, scheme.removeprefix("raw"))
+    assert uri.parse("pcapfile:/a").told_format == ""
+
+
+def test_libtraces_names_of_libpcap_mean_an_interface_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(uri.parse("pcapint:eth0")) == "pcap:eth0"
+    assert str(uri.parse("pcap:eth0")) == "pcap:eth0"
+    assert str(uri.parse("pcap:/tmp/a.pcap")) == "pcapfile:/tmp/a.pcap"
+    monkeypatch.chdir(tmp_path)
+    Path("a.pcap").touch()
+    Path("lo").touch()
+    assert str(uri.parse("pcap:a.pcap")) == "pcapfile:a.pcap"
+    assert str(uri.parse("pcap:lo")) == "pcap:lo"
+
+
+def test_a_compressed_file_is_not_taken_for_what_its_compressed_bytes_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    path.write_bytes(b"\x1f\x8b\x08\0" + struct.pack("<I", 1_700_000_000) + bytes((2, 3, 0x40, 0x10)) + bytes(40))
+    assert str(uri.guess(str(path))) == f"pcapfile:{path}"
+    path.write_bytes(b"\0\0\0\0" + struct.pack("<I", 1_700_000_000) + bytes((2, 4, 0, 76)) + bytes(70))
+    assert str(uri.guess(str(path))) == f"erf:{path}"
+
+
+def test_a_dash_is_standard_input_of_any_kind() -> None:
+    assert (uri.guess("-").target, uri.guess("-").is_live, uri.guess("-").told_format) == ("-", False, "")
 
 
 def test_a_bare_name_is_a_file_before_it_is_an_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,3 +363,36 @@ def test_every_interface_of_a_host_without_any_is_missing_input() -> None:
 def test_a_configuration_without_wildcard_stays_as_it_is() -> None:
     config = parse({"interface": [ONE]})
     assert expand_interfaces(config, []) is config
+
+
+def test_a_criterion_by_filter_has_its_filter_and_no_other_has_one() -> None:
+    told = faults(
+        {
+            "interface": [
+                ONE | {"trigger": {"start": "filter", "stop_filter": "tcp"}},
+                {"uri": "ring:eth1", "keep": {"kind": "filter"}},
+                {"uri": "ring:eth2", "keep": {"kind": "none"}, "trigger": {"stopp": "filter"}},
+            ]
+        }
+    )
+    assert told["interface[0].trigger.start_filter"] == "is missing"
+    assert told["interface[0].trigger.stop_filter"] == 'is given, and the criterion is "userstop"'
+    assert told["interface[1].keep.filter"] == "is missing"
+    assert told["interface[2].keep.kind"].startswith("must be 'all', 'filter'")
+    assert told["interface[2].trigger.stopp"] == "unknown key; did you mean 'stop'?"
+
+
+def test_a_recording_is_gated_where_one_worker_sees_all_its_packets() -> None:
+    trigger = {"trigger": {"start": "plderr"}}
+    told = faults({"interface": [{"uri": "pcap:eth0"} | trigger, {"uri": "ring:eth1", "fanout": 2} | trigger]})
+    assert told["interface[0].trigger"] == "only a ring: source is recorded by triggers, not pcap:eth0"
+    assert told["interface[1].trigger"] == "a trigger needs all packets in one worker: fanout must be 1"
+    assert parse({"interface": [{"uri": "ring:eth0", "fanout": 2, "keep": {"kind": "notpld"}}]})
+
+
+def test_filters_of_port_capture_are_few_and_short() -> None:
+    told = faults(
+        {"interface": [ONE | {"capture_filters": ["tcp"] * 17}, {"uri": "ring:b", "capture_filters": ["x" * 1025]}]}
+    )
+    assert told["interface[0].capture_filters"] == "there can be 16 filters, not 17"
+    assert "must have at most 1024 bytes" in told["interface[1].capture_filters[0]"]

@@ -28,6 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.counters": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
+    # A user's end: URIs, files and compressors; interfaces.
+    "appliance.formats.live_input": {"appliance.capture.pcap_live"},
+    "appliance.formats.output_trace": {"appliance.capture.opener", "appliance.capture.uri"}
+    | {"appliance.merge.compressor"},
     "appliance.logs": set(),
     "appliance.process": set(),
     "appliance.ring": set(),
@@ -37,6 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.merge": set(),
     "appliance.meter": set(),
     "appliance.monitor": {"appliance.plan"},
+    # Clients' filters are compiled here, so that no capture worker is held up by one.
+    "appliance.monitor.ports": {"appliance.monitor", "appliance.capture.bpf", "appliance.capture.features"},
     # A process is made of the part that it is named after.
     "workers.capture": {"appliance.capture"},
     "workers.merge": {"appliance.merge"},
@@ -56,8 +62,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
+    "appliance.traces": {"appliance.capture", "appliance.meter"},
     "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.lab": set(),
+    "appliance.capturer": {"appliance.monitor.control"},
+    "appliance.capture_command": {"appliance.capturer", "appliance.cli", "appliance.generator"},
+    "appliance.generator": set(),
 }
 # Packages of others with traps of their own, and where those are met: nobody else imports them.
 ADAPTERS: dict[str, set[str]] = {

@@ -159,7 +159,7 @@ class TestRefusals:
             ("-B pcapfile:/d", "no input is named"),
             ("-B nonsense:/d ring:lo", "output 'nonsense:/d': .*pcapfile"),
             ("-B pcapfile:- ring:lo", "-B pcapfile:-: needs a directory"),
-            ("-B duck:/d ring:lo", "duck: is not supported"),
+            ("-B duck:/d ring:lo", "duck: holds the state"),
             ("out.pcap ring:lo", "'out.pcap'"),
             ("-B pcapfile:/d rnig:lo", "did you mean ring"),
             ("-B pcapfile:/d nosuchthing", "'nosuchthing' is neither a file nor an interface"),

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
 from appliance.capture.filesource import FileCapture
+from appliance.capture.gate import make_gate
 from appliance.capture.opener import OpenedInterface
 from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
+from appliance.capture.trigger import PortTap
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
 from appliance.process import DRAIN, WorkerContext, set_capabilities
@@ -56,10 +58,11 @@ class CaptureParts:
     opened: OpenedInterface | None
     socket_serial: int
     inner: bool  # tunnels are metered by their innermost IP header
+    port_fd: int = -1  # -1: no port capture
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        fds = (self.ring_fd, self.digest_fd, self.wake_fd, self.merge_wake_fd, self.meter_wake_fd)
+        fds = (self.ring_fd, self.digest_fd, self.wake_fd, self.merge_wake_fd, self.meter_wake_fd, self.port_fd)
         return tuple(fd for fd in fds if fd >= 0) + ((self.opened.fd,) if self.opened else ())
 
 
@@ -91,6 +94,7 @@ class LiveWorker:
         self.is_gone = False
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
+        self.port = PortTap(parts.port_fd, parts.generation) if parts.port_fd >= 0 else None
         assert parts.opened is not None
         self.use(parts.opened)
 
@@ -112,6 +116,8 @@ class LiveWorker:
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
             inner=self.parts.inner,
+            port=self.port,
+            gate=make_gate(self.parts.interface, opened.linktype),
         )
         self.poller = select.poll()
         self.poller.register(opened.fd, 0)  # for its errors

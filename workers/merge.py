@@ -41,7 +41,7 @@ DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, a
 
 RELOAD = b"reload "
 
-SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US}
+SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US, "erf": order.SINK_ERF}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,11 @@ class MergeWorker:
         self.stream = OutputStream(
             self.merge,
             StreamSettings(
-                FileFormat(output.format == "pcapng", output.format == "pcap" and not parts.resolution_of_inputs),
+                FileFormat(
+                    is_pcapng=output.format == "pcapng",
+                    nanoseconds=output.format == "pcap" and not parts.resolution_of_inputs,
+                    is_erf=output.format == "erf",
+                ),
                 self.policy,
                 live=self.live,
                 skip_empty=output.empty_segments == "skip",

@@ -79,6 +79,7 @@ class MeterWorker:
             parts.settings,
             context.page,
             [context.pages[f"export/{i}"] for i in range(len(parts.settings.export))],
+            live=self.live,
             ignored_packets=lambda: sum(page[name] for page in capture_pages for name in ignored),
         )
         self.next_ask = 0.0

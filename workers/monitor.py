@@ -1,4 +1,5 @@
-"""The monitor worker: reads the counter pages and tells, over HTTP and the control socket. It asks no worker anything.
+"""The monitor worker: reads the counter pages and tells, over HTTP and the control socket. It asks no worker anything,
+but for port capture, whose commands it leaves in a port's memory.
 
 One event loop serves both; a thread looks up the host's figures, because a hung file system must not stop a scrape.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from appliance.errors import InputOutputError
 from appliance.monitor.control import ControlServer
 from appliance.monitor.host import HostSampler
+from appliance.monitor.ports import PortParts, Ports
 from appliance.monitor.view import Topology, View
 from appliance.monitor.web import WebServer, application
 from appliance.process import DRAIN, ROTATE, WorkerContext
@@ -36,10 +38,13 @@ class MonitorParts:
     control_fd: int
     rings: tuple[tuple[str, int], ...]  # (label of the source, descriptor of its packet ring)
     generation: int
+    ports: tuple[PortParts, ...] = ()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return tuple(fd for fd in (self.listener_fd, self.control_fd, *(fd for _, fd in self.rings)) if fd >= 0)
+        fds = [self.listener_fd, self.control_fd, *(fd for _, fd in self.rings)]
+        fds += [fd for port in self.ports for fd in (port.port_fd, port.wake_fd)]
+        return tuple(fd for fd in fds if fd >= 0)
 
 
 def main(context: WorkerContext) -> int:
@@ -62,6 +67,7 @@ class Monitor:
             "rotate": self._rotate,
             "version": lambda: topology.version,
         }
+        self._ports = Ports(parts.ports, parts.generation)
         self._drained = asyncio.Event()
 
     async def run(self) -> None:
@@ -86,7 +92,9 @@ class Monitor:
         if self._parts.control_fd < 0:
             return None
         listener = socket.socket(fileno=self._parts.control_fd)
-        return await ControlServer(self._handlers, self._context.page.add).start(listener)
+        return await ControlServer(self._handlers, self._context.page.add, {"capture": self._ports.answer}).start(
+            listener
+        )
 
     def _serve_web(self, loop: asyncio.AbstractEventLoop) -> tuple[WebServer | None, asyncio.Task[None] | None]:
         if self._parts.listener_fd < 0:

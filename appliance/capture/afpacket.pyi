@@ -1,5 +1,6 @@
 """A live interface through the kernel's memory-mapped ring (TPACKET_V3)."""
 
+from appliance.capture.trigger import Gate, PortTap
 from appliance.counters import CounterPage
 from appliance.ring.ring import Producer
 
@@ -12,7 +13,9 @@ class LiveCapture:
     The socket is set up and bound already (appliance.capture.opener); `block_bytes` and `block_count` are those of its
     PACKET_RX_RING. `socket_serial` (from 1) numbers the openings of the interface: with the same number a successor
     goes on at the very packet where its predecessor stopped publishing. `cooked` says that the socket is SOCK_DGRAM:
-    each packet then gets a LINUX_SLL2 header. Raises OSError when the kernel's ring cannot be mapped.
+    each packet then gets a LINUX_SLL2 header. `port`, if there is one, is shown every packet while it
+    captures; `gate` says which packets are recorded, and all are metered. Raises OSError when the kernel's ring cannot
+    be mapped.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class LiveCapture:
         block_timeout_ms: int = 1,
         step_ms: int = 50,
         inner: bool = False,
+        port: PortTap | None = None,
+        gate: Gate | None = None,
     ) -> None: ...
     def pump(self) -> int:
         """Takes up to 32 kernel blocks, publishes what is in order. Returns the packets taken. GIL released.

@@ -18,6 +18,7 @@ from posix.unistd cimport read
 
 from appliance.capture.headers cimport digest_packet
 from appliance.capture.reorder cimport *
+from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
@@ -123,6 +124,8 @@ cdef enum:
     FOREIGN
     DROPPED_FILTER
     DROPPED_RING
+    GATED
+    GATE_STATE
     PUBLISHED_PACKETS
     PUBLISHED_BYTES
     REORDERED
@@ -137,8 +140,9 @@ cdef enum:
 
 COMMITTED_FIELDS = (
     "read_packets", "read_bytes", "foreign_packets", "dropped_filter_packets", "dropped_ring_packets",
-    "published_packets", "published_bytes", "reordered_packets", "late_packets", "truncated_packets", "clock_steps",
-    "last_packet_ns", "digests_published", "digests_dropped", *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
+    "gated_packets", "gate_state", "published_packets", "published_bytes", "reordered_packets", "late_packets",
+    "truncated_packets", "clock_steps", "last_packet_ns", "digests_published", "digests_dropped",
+    *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
 )
 assert len(COMMITTED_FIELDS) == COMMITTED and len(IGNORED_REASONS) == REASONS
 
@@ -194,11 +198,13 @@ cdef class LiveCapture:
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
     cdef bint inner                 # tunnels are metered by their innermost IP header
+    cdef PortTap port               # None: the interface has no port capture
+    cdef Gate gate                  # None: everything is recorded
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50, bint inner=False):
+                  uint64_t step_ms=50, bint inner=False, PortTap port=None, Gate gate=None):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -227,8 +233,16 @@ cdef class LiveCapture:
         self.end_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
         if self.start_arrival == NULL or self.end_arrival == NULL:
             raise MemoryError
+        self.gate = gate
+        self.port = port
+        if port is not None:
+            port.attach(socket_serial, linktype)
+        if gate is not None:
+            self.counters[GATE_STATE] = gate.state
         self.map_kernel_ring()
         self.resume()
+        if gate is not None:
+            gate.state = <uint32_t>self.counters[GATE_STATE]
 
     def map_kernel_ring(self):
         self.mapped_bytes = self.block_bytes * self.block_count
@@ -365,6 +379,8 @@ cdef class LiveCapture:
         cdef int64_t offset = <int64_t>(now - now_ns(CLOCK_MONOTONIC))
         cdef bint stepped = self.differs(offset)
         cdef uint32_t taken = 0
+        if self.port is not None:
+            self.port.look(now)
         if self.watermark_is_wanted():
             self.owes_watermark = True
         ring_rewind(&self.records.view)
@@ -383,6 +399,8 @@ cdef class LiveCapture:
                 self.begin_epoch(offset)
             self.publish(older_by(now, self.reorder_ns))
             self.owes_watermark = False
+            if self.port is not None:
+                self.port.kernel_was_empty()
         elif self.tail.count and self.tail.newest_ns <= older_by(now, self.reorder_ns):
             self.publish(self.tail.newest_ns)
         if taken == 0:
@@ -414,6 +432,8 @@ cdef class LiveCapture:
         with nogil:
             self.publish(UINT64_MAX)
             self.collect_kernel_counters()
+            self.add_counters_record()  # with all that was counted now: the last file's own account
+            self.publish(UINT64_MAX)
             self.measure_queue()
 
     @property
@@ -456,6 +476,8 @@ cdef class LiveCapture:
                     self.begin_epoch(offset)
                 self.take(packet)
             at += packet.tp_next_offset
+        if self.port is not None and self.port.is_on:
+            self.show_port(block)
         self.skip = 0
         self.end_arrival[self.block_index] = self.arrivals
         self.block_index = (self.block_index + 1) % self.block_count
@@ -546,6 +568,8 @@ cdef class LiveCapture:
         entry.record_bytes = length
         if self.digests is not None:
             self.digest_at(room + RECORD_PACKET_DATA, captured, original, packet.tp_status, stamp, outbound, entry)
+        if self.gate is not None and not self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound):
+            return
         ring_advance(&self.records.view, length)
 
     cdef inline void copy_data(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
@@ -611,6 +635,66 @@ cdef class LiveCapture:
             return
         entry.digest_bytes = length
         ring_advance(&self.digests.view, length)
+
+    # ---- port capture ----
+
+    cdef void show_port(self, tpacket_block_desc *block) noexcept nogil:
+        """A walked block once more, packet by packet, to the port's triggers. Only while a capture is on."""
+        cdef uint64_t at = block.hdr.bh1.offset_to_first_pkt
+        cdef uint32_t shown = self.port.begin_block(block.hdr.bh1.seq_num)
+        cdef uint32_t i
+        cdef tpacket3_hdr *packet
+        cdef sockaddr_ll *link
+        for i in range(block.hdr.bh1.num_pkts):
+            if at + sizeof(tpacket3_hdr) > self.block_bytes:
+                break
+            packet = <tpacket3_hdr *>(<uint8_t *>block + at)
+            link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
+            if i >= shown:
+                self.show_packet(packet, link)
+            at += packet.tp_next_offset
+
+    cdef bint may_pass(self, const uint8_t *data, tpacket3_hdr *packet, tail_entry *entry,
+                       bint outbound) noexcept nogil:
+        """False: the gate is closed to it. It was metered, and is not recorded: its bytes are overwritten."""
+        cdef packet_view view
+        cdef uint32_t before = self.gate.state
+        cdef bint passes
+        view.data = data
+        view.captured_length = entry.captured_length
+        view.original_length = entry.original_length
+        view.timestamp_ns = entry.timestamp_ns
+        view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
+        view.outgoing = outbound
+        passes = self.gate.passes(&view)
+        if self.gate.state != before:
+            entry.flags |= ENTRY_GATE_MOVED
+        if passes:
+            return True
+        entry.record_bytes = 0
+        entry.flags |= ENTRY_GATED
+        return False
+
+    cdef void show_packet(self, tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
+        """As `copy` would write it: with its tag or cooked header, cut to the snaplen."""
+        cdef packet_view view
+        cdef uint32_t inserted = 0
+        if link.sll_ifindex != self.ifindex:
+            return
+        if self.cooked:
+            inserted = SLL2_HEADER_BYTES
+        elif packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and packet.tp_snaplen >= 12:
+            inserted = VLAN_TAG_BYTES
+        view.data = <uint8_t *>packet + packet.tp_mac
+        view.captured_length = min(packet.tp_snaplen + inserted, self.snaplen)
+        view.original_length = packet.tp_len + inserted
+        view.timestamp_ns = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
+        view.outgoing = link.sll_pkttype == PACKET_OUTGOING
+        if inserted:
+            self.copy_data(self.port.scratch, view.data, view.captured_length, inserted, packet, link)
+            view.data = self.port.scratch
+        self.port.offer(&view)
 
     # ---- publishing ----
 
@@ -688,6 +772,10 @@ cdef class LiveCapture:
             self.counters[FOREIGN] += 1
         if flags & ENTRY_RING_DROPPED:
             self.counters[DROPPED_RING] += 1
+        if flags & ENTRY_GATED:
+            self.counters[GATED] += 1
+        if flags & ENTRY_GATE_MOVED:
+            self.counters[GATE_STATE] = self.gate.next_state(<uint32_t>self.counters[GATE_STATE])
         if flags & ENTRY_DIGEST_DROPPED:
             self.counters[DIGESTS_DROPPED] += 1
         if flags & ENTRY_LATE:
@@ -747,7 +835,7 @@ cdef class LiveCapture:
             return
         words[0] = self.page[self.received_index]
         words[1] = self.page[self.dropped_index]
-        words[2] = self.counters[DROPPED_FILTER]
+        words[2] = self.counters[DROPPED_FILTER] + self.counters[GATED]
         words[3] = self.counters[DROPPED_RING]
         words[4] = self.counters[PUBLISHED_PACKETS]
         memcpy(room + RECORD_PREFIX_BYTES, words, sizeof(words))

@@ -5,6 +5,8 @@ import os
 class DigestFile:
     """One capture file of any kind that CaptureReader reads; it raises what that raises.
 
+    `path` may also be a URI, which must tell the format of what its content does not (`tsh:PATH`).
+
     No packet is copied: the parser looks at them in the reader's buffer. `source`: the interface that every digest
     gets, as the merge would write it. `inner`: tunnels are described by their innermost IP header.
     """

@@ -7,6 +7,9 @@ from libc.stdlib cimport free, malloc
 from appliance.capture.headers cimport IGNORED_REASON_COUNT, DigestBatch, LinkTypes, digest_references
 from appliance.formats.record cimport PacketReference
 
+import os
+
+from appliance.capture.uri import file_of
 from appliance.errors import FormatError
 from appliance.formats.reader import CaptureReader
 
@@ -28,7 +31,8 @@ cdef class DigestFile:
     cdef readonly bint ended
 
     def __cinit__(self, path, uint32_t source=0, *, bint inner=False):
-        self.reader = CaptureReader(path, by_reference=True)
+        path, told_format = file_of(os.fspath(path))
+        self.reader = CaptureReader(path, by_reference=True, format=told_format)
         self.source = source
         self.inner = inner
         self.linktypes = LinkTypes()

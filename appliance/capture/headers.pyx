@@ -55,6 +55,13 @@ cdef enum:
     LINKTYPE_IPV6 = 229
     LINKTYPE_LINUX_SLL2 = 276
 
+    TCP_SYN = 0x02
+    TCP_OPTION_END = 0
+    TCP_OPTION_NOP = 1
+    TCP_OPTION_MSS = 2
+    TCP_OPTION_WINDOW_SCALE = 3
+    MAX_WINDOW_SCALE = 14  # RFC 7323, 2.3: a larger one is taken for this
+
     OPTION_PAD1 = 0
     OPTION_JUMBO = 0xC2
 
@@ -447,6 +454,28 @@ cdef inline void set_payload(const Cursor* c, digest* d, uint64_t header_octets)
         d.status |= DIGEST_CUT_TRANSPORT
 
 
+cdef void parse_syn_options(const uint8_t* option, const uint8_t* end, digest* d) noexcept nogil:
+    """What a SYN declares. `end`: of the options or of what was captured, whichever comes first."""
+    cdef uint8_t length
+    while option < end and option[0] != TCP_OPTION_END:
+        if option[0] == TCP_OPTION_NOP:
+            option += 1
+            continue
+        if end - option < 2:
+            return
+        length = option[1]
+        if length < 2 or length > end - option:
+            return
+        if option[0] == TCP_OPTION_MSS and length == 4:
+            d.tcp_mss = be16(option + 2)
+        elif option[0] == TCP_OPTION_WINDOW_SCALE and length == 3:
+            d.tcp_flags = <uint16_t>(
+                (d.tcp_flags & DIGEST_TCP_FLAGS)
+                | ((min(option[2], <uint8_t>MAX_WINDOW_SCALE) + 1) << DIGEST_WINDOW_SCALE_SHIFT)
+            )
+        option += length
+
+
 cdef void parse_tcp(const Cursor* c, digest* d) noexcept nogil:
     cdef const uint8_t* p = c.packet + c.offset
     if not holds(c, 16):
@@ -461,6 +490,8 @@ cdef void parse_tcp(const Cursor* c, digest* d) noexcept nogil:
         d.status |= DIGEST_CUT_TRANSPORT
     else:
         set_payload(c, d, (p[12] >> 4) * 4)
+        if d.tcp_flags & TCP_SYN:
+            parse_syn_options(p + 20, p + min(<uint64_t>(p[12] >> 4) * 4, c.end - c.offset), d)
 
 
 cdef void parse_transport(Cursor* c, digest* d) noexcept nogil:
@@ -599,6 +630,8 @@ cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest*
         if header_octets < 20 or 20 + header_octets > total:
             d.status |= DIGEST_CUT_TRANSPORT
             return True
+        if d.tcp_flags & TCP_SYN:
+            parse_syn_options(p + PLAIN_OCTETS, p + min(34 + header_octets, captured_length), d)
     d.payload_offset = <uint16_t>(34 + header_octets)
     d.payload_octets = total - 20 - header_octets
     return True
@@ -839,9 +872,11 @@ cdef dict digest_fields(const digest* d):
         "tcp_sequence": d.tcp_sequence,
         "tcp_acknowledgement": d.tcp_acknowledgement,
         "tcp_window": d.tcp_window,
-        "tcp_flags": d.tcp_flags,
-        "icmp_type": d.icmp_type,
-        "icmp_code": d.icmp_code,
+        "tcp_flags": d.tcp_flags & DIGEST_TCP_FLAGS,
+        "tcp_window_scale": (d.tcp_flags >> DIGEST_WINDOW_SCALE_SHIFT) - 1 if d.tcp_flags > DIGEST_TCP_FLAGS else None,
+        "tcp_mss": d.tcp_mss if d.status & DIGEST_TCP else 0,
+        "icmp_type": d.icmp_type if d.status & DIGEST_ICMP else 0,
+        "icmp_code": d.icmp_code if d.status & DIGEST_ICMP else 0,
         "fragment_id": d.fragment_id,
         "fragment_offset": d.fragment_offset,
         "source_mac": (<const char*>d.source_mac)[:6],

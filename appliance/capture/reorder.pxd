@@ -9,6 +9,8 @@ cdef enum:
     ENTRY_LATE = 8            # older than what is published already
     ENTRY_CONTROL = 16        # a record of ours, not a packet
     ENTRY_FILTERED = 32       # rejected by a filter in user space
+    ENTRY_GATED = 64          # the gate of the recording was closed to it
+    ENTRY_GATE_MOVED = 128    # this packet opened the gate, or closed it
 
 cdef struct tail_entry:
     uint64_t timestamp_ns

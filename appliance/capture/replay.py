@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from appliance.capture.uri import FILE_SCHEMES
+from appliance.capture.uri import file_of
 from appliance.errors import UsageError
 from appliance.formats.decoder import NEVER_NS
 from appliance.formats.encode import SNAPLEN_MAX, InterfaceDescription
@@ -31,9 +31,10 @@ class ReplayStatus:
 class FileSource:
     """One file, as a capture worker drives it: `fill` writes whole records straight into the ring's free memory.
 
-    `uri` is `pcapfile:PATH`, `pcapng:PATH` or a path alone; PATH "-" is standard input. What the file is, and how it
-    is compressed, its first bytes tell, whatever the scheme says. `speed` 0 is as fast as it goes, 1 is the recorded
-    speed, 2 twice that. `packet_filter` sees packets as they are in the file; `snaplen` cuts them afterwards.
+    `uri` is a scheme of files and a PATH, or a path alone; PATH "-" is standard input. What the file is, and how it
+    is compressed, its first bytes tell, whatever the scheme says, but for formats that cannot be told by them.
+    `speed` 0 is as fast as it goes, 1 is the recorded speed, 2 twice that. `packet_filter` sees packets as they are in
+    the file; `snaplen` cuts them afterwards.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class FileSource:
         """Raises what CaptureReader raises for a file that cannot be opened or is nothing that is read here."""
         if speed < 0:
             raise UsageError(f"{uri}: the replay speed is {speed}; it is 0 (as fast as possible) or more")
-        self.reader = CaptureReader(source_path(uri))
+        path, told_format = file_of(uri)
+        self.reader = CaptureReader(path, format=told_format)
         self.filtered_packets = 0
         self.truncated_packets = 0
         self._filter = packet_filter
@@ -128,9 +130,3 @@ class _Pace:
 
     def wait_ns(self, next_ns: int) -> int:
         return max(1, int((next_ns - self.until_ns()) / self._speed))
-
-
-def source_path(uri: str) -> str:
-    """The path in `pcapfile:PATH`, `pcapng:PATH` or a path alone, which may have a colon too."""
-    scheme, colon, path = uri.partition(":")
-    return path if colon and scheme in FILE_SCHEMES else uri

@@ -19,6 +19,8 @@ from appliance.formats.decoder import (
     Decoder,
 )
 from appliance.formats.encode import InterfaceDescription
+from appliance.formats.erf import ErfDecoder
+from appliance.formats.fixed import LAYOUTS, FixedDecoder
 from appliance.formats.pcap import PcapDecoder
 from appliance.formats.pcapng import PcapngDecoder
 from appliance.formats.stream import InputStream, Observer
@@ -26,7 +28,7 @@ from appliance.formats.stream import InputStream, Observer
 RECORD_MAX_BYTES = 1 << 20
 READ_BYTES = 262_144  # at a time: small enough to stay in the cache between reading and decoding
 BATCH_BYTES = 1 << 20
-_DECODERS: dict[str, type[Decoder]] = {"pcap": PcapDecoder, "pcapng": PcapngDecoder}
+_DECODERS: dict[str, type[Decoder]] = {"pcap": PcapDecoder, "pcapng": PcapngDecoder, "erf": ErfDecoder}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,15 @@ class CaptureReader:
     """One capture file, read from its beginning to its end. `counts` has the packets, times and interfaces so far."""
 
     def __init__(
-        self, path: str | os.PathLike[str], observer: Observer | None = None, *, by_reference: bool = False
+        self,
+        path: str | os.PathLike[str],
+        observer: Observer | None = None,
+        *,
+        by_reference: bool = False,
+        format: str = "",
     ) -> None:
-        """Opens the file ("-" is standard input) and recognises it by its first bytes.
+        """Opens the file ("-" is standard input) and recognises it by its first bytes, or takes it for a `format` that
+        nothing in the file tells: one of fixed.LAYOUTS, or "erf" for a file that may be empty.
 
         Raises MissingInputError, MissingPermissionError or InputOutputError when it cannot be read, and FormatError
         when it is nothing that is read here. `observer` gets each piece of the file as it is on disk.
@@ -53,8 +61,8 @@ class CaptureReader:
         With `by_reference`, `fill` gives a PacketReference (record.pxd) for each packet and nothing else: they point
         into this reader's buffer, and are valid until the next `fill`.
         """
-        self.stream = InputStream(path, observer)
-        self.counts = _DECODERS[self.stream.format](by_reference)
+        self.stream = InputStream(path, observer, format)
+        self.counts = _decoder(self.stream.format, by_reference)
         self._buffer = bytearray(RECORD_MAX_BYTES + READ_BYTES)
         self._view = memoryview(self._buffer)
         self._address = _address(self._buffer)
@@ -141,6 +149,14 @@ class CaptureReader:
         )
 
 
+def _decoder(format: str, by_reference: bool) -> Decoder:
+    if format not in LAYOUTS:
+        return _DECODERS[format](by_reference)
+    decoder = FixedDecoder(by_reference)
+    decoder.use(format)
+    return decoder
+
+
 def read_records(path: str | os.PathLike[str]) -> Iterator[memoryview]:
     """The records of a capture file in batches; each batch is whole records, valid until the next one is asked for.
 
@@ -154,11 +170,11 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[memoryview]:
             yield view[: filled.produced_bytes]
 
 
-def read_interfaces(path: str | os.PathLike[str]) -> list[InterfaceDescription]:
+def read_interfaces(path: str | os.PathLike[str], format: str = "") -> list[InterfaceDescription]:
     """The interfaces that a file describes before its first packet (in a pcap file the only one)."""
     batch = bytearray(BATCH_BYTES)
     address = _address(batch)
-    with CaptureReader(path) as reader:
+    with CaptureReader(path, format=format) as reader:
         filled = reader.fill(address, BATCH_BYTES, until_ns=-1)
         while not filled.end and filled.next_ns is None and reader.counts.packets == 0:
             filled = reader.fill(address, BATCH_BYTES, until_ns=-1)

@@ -1,4 +1,4 @@
-"""Input files, opened by what they hold and not by what they are called: plain or compressed, pcap or pcapng."""
+"""Input files, opened by what they hold and not by what they are called: plain or compressed; pcap, pcapng or ERF."""
 
 from __future__ import annotations
 
@@ -42,25 +42,26 @@ Observer = Callable[[memoryview], None]
 class InputStream:
     """The plain bytes of one input file, in order, without seeking, so that pipes work too.
 
-    `compression` is "" or one of gz, lz4, zst, xz, bz2; `format` is "pcap" or "pcapng". After the end `damage` is ""
+    `compression` is "" or one of gz, lz4, zst, xz, bz2; `format` is "pcap", "pcapng" or "erf", or what the
+    caller says of a file that does not tell it itself. After the end `damage` is ""
     or says why the compressed stream has no proper end. `observer` sees each piece of the file as it is on disk.
 
     A plain file is read, not mapped: whoever cuts a mapped file short kills its readers with SIGBUS.
     """
 
-    def __init__(self, path: str | os.PathLike[str], observer: Observer | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], observer: Observer | None = None, format: str = "") -> None:
         self.path = os.fspath(path)
         self.name = "standard input" if self.path == STANDARD_INPUT else self.path
         self.damage = ""
         self._observer = observer
         self._fd = self._open()
         try:
-            self._head = self._first_bytes()
+            self._head = self._first_bytes(may_be_empty=bool(format))
             self._unpacker = Unpacker.open(self._head, self._read_raw)
             self.compression = self._unpacker.compression if self._unpacker else ""
             if self._unpacker:
                 self._head = self._first_plain_bytes()
-            self.format = self._recognise(self._head)
+            self.format = self._told(format, self._head) if format else self._recognise(self._head)
         except DamagedStreamError as damage:
             self.close()
             raise FormatError(f"{self.name}: {damage}") from damage
@@ -117,11 +118,11 @@ class InputStream:
             self._observer(buffer[:count])
         return count
 
-    def _first_bytes(self) -> bytes:
+    def _first_bytes(self, may_be_empty: bool) -> bytes:
         head = b""
         while len(head) < 16 and (piece := self._read_raw(HEAD_BYTES)):
             head += piece
-        if not head:
+        if not head and not may_be_empty:
             raise FormatError(f"{self.name} is empty: not even a file header is in it")
         return head
 
@@ -143,11 +144,19 @@ class InputStream:
             self.damage = str(damage)
             return 0
 
+    def _told(self, format: str, head: bytes) -> str:
+        """ERF has no mark that would outweigh those of the others; the formats of fixed records have none at all."""
+        if format != "erf" or not head.startswith((*_PCAP_MAGICS, _PCAPNG_MAGIC)):
+            return format
+        return self._recognise(head)
+
     def _recognise(self, head: bytes) -> str:
         if head.startswith(_PCAP_MAGICS):
             return "pcap"
         if head.startswith(_PCAPNG_MAGIC):
             return "pcapng"
+        if looks_like_erf(head):
+            return "erf"
         if self.damage:
             raise FormatError(f"{self.name}: {self.damage}")
         if not head:
@@ -159,13 +168,11 @@ def _refusal(head: bytes) -> str:
     """Why a file that begins like this is not read, as the end of a sentence about it."""
     for magic, kind in _UNREAD_FORMATS:
         if head.startswith(magic):
-            return f"is {kind}: only pcap and pcapng are read"
-    if _looks_like_erf(head):
-        return "looks like an ERF file: only pcap and pcapng are read"
-    return f"is neither pcap nor pcapng: it begins with {head[:8].hex(' ')}"
+            return f"is {kind}: only pcap, pcapng and ERF are read by their content"
+    return f"is neither pcap nor pcapng nor ERF: it begins with {head[:8].hex(' ')}"
 
 
-def _looks_like_erf(head: bytes) -> bool:
+def looks_like_erf(head: bytes) -> bool:
     """ERF has no magic: a little-endian time between 1990 and 2100, a known type, sensible lengths."""
     if len(head) < 16:
         return False

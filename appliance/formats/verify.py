@@ -133,7 +133,7 @@ def _recount(path: Path, meter: _Meter) -> tuple[dict[str, Any], list[str], bool
     batch = bytearray(BATCH_BYTES)
     address = ctypes.addressof(ctypes.c_char.from_buffer(batch))
     try:
-        with CaptureReader(path, observe) as reader:
+        with CaptureReader(path, observe, format="erf" if ".erf" in path.suffixes else "") as reader:
             try:
                 while not reader.fill(address, BATCH_BYTES).end:
                     pass

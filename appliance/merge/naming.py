@@ -115,7 +115,7 @@ class ApplianceNaming:
 
     def leftovers(self) -> list[str]:
         # The meter stages its flow files in the same directory. Format and compressor may have been others then.
-        ours = re.compile(rf"{re.escape(self._output)}-\d{{8,18}}[.]pcap.*", re.ASCII)
+        ours = re.compile(rf"{re.escape(self._output)}-\d{{8,18}}[.](pcap|erf).*", re.ASCII)
         return [path for path in _regular_files(self._work) if ours.fullmatch(os.path.basename(path))]
 
     def _name(self, sequence: int, start_ns: int) -> str:

@@ -18,6 +18,7 @@ cdef enum:
     TO_PCAP_NS
     TO_PCAP_US
     TO_DIGESTS
+    TO_ERF
 
 cdef enum:
     HAS_RECORD = 0

@@ -23,12 +23,14 @@ SINK_PCAPNG: int
 SINK_PCAP_NS: int
 SINK_PCAP_US: int
 SINK_DIGESTS: int
+SINK_ERF: int
 
 class Merge:
     """Merges the rings of `consumers`. `live` says which are live (bounded by watermarks) and which are files.
 
     `sink`: what is written into the output buffer: Enhanced Packet Blocks with the output's interface numbers, pcap
-    packets, or digests with the number of their source. The buffer holds `out_bytes` and one record more.
+    packets, ERF records, or digests with the number of their source. For ERF the output's interface number is the port
+    and, from bit 8 on, the link type. The buffer holds `out_bytes` and one record more.
     For `start_grace_ms` after the start, max_wait does not count while a live source has made no promise yet: its
     worker is only starting.
     """

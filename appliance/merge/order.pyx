@@ -18,12 +18,13 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer, signal_eventfd
 
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
-SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS = range(4)
+SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF = range(5)
 
 cdef enum:
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
@@ -482,13 +483,16 @@ cdef class Merge:
             return record_u32(record + 20)
         if self.sink == TO_PCAP_NS or self.sink == TO_PCAP_US:
             return PCAP_PACKET_HEADER_BYTES + record_u32(record + 20)
+        if self.sink == TO_ERF:
+            return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES + record_u32(record + 20)
         return length
 
     cdef bint emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
                    uint64_t stamp) noexcept nogil:
         """False: it was dropped, because it is damaged or its interface has no number in the output."""
         cdef uint8_t *target = self.out + self.out_bytes
-        cdef uint32_t interface, captured
+        cdef uint32_t interface, captured, number
+        cdef size_t written
         source.consumed += 1
         if self.sink == TO_DIGESTS:
             self.copy_record(target, record, RECORD_DIGEST, length, index)
@@ -502,6 +506,14 @@ cdef class Merge:
             if self.sink == TO_PCAPNG:
                 self.copy_record(target, record, RECORD_PACKET, length, source.interface_map[interface])
                 record_set_u32(target + 20, captured)
+            elif self.sink == TO_ERF:
+                number = source.interface_map[interface]
+                written = erf_packet_at(target, number, number >> 8, stamp, captured, record_u32(record + 24),
+                                        record + RECORD_PACKET_DATA)
+                if written == 0:
+                    source.dropped += 1
+                    return False
+                self.out_bytes += written
             else:
                 self.out_bytes += pcap_packet_at(target, stamp, captured, record_u32(record + 24),
                                                  record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)

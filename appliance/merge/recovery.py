@@ -167,7 +167,8 @@ class Recovery:
             self._publish(path, found)
 
     def _fits(self, found: Salvage) -> bool:
-        return (found.format == "pcapng") == (self._output.format == "pcapng")
+        written = self._output.format
+        return found.format == (written if written in ("pcapng", "erf") else "pcap")
 
     def _set_aside_undecodable(self, path: str, found: Salvage) -> None:
         if os.stat(path).st_size <= NOTHING_BYTES and holds_nothing(path):

@@ -31,7 +31,7 @@ class Salvage:
     outcome: Outcome
     reason: str = ""
     output: str = ""
-    format: str = ""  # "pcap" or "pcapng"
+    format: str = ""  # "pcap", "pcapng" or "erf"
     compression: str = ""  # of the leftover file
     packets: int = 0
     bytes: int = 0  # of the result, before compression

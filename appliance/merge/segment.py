@@ -60,12 +60,15 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What the files are: pcapng, or pcap with nanoseconds or microseconds."""
+    """What the files are: pcapng, pcap with nanoseconds or microseconds, or ERF."""
 
     is_pcapng: bool
     nanoseconds: bool = True
+    is_erf: bool = False
 
     def header(self, interfaces: Sequence[OutputInterface]) -> bytes:
+        if self.is_erf:
+            return b""
         if not self.is_pcapng:
             linktype = interfaces[0].description.linktype if interfaces else 1
             return pcap_header(linktype, nanoseconds=self.nanoseconds)

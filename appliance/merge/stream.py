@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from appliance.counters import CounterPage
 from appliance.errors import CannotCreateError, ConfigError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
+from appliance.formats.erf import LINKTYPES as ERF_LINKTYPES, PORTS as ERF_PORTS
 from appliance.merge.books import Books
 from appliance.merge.compressor import SinkError
 from appliance.merge.order import Merge
@@ -107,6 +108,8 @@ class OutputStream:
         interface = OutputInterface(description, source, local)
         if self._settings.format.is_pcapng:
             number = len(self._interfaces)
+        elif self._settings.format.is_erf:
+            number = self._erf_number(interface)
         else:
             self._check_linktype(interface)
             number = 0
@@ -130,6 +133,15 @@ class OutputStream:
                 "both; "
                 'use pcapng, or linktype = "sll2" on live interfaces'
             )
+
+    def _erf_number(self, interface: OutputInterface) -> int:
+        """What the merge writes into records of this interface: the port, and the link type."""
+        linktype, label = interface.description.linktype, self._labels[interface.source]
+        if linktype not in ERF_LINKTYPES:
+            raise ConfigError(f"{label} has link type {linktype}, for which ERF has no type; use pcapng or pcap")
+        if len(self._interfaces) == ERF_PORTS:
+            log.warning("ERF numbers %d interfaces: %s has the number of another one", ERF_PORTS, label)
+        return len(self._interfaces) % ERF_PORTS | linktype << 8
 
     @property
     def needs_nanoseconds(self) -> bool:

@@ -26,18 +26,29 @@ TEMPLATE_SET_ID = 2
 OPTIONS_TEMPLATE_SET_ID = 3
 MIN_TEMPLATE_ID = 256
 
-# CERT's elements (YAF); their reverse counterparts have bit 14 of the number set.
+# Elements of enterprises, each with its reverse counterpart, which has bit 14 of the number set.
 ENTERPRISE_SPECS = (
-    "initialTCPFlags(6871/14)<unsigned8>[1]",
+    "initialTCPFlags(6871/14)<unsigned8>[1]",  # CERT's (YAF)
     "unionTCPFlags(6871/15)<unsigned8>[1]",
-    "reverseInitialTCPFlags(6871/16398)<unsigned8>[1]",
-    "reverseUnionTCPFlags(6871/16399)<unsigned8>[1]",
+    "tcpSequenceCount(35566/1024)<unsigned64>[8]",  # QoF's, from here on: octets of payload, none counted twice
+    "tcpRetransmitCount(35566/1025)<unsigned64>[8]",
+    "minTcpRttMilliseconds(35566/1029)<unsigned32>[4]",
+    "lastTcpRttMilliseconds(35566/1030)<unsigned32>[4]",
+    "declaredTcpMss(35566/1033)<unsigned32>[4]",
+    "tcpSequenceLossCount(35566/1035)<unsigned64>[8]",
+    "tcpDupAckCount(35566/1040)<unsigned32>[4]",
+    "maxTcpRwin(35566/1044)<unsigned32>[4]",
+    "tcpReceiverStallCount(35566/1045)<unsigned32>[4]",
+    "tcpRttSampleCount(35566/1046)<unsigned32>[4]",
+    "npmRoundTripTime(39499/69)<unsigned32>[4]",  # Flowmon's: of the handshake, in microseconds
+    "npmTcpOutOfOrder(39499/72)<unsigned32>[4]",
+    "rttMinMicroseconds(12325/179)<unsigned32>[4]",  # Fraunhofer FOKUS's
 )
+STRUCTURED_SPECS = ("basicList(0/291)<octetArray>[65535]",)  # RFC 6313
+REVERSE_BIT = 0x4000
 
 ipfix.ie.use_iana_default()
 ipfix.ie.use_5103_default()
-for _spec in ENTERPRISE_SPECS:
-    ipfix.ie.for_spec(_spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,20 @@ def reverse_name(name: str) -> str:
     return "reverse" + name[0].upper() + name[1:]
 
 
+def _reverse_spec(spec: str) -> str:
+    """Of an enterprise's element: a name and a number of its own."""
+    name, rest = spec.split("(", 1)
+    enterprise, number = rest.split(")", 1)[0].split("/")
+    return f"{reverse_name(name)}({enterprise}/{int(number) | REVERSE_BIT}){rest.split(')', 1)[1]}"
+
+
+for _spec in STRUCTURED_SPECS:
+    ipfix.ie.for_spec(_spec)
+for _spec in ENTERPRISE_SPECS:
+    ipfix.ie.for_spec(_spec)
+    ipfix.ie.for_spec(_reverse_spec(_spec))
+
+
 def encode_template(template_id: int, specs: Sequence[str], scope_fields: int = 0) -> bytes:
     """A Template Record, or with scope fields an Options Template Record (RFC 7011, 3.4); no set header."""
     template = ipfix.template.for_specs(template_id, *specs)
@@ -80,7 +105,8 @@ def information_model() -> Mapping[tuple[int, int], tuple[str, str]]:
         ipfix.types._TypeForName.setdefault(name, ipfix.types.OctetArrayType(name, number))
     for spec in (*registry.IANA_SPECS, *registry.CERT_SPECS, *registry.CERT_REVERSIBLE_SPECS):
         ipfix.ie.for_spec(spec)
-    model = {(e.pen, e.num): (e.name, e.type.name) for e in ipfix.ie.dump_infomodel()}
+    # Not by dump_infomodel, which sorts: that would take as long as a small file.
+    model = {key: (e.name, e.type.name) for key, e in ipfix.ie._ieForNum.items()}
     for spec in registry.IANA_SPECS:  # also what was made known under a simpler type
         name, enterprise, number, type_name, _ = ipfix.ie.parse_spec(spec)
         model[enterprise, number] = (name, type_name)
@@ -105,9 +131,9 @@ class KnownElement:
 
 
 def known_element(enterprise: int, number: int) -> KnownElement:
-    """KeyError: nobody has named it."""
-    name, type_name = information_model()[enterprise, number]
-    return KnownElement(enterprise, number, name, type_name, ipfix.types.for_name(type_name).num)
+    """Of an element that templates here may use. KeyError: nobody has named it."""
+    e = ipfix.ie._ieForNum[enterprise, number]
+    return KnownElement(enterprise, number, e.name, e.type.name, e.type.num)
 
 
 OWN_SPEC = re.compile(r"([A-Za-z]\w{0,63})\((\d{1,10})/(\d{1,5})\)<(\w+)>(?:\[(\d{1,5})\])?", re.ASCII)

@@ -27,8 +27,8 @@ class Metering:
     """The flow table and its exporters, and their counters.
 
     The identities that hold after every call, in packets and from the start of this object:
-    observed = metered + ignored, and metered = exported + active. `exported` have left the table; each exporter's own
-    page says which of them it could not send, and what still waits in its queue.
+    observed = metered + ignored + unsampled, and metered = exported + active. `exported` have left the table; each
+    exporter's own page says which of them it could not send, and what still waits in its queue.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Metering:
         export_pages: Sequence[CounterPage] | None = None,
         *,
         ignored_packets: Callable[[], int] = lambda: 0,
+        live: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`page` of METER_FIELDS; `export_pages` of EXPORT_FIELDS, one for each of `settings.export`. Counters are
@@ -49,6 +50,7 @@ class Metering:
         if export_pages is not None and len(export_pages) != len(settings.export):
             raise ConfigError(f"{len(settings.export)} exporters, but {len(export_pages)} counter pages for them")
         self.settings = settings
+        self._live, self._clock = live, clock
         self.page = page or CounterPage(memoryview(bytearray(PAGE_BYTES)), METER_FIELDS, 0)
         self._ignored_by_capture = ignored_packets
         self.table = FlowTable(
@@ -58,6 +60,10 @@ class Metering:
             tcp_linger_ns=int(min(settings.tcp_linger_s, settings.idle_timeout_s) * NS_PER_S),
             vlan_in_key=settings.vlan_in_key,
             interface_in_key=settings.interface_in_key,
+            tcp_analysis=settings.analyses_tcp,
+            packet_sampling=settings.packet_sampling,
+            flow_sampling=settings.flow_sampling,
+            packet_sequence=settings.packet_sequence,
             fragments=fragment_table(settings),
             frame_octets=settings.zero_length == "frame",
         )
@@ -137,6 +143,7 @@ class Metering:
     def _hand_over(self) -> None:
         count = self.table.row_count
         if count:
+            self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()

@@ -7,15 +7,18 @@ Step: TypeAlias = tuple[int, int, int, int]
 """(one of KINDS, offset in the row, octets in the row, octets on the wire); `constant`: the offset in the constants"""
 
 Plan: TypeAlias = tuple[int, int, int, Sequence[Step]]
-"""(template ID, row class, one of SHAPES, steps in template order); at most 64 steps and 492 octets a record.
+"""(template ID, row class, one of SHAPES, steps in template order); at most 96 steps and 492 octets a record.
 
 Row class: 0 other, 1 TCP, 2 ICMP over IPv4; 3, 4, 5 over IPv6. Shape `forward` and `reverse`: one direction (the plan
-of `reverse` has source and destination exchanged); `biflow`: both."""
+of `reverse` has source and destination exchanged); `biflow`: both.
+`sequence`: the flow's first packets, four basicLists (RFC 6313) behind the fields of the steps: times, lengths,
+directions (1 forward, -1 reverse) and TCP flags, one value for each packet."""
 
 KINDS: dict[str, int]
 SHAPES: dict[str, int]
 ROW_FIELDS: dict[str, tuple[int, int]]
-"""Name of a row's field: (offset, octets); directions are `forward.NAME` and `reverse.NAME`."""
+"""Name of a row's field: (offset, octets); directions are `forward.NAME` and `reverse.NAME`,
+what TCP analysis says of them `forward.tcp.NAME` and `reverse.tcp.NAME`."""
 
 class Message:
     """One IPFIX message, whole but for its export time and sequence number."""

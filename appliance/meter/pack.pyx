@@ -9,12 +9,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from appliance.meter.table cimport Direction, FlowRow
+from appliance.meter.table cimport Direction, FlowRow, PacketNote, TcpReport
 
 cdef enum:
     MESSAGE_HEADER_BYTES = 16
     SET_HEADER_BYTES = 4
-    MAX_STEPS = 64
+    MAX_STEPS = 96
+    MAX_SEQUENCE = 20  # packets of a flow, as in the flow table
     MAX_MESSAGE_BYTES = 65535
     ROW_CLASSES = 6
 
@@ -24,10 +25,17 @@ cdef enum:
     STEP_MILLISECONDS = 2
     STEP_NANOSECONDS = 3
     STEP_VLAN = 4
+    STEP_THOUSANDTHS = 5  # of a microsecond count: milliseconds
 
     SHAPE_FORWARD = 0
     SHAPE_REVERSE = 1
     SHAPE_BIFLOW = 2
+    SHAPE_SEQUENCE = 3  # the fixed fields, and behind them the lists of LISTS
+
+    LIST_COUNT = 4
+    LIST_PREFIX_BYTES = 3  # of a variable-length field (RFC 7011, 7)
+    LIST_HEADER_BYTES = 5  # of a basicList (RFC 6313, 4.5.1); an enterprise's number is 4 more
+    ORDERED = 4  # the list's semantic
 
 cdef uint64_t NTP_OFFSET_S = 2208988800  # from 1900 to 1970
 
@@ -45,6 +53,20 @@ cdef struct Plan:
     uint32_t record_bytes
     uint32_t step_count
     Step[MAX_STEPS] steps
+
+
+cdef struct List:  # of one value for each packet
+    uint16_t element
+    uint32_t enterprise  # 0: IANA's
+    uint8_t bytes  # on the wire
+
+# In full size: libfixbuf misreads reduced ones in lists.
+cdef List[LIST_COUNT] LISTS = [
+    List(325, 0, 8),  # observationTimeNanoseconds
+    List(224, 0, 8),  # ipTotalLength
+    List(1016, 8057, 1),  # CESNET's packet direction: 1 or -1
+    List(6, 0, 2),  # tcpControlBits
+]
 
 
 cdef class Message:
@@ -124,12 +146,58 @@ cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* ou
             value = load(source, step.source_bytes)
             if step.kind == STEP_MILLISECONDS:
                 value //= 1000000
-            elif step.kind == STEP_NANOSECONDS:  # NTP: seconds since 1900, fraction in 2^-32 s
-                value = ((value // 1000000000 + NTP_OFFSET_S) << 32) | (((value % 1000000000) << 32) // 1000000000)
+            elif step.kind == STEP_NANOSECONDS:
+                value = ntp_time(value)
             elif step.kind == STEP_VLAN:
                 value &= 0x0FFF
+            elif step.kind == STEP_THOUSANDTHS:
+                value //= 1000
             put_unsigned(out, value, step.bytes)
         out += step.bytes
+
+
+cdef inline uint64_t ntp_time(uint64_t time_ns) noexcept nogil:
+    """Seconds since 1900, fraction in 2^-32 s."""
+    return ((time_ns // 1000000000 + NTP_OFFSET_S) << 32) | (((time_ns % 1000000000) << 32) // 1000000000)
+
+
+cdef inline uint64_t value_of_note(const PacketNote* note, int which) noexcept nogil:
+    if which == 0:
+        return ntp_time(note.time_ns)
+    if which == 1:
+        return note.length
+    return <uint8_t>note.direction if which == 2 else note.tcp_flags
+
+
+cdef inline uint32_t list_header_bytes(const List* x) noexcept nogil:
+    return LIST_PREFIX_BYTES + LIST_HEADER_BYTES + (4 if x.enterprise != 0 else 0)
+
+
+cdef inline uint32_t lists_bytes(uint32_t packets) noexcept nogil:
+    cdef uint32_t total = 0
+    for i in range(LIST_COUNT):
+        total += list_header_bytes(&LISTS[i]) + packets * LISTS[i].bytes
+    return total
+
+
+cdef void encode_lists(const FlowRow* row, uint8_t* out) noexcept nogil:
+    """The long form of the length is allowed for short fields too; so every list begins in one way."""
+    cdef const List* x
+    cdef uint32_t header_bytes, i, which
+    for which in range(LIST_COUNT):
+        x = &LISTS[which]
+        header_bytes = list_header_bytes(x)
+        put(out, 255, 1)
+        put(out + 1, header_bytes - LIST_PREFIX_BYTES + row.noted_packets * x.bytes, 2)
+        put(out + 3, ORDERED, 1)
+        put(out + 4, x.element | (0x8000 if x.enterprise != 0 else 0), 2)
+        put(out + 6, x.bytes, 2)
+        if x.enterprise != 0:
+            put(out + 8, x.enterprise, 4)
+        out += header_bytes
+        for i in range(row.noted_packets):
+            put(out, value_of_note(&row.notes[i], which), x.bytes)
+            out += x.bytes
 
 
 cdef inline int row_class(const FlowRow* row) noexcept nogil:
@@ -142,6 +210,8 @@ cdef inline int row_class(const FlowRow* row) noexcept nogil:
 
 
 cdef inline bint has_shape(const FlowRow* row, int shape, bint biflow) noexcept nogil:
+    if shape == SHAPE_SEQUENCE:
+        return row.noted_packets != 0
     if shape == SHAPE_BIFLOW:
         return row.reverse.packets != 0
     if shape == SHAPE_REVERSE:
@@ -156,7 +226,7 @@ cdef class Packer:
     cdef bint biflow
     cdef uint8_t[MAX_MESSAGE_BYTES] room
     cdef uint32_t used, set_start
-    cdef uint64_t records, packets, octets
+    cdef uint64_t records, flows, packets, octets
     cdef list messages
     cdef bytes constants
 
@@ -174,7 +244,7 @@ cdef class Packer:
         self.message_bytes = message_bytes
         for template_id, class_number, shape, steps in plans:
             plan = &self.plans[self.plan_count]
-            if len(steps) > MAX_STEPS or not 0 <= class_number < ROW_CLASSES or not 0 <= shape <= SHAPE_BIFLOW:
+            if len(steps) > MAX_STEPS or not 0 <= class_number < ROW_CLASSES or not 0 <= shape <= SHAPE_SEQUENCE:
                 raise ValueError(f"template {template_id} cannot be packed")
             plan.constants = self.constants
             plan.template_id = template_id
@@ -182,8 +252,9 @@ cdef class Packer:
             plan.shape = shape
             for kind, offset, source_bytes, wire_bytes in steps:
                 self.add_step(plan, kind, offset, source_bytes, wire_bytes)
-            if plan.record_bytes > 512 - MESSAGE_HEADER_BYTES - SET_HEADER_BYTES:
-                raise ValueError(f"template {template_id}: records of {plan.record_bytes} octets")
+            longest = plan.record_bytes + (lists_bytes(MAX_SEQUENCE) if shape == SHAPE_SEQUENCE else 0)
+            if longest > 512 - MESSAGE_HEADER_BYTES - SET_HEADER_BYTES:
+                raise ValueError(f"template {template_id}: records of {longest} octets")
             self.plan_count += 1
 
     def __dealloc__(self):
@@ -237,7 +308,7 @@ cdef class Packer:
     cdef inline void begin_message(self) noexcept:
         self.used = MESSAGE_HEADER_BYTES
         self.set_start = 0
-        self.records = self.packets = self.octets = 0
+        self.records = self.flows = self.packets = self.octets = 0
 
     cdef inline void end_set(self) noexcept:
         if self.set_start:
@@ -252,11 +323,15 @@ cdef class Packer:
             put(&self.room[4], 0, 8)
             put(&self.room[12], self.domain, 4)
             data = PyByteArray_FromStringAndSize(<char*>self.room, self.used)
-            self.messages.append(Message(data, self.records, self.records, self.packets, self.octets))
+            self.messages.append(Message(data, self.records, self.flows, self.packets, self.octets))
         return 0
 
     cdef inline int add_record(self, const Plan* plan, const FlowRow* row) except -1:
-        cdef uint32_t needed = plan.record_bytes + (0 if self.set_start else SET_HEADER_BYTES)
+        cdef uint32_t record_bytes = plan.record_bytes
+        cdef uint32_t needed
+        if plan.shape == SHAPE_SEQUENCE:
+            record_bytes += lists_bytes(row.noted_packets)
+        needed = record_bytes + (0 if self.set_start else SET_HEADER_BYTES)
         if self.used + needed > self.message_bytes:
             self.end_message()
             self.begin_message()
@@ -265,8 +340,13 @@ cdef class Packer:
             put(&self.room[self.used], plan.template_id, 2)
             self.used += SET_HEADER_BYTES
         encode_record(plan, row, &self.room[self.used])
-        self.used += plan.record_bytes
+        if plan.shape == SHAPE_SEQUENCE:
+            encode_lists(row, &self.room[self.used + plan.record_bytes])
+        self.used += record_bytes
         self.records += 1
+        if plan.shape == SHAPE_SEQUENCE:
+            return 0
+        self.flows += 1
         if plan.shape != SHAPE_REVERSE:
             self.packets += row.forward.packets
             self.octets += row.forward.octets
@@ -278,9 +358,9 @@ cdef class Packer:
 
 KINDS = {
     "copy": STEP_COPY, "unsigned": STEP_UNSIGNED, "milliseconds": STEP_MILLISECONDS,
-    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN,
+    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN, "thousandths": STEP_THOUSANDTHS,
 }
-SHAPES = {"forward": SHAPE_FORWARD, "reverse": SHAPE_REVERSE, "biflow": SHAPE_BIFLOW}
+SHAPES = {"forward": SHAPE_FORWARD, "reverse": SHAPE_REVERSE, "biflow": SHAPE_BIFLOW, "sequence": SHAPE_SEQUENCE}
 
 
 cdef dict offsets_of_rows():
@@ -305,10 +385,17 @@ cdef dict offsets_of_rows():
         "end_ns": (<char*>&row.end_ns - base, sizeof(row.end_ns)),
         "source_mac": (<char*>&row.source_mac - base, 6),
         "destination_mac": (<char*>&row.destination_mac - base, 6),
+        "rtt_min_us": (<char*>&row.rtt_min_us - base, sizeof(row.rtt_min_us)),
+        "rtt_last_us": (<char*>&row.rtt_last_us - base, sizeof(row.rtt_last_us)),
+        "rtt_samples": (<char*>&row.rtt_samples - base, sizeof(row.rtt_samples)),
+        "initial_rtt_us": (<char*>&row.forward_tcp.initial_rtt_us - base, sizeof(row.forward_tcp.initial_rtt_us)),
     }
     for name, (offset, length) in offsets_of_directions().items():
         fields["forward." + name] = (<char*>&row.forward - base + offset, length)
         fields["reverse." + name] = (<char*>&row.reverse - base + offset, length)
+    for name, (offset, length) in offsets_of_reports().items():
+        fields["forward.tcp." + name] = (<char*>&row.forward_tcp - base + offset, length)
+        fields["reverse.tcp." + name] = (<char*>&row.reverse_tcp - base + offset, length)
     return fields
 
 
@@ -330,6 +417,23 @@ cdef dict offsets_of_directions():
         "tcp_flags": (<char*>&x.tcp_flags - base, sizeof(x.tcp_flags)),
         "tcp_initial_flags": (<char*>&x.tcp_initial_flags - base, sizeof(x.tcp_initial_flags)),
         "tcp_later_flags": (<char*>&x.tcp_later_flags - base, sizeof(x.tcp_later_flags)),
+    }
+
+
+cdef dict offsets_of_reports():
+    cdef TcpReport x
+    cdef char* base = <char*>&x
+    return {
+        "goodput_octets": (<char*>&x.goodput_octets - base, sizeof(x.goodput_octets)),
+        "retransmitted_packets": (<char*>&x.retransmitted_packets - base, sizeof(x.retransmitted_packets)),
+        "out_of_order_packets": (<char*>&x.out_of_order_packets - base, sizeof(x.out_of_order_packets)),
+        "lost_segments": (<char*>&x.lost_segments - base, sizeof(x.lost_segments)),
+        "duplicate_acks": (<char*>&x.duplicate_acks - base, sizeof(x.duplicate_acks)),
+        "stalls": (<char*>&x.stalls - base, sizeof(x.stalls)),
+        "max_window": (<char*>&x.max_window - base, sizeof(x.max_window)),
+        "rtt_min_us": (<char*>&x.rtt_min_us - base, sizeof(x.rtt_min_us)),
+        "mss": (<char*>&x.mss - base, sizeof(x.mss)),
+        "window_scale": (<char*>&x.window_scale - base, sizeof(x.window_scale)),
     }
 
 

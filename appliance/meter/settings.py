@@ -76,6 +76,10 @@ class MeterSettings:
     max_flows: int = 1_000_000
     vlan_in_key: bool = True
     interface_in_key: bool = False
+    tcp_analysis: bool = True  # repeats, losses, round trips ...: TCP_ANALYSIS in templates.py
+    packet_sampling: int = 1  # one packet of so many is metered
+    flow_sampling: int = 1  # one flow of so many
+    packet_sequence: int = 0  # of so many first packets of a flow: times, lengths, directions, TCP flags
     max_fragmented: int = 65_536  # datagrams in fragments at once; 0: later fragments have no ports
     fragment_timeout_s: float = 30.0  # after a datagram's last fragment so far
     zero_length: str = "field"  # or "frame": the octets of a packet whose IP length field is 0 (offloaded segments)
@@ -83,6 +87,11 @@ class MeterSettings:
     interfaces: tuple[InterfaceName, ...] = ()
     elements: tuple[str, ...] = ()  # of the user's own, in every flow record; see own.py
     export: tuple[ExportSettings, ...] = field(default=())
+
+    @property
+    def analyses_tcp(self) -> bool:
+        """Of a connection that is seen in part the analysis would say nothing but losses."""
+        return self.tcp_analysis and self.packet_sampling == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The flow table's records, for compiled modules. All times are nanoseconds, all integers in host byte order."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef struct Direction:  # one cache line
@@ -52,7 +52,35 @@ cdef struct Flow:
     uint8_t biflow_direction  # RFC 5103, 6.3: 0 arbitrary, 1 initiator, 2 reverse initiator
     uint8_t[6] source_mac
     uint8_t[6] destination_mac
-    uint8_t[12] unused
+    uint8_t noted_packets  # in its sequence
+    uint8_t[11] unused
+
+# One of a flow's first packets.
+cdef struct PacketNote:
+    uint64_t time_ns
+    uint16_t length  # IP total length, at most 65535
+    uint8_t tcp_flags
+    int8_t direction  # 1 forward, -1 reverse
+    uint32_t unused
+
+# What TCP analysis says of one direction (tcp.pxd); microseconds are rounded down, 0: unknown.
+cdef struct TcpReport:
+    uint64_t goodput_octets  # payload without what was sent before
+    uint32_t retransmitted_packets
+    uint32_t out_of_order_packets
+    uint32_t lost_segments
+    uint32_t duplicate_acks
+    uint32_t zero_windows
+    uint32_t stalls
+    uint32_t keep_alives
+    uint32_t max_window  # octets
+    uint32_t rtt_min_us
+    uint32_t rtt_last_us
+    uint32_t rtt_samples
+    uint32_t initial_rtt_us  # of the connection: the same in both directions
+    uint16_t mss
+    uint16_t window_scale  # 0 also when none was declared
+    uint32_t unused
 
 # What leaves the table.
 cdef struct FlowRow:
@@ -70,8 +98,10 @@ cdef struct FlowRow:
     uint8_t biflow_direction
     uint16_t icmp_type_code
     uint8_t vlan_tags
-    uint8_t unused
+    uint8_t noted_packets  # in `notes`; only in a flow's first record
+    const PacketNote* notes  # valid as long as the row
     uint64_t flow_id
+    uint64_t due_ns  # when its time-out was over; 0: it was ended before
     uint64_t start_ns  # over both directions
     uint64_t end_ns
     uint8_t[6] source_mac
@@ -79,3 +109,9 @@ cdef struct FlowRow:
     uint32_t unused2
     Direction forward
     Direction reverse
+    uint32_t rtt_min_us  # of the whole way: the handshake's, or the sum of both directions' shortest
+    uint32_t rtt_last_us
+    uint32_t rtt_samples
+    uint32_t unused3
+    TcpReport forward_tcp  # with the three above: nothing without TCP analysis and in rows of other protocols
+    TcpReport reverse_tcp

@@ -1,6 +1,7 @@
 """A bounded table of bidirectional flows, in compiled code without the GIL, driven by stream time alone.
 
-Memory: 256 octets a flow, 24 to 48 for its index, and the row buffer; mapped at once, taken when first used.
+Memory: 256 octets a flow, as much again for TCP analysis, 24 to 48 for its index, and the row buffer; mapped at once,
+taken when first used.
 
 A flow ends when it was silent for the idle time-out (flowEndReason 1), when FIN came from both sides or RST from one
 and then nothing for the linger time (3), when the table is flushed (4), or when a new flow needs its place (5). At the
@@ -21,6 +22,11 @@ ROW_BYTES: int
 class FlowTable:
     """All time-outs in nanoseconds. ValueError for sizes and times out of range.
 
+    Sampling takes one of so many: packets in turn, flows by their hash; the rest is counted as unsampled.
+
+    `packet_sequence`: of so many first packets (at most 20) a flow's first row says time, length, direction and TCP
+    flags; 16 octets more for each packet of each flow.
+
     With a VLAN or the interface in the key, the same conversation in two of them is two flows. `fragments` gives later
     fragments the ports of the first; without it they have none, and are a flow of their own. `frame_octets`: a packet
     whose IP length field is 0 counts with the octets of its frame instead of 0 (IPv6: 40).
@@ -35,6 +41,10 @@ class FlowTable:
         tcp_linger_ns: int,
         vlan_in_key: bool = True,
         interface_in_key: bool = False,
+        tcp_analysis: bool = False,
+        packet_sampling: int = 1,
+        flow_sampling: int = 1,
+        packet_sequence: int = 0,
         row_capacity: int = 4096,
         fragments: FragmentTable | None = None,
         frame_octets: bool = False,
@@ -55,6 +65,9 @@ class FlowTable:
     rows_address: int
     """Where the expired flows stand, `row_count` rows of ROW_BYTES (FlowRow in table.pxd)."""
     row_count: int
+    def count_delays(self, now_ns: int) -> None:
+        """Notes how long ago each row was due, by the clock that stamps the packets. Rows of flows that were ended
+        before their time-out do not count."""
     def clear_rows(self) -> None: ...
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dictionaries with the names of FlowRow, for tests and tools."""
@@ -64,7 +77,14 @@ class FlowTable:
     """The bound: no more than this is ever used."""
     tick_ns: int
     """An expired flow leaves at most this much stream time late."""
+    def index_probes(self) -> tuple[int, int]:
+        """(flows, slots that are looked at until each of them is found once)"""
+    def hash_of(self, address: int) -> int:
+        """The hash of a digest's flow, under this table's secrets: for tests."""
     def counters(self) -> dict[str, int]:
         """The counters of METER_FIELDS, from the beginning of this table."""
+    def tcp_events(self) -> dict[str, int]:
+        """Segments by what TCP analysis took them for (tcp.pxd), from the beginning of this table; a segment may be
+        several. All 0 without that analysis."""
     def gauges(self) -> dict[str, int]:
         """The gauges of METER_FIELDS."""

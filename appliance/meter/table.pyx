@@ -2,8 +2,9 @@
 """A bounded table of bidirectional flows, driven by digests and by stream time alone.
 
 A pool of flows of 256 octets, an index of (hash, flow) slots with linear probing at a load of at most a half, and a
-timer wheel. A packet moves no timer: when a flow's bucket comes up, the flow either has expired or goes to the bucket
-of its new deadline, so a flow is looked at about once per idle time-out, however many packets it has.
+timer wheel; beside the pool, 256 octets more for each flow's TCP analysis (tcp.pxd), if that is wanted. A packet moves
+no timer: when a flow's bucket comes up, the flow either has expired or goes to the bucket of its new deadline, so a
+flow is looked at about once per idle time-out, however many packets it has.
 
 Whether a packet belongs to a flow or begins the next one is decided by exact times when the packet comes; the wheel's
 tick only decides how soon an expired flow leaves. So the flows do not depend on how the packets were batched.
@@ -18,7 +19,9 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, P
 
 cimport cython
 
+from appliance.counters import EXPORT_DELAY_BUCKETS_MS
 from appliance.meter.fragments cimport FragmentTable
+from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
@@ -29,12 +32,14 @@ cdef extern from *:
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
     static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
     static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
+    static inline int lowest_bit(unsigned int word) { return __builtin_ctz(word); }
     static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
     /* Anonymous memory of our own: it reads as zeros afterwards. */
     static inline void give_back(void *p, size_t n) { if (madvise(p, n, MADV_DONTNEED)) memset(p, 0, n); }
     """
     void prefetch(const void* p) noexcept nogil
     void prefetch_for_write(const void* p) noexcept nogil
+    int lowest_bit(unsigned int word) noexcept nogil
     void prefer_huge_pages(void* p, size_t n) noexcept nogil
     void give_back(void* p, size_t n) noexcept nogil
 
@@ -52,14 +57,21 @@ cdef enum:
 
     STATE_CLOSED = 1  # FIN both ways, or RST
     STATE_EMPTY = 2  # no packet since its last record
+    STATE_OLD = 4  # has had a record
+    STATE_NOTED = 8  # its first packets are
+
+    MAX_SEQUENCE = 20  # a record of so many packets fits into the shortest message
+
+    WORTH_NOTHING = 0  # has ended, or is empty
+    WORTH_SINGLE_PACKET = 1
+    WORTH_HALF_OPEN = 2
+    WORTH_MORE = 3
+
+    DELAY_BUCKETS = 6  # EXPORT_DELAY_BUCKETS_MS
 
     FORWARD = 0
     REVERSE = 1
 
-    TCP_FIN = 0x01
-    TCP_SYN = 0x02
-    TCP_RST = 0x04
-    TCP_ACK = 0x10
     PROTOCOL_TCP = 6
 
     END_IDLE = 1
@@ -96,6 +108,7 @@ cdef struct Counters:
     uint64_t metered_packets
     uint64_t metered_octets
     uint64_t ignored_packets
+    uint64_t unsampled_packets
     uint64_t late_packets
     uint64_t active_flow_packets
     uint64_t flows_created
@@ -104,6 +117,16 @@ cdef struct Counters:
     uint64_t exported_octets
     uint64_t peak_flows
     uint64_t[6] ended  # by flowEndReason
+    uint64_t[TCP_EVENTS] tcp_events
+    uint64_t[WORTH_MORE + 1] evicted  # for lack of resources, by worth
+    uint64_t delay_ns
+    uint64_t[DELAY_BUCKETS + 1] delays
+
+
+cdef uint64_t[DELAY_BUCKETS] delay_bounds_ns
+for _i, _bound_ms in enumerate(EXPORT_DELAY_BUCKETS_MS):
+    delay_bounds_ns[_i] = _bound_ms * 1000000
+DELAY_FIELDS = (*(f"export_delay_{bound_ms}_ms" for bound_ms in EXPORT_DELAY_BUCKETS_MS), "export_delay_longer")
 
 
 cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
@@ -139,6 +162,8 @@ cdef void unmap_memory(void* memory, size_t length) noexcept:
 @cython.final
 cdef class FlowTable:
     cdef Flow* flows
+    cdef TcpHalf* tcp_halves  # two beside each flow; NULL without TCP analysis
+    cdef TcpCounts* tcp_counts  # two beside each flow
     cdef Slot* slots  # the index, in one of the two rooms
     cdef Slot* slot_room
     cdef Slot* other_slot_room
@@ -152,13 +177,18 @@ cdef class FlowTable:
     cdef uint64_t idle_ns, active_ns, linger_ns, now_ns, tick, next_flow_id
     cdef int64_t stepped_ns
     cdef uint32_t tick_shift
+    cdef uint32_t packet_sampling, flow_sampling, sampling_turn
+    cdef uint32_t sequence_packets
+    cdef PacketNote* notes  # sequence_packets beside each flow
+    cdef PacketNote* row_notes  # and beside each row
     cdef bint vlan_in_key, interface_in_key, frame_octets
     cdef FragmentTable fragments  # or None
     cdef Counters counts
 
     def __cinit__(
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
-        bint vlan_in_key=True, bint interface_in_key=False, uint32_t row_capacity=4096,
+        bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t packet_sampling=1,
+        uint32_t flow_sampling=1, uint32_t packet_sequence=0, uint32_t row_capacity=4096,
         FragmentTable fragments=None, bint frame_octets=False,
     ):
         cdef uint64_t slots = 16
@@ -169,6 +199,10 @@ cdef class FlowTable:
             raise ValueError(f"row_capacity {row_capacity} is not within 1 .. {1 << 20}")
         if min(idle_timeout_ns, active_timeout_ns) == 0 or longest_ns > MAX_TIME_NS:
             raise ValueError("time-outs must be above 0 and below 146 years")
+        if packet_sampling == 0 or flow_sampling == 0:
+            raise ValueError("sampling is one out of at least 1")
+        if packet_sequence > MAX_SEQUENCE:
+            raise ValueError(f"packet_sequence {packet_sequence} is not within 0 .. {MAX_SEQUENCE}")
         while slots < 2 * <uint64_t>max_flows:
             slots *= 2
         self.most_slots = slots
@@ -184,6 +218,9 @@ cdef class FlowTable:
         self.linger_ns = tcp_linger_ns
         self.vlan_in_key = vlan_in_key
         self.interface_in_key = interface_in_key
+        self.packet_sampling = packet_sampling
+        self.flow_sampling = flow_sampling
+        self.sequence_packets = packet_sequence
         self.fragments = fragments
         self.frame_octets = frame_octets
         self.tick_shift = MIN_TICK_SHIFT
@@ -194,6 +231,12 @@ cdef class FlowTable:
         memcpy(self.secrets, <const char*>secrets, sizeof(self.secrets))
         self.zero_ends = pair(0, &self.secrets[2]) + pair(0, &self.secrets[6])
         self.flows = <Flow*>map_memory(<size_t>max_flows * sizeof(Flow))
+        if tcp_analysis:
+            self.tcp_halves = <TcpHalf*>map_memory(<size_t>max_flows * 2 * sizeof(TcpHalf))
+            self.tcp_counts = <TcpCounts*>map_memory(<size_t>max_flows * 2 * sizeof(TcpCounts))
+        if packet_sequence:
+            self.notes = <PacketNote*>map_memory(<size_t>max_flows * packet_sequence * sizeof(PacketNote))
+            self.row_notes = <PacketNote*>map_memory(<size_t>row_capacity * packet_sequence * sizeof(PacketNote))
         self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
         self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
         self.slots = self.room_of_slots(slots)
@@ -202,6 +245,10 @@ cdef class FlowTable:
 
     def __dealloc__(self):
         unmap_memory(self.flows, <size_t>self.max_flows * sizeof(Flow))
+        unmap_memory(self.tcp_halves, <size_t>self.max_flows * 2 * sizeof(TcpHalf))
+        unmap_memory(self.tcp_counts, <size_t>self.max_flows * 2 * sizeof(TcpCounts))
+        unmap_memory(self.notes, <size_t>self.max_flows * self.sequence_packets * sizeof(PacketNote))
+        unmap_memory(self.row_notes, <size_t>self.row_capacity * self.sequence_packets * sizeof(PacketNote))
         unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
         unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
         unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
@@ -430,6 +477,8 @@ cdef class FlowTable:
             self.high_water += 1
         flow = &self.flows[number]
         memset(flow, 0, sizeof(Flow))
+        if self.tcp_halves != NULL and d.protocol == PROTOCOL_TCP:
+            memset(&self.tcp_halves[2 * <size_t>number], 0, 2 * sizeof(TcpHalf))
         flow.key = a.key
         flow.hash = a.hash
         flow.flow_id = self.next_flow_id
@@ -471,9 +520,13 @@ cdef class FlowTable:
 
     cdef void split(self, Flow* flow) noexcept nogil:
         """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
+        cdef TcpFlow tcp
         self.write_row(flow, END_ACTIVE)
         memset(flow.directions, 0, sizeof(flow.directions))
-        flow.key.state |= STATE_EMPTY
+        if self.tcp_halves != NULL and flow.key.protocol == PROTOCOL_TCP:
+            tcp = self.tcp_of(flow)
+            forget_counts(&tcp)
+        flow.key.state |= STATE_EMPTY | STATE_OLD
 
     cdef void evict(self) noexcept nogil:
         """Makes room: the first flow that the hand meets which has ended or is a single packet, else of EVICTION_SAMPLE
@@ -481,7 +534,7 @@ cdef class FlowTable:
 
         The hand visits every flow once a round in steps of the golden section, so that its next few flows are spread
         over the pool, and a flow that took a place has a whole round to show more packets."""
-        cdef int _i, value, least = 100
+        cdef int _i, value, reason, least = 100
         cdef Flow* flow
         cdef Flow* victim = NULL
         for _i in range(EVICTION_SAMPLE):
@@ -491,9 +544,12 @@ cdef class FlowTable:
             if victim == NULL or value < least or (value == least and flow.last_ns < victim.last_ns):
                 victim = flow
                 least = value
-            if least <= 1:
+            if least <= WORTH_SINGLE_PACKET:
                 break
-        self.end(victim, self.reason_now(victim, END_LACK_OF_RESOURCES))
+        reason = self.reason_now(victim, END_LACK_OF_RESOURCES)
+        if reason == END_LACK_OF_RESOURCES and not victim.key.state & STATE_EMPTY:
+            self.counts.evicted[least] += 1
+        self.end(victim, reason)
 
     cdef inline int reason_now(self, const Flow* flow, int otherwise) noexcept nogil:
         """The reason of a flow that has to go before the wheel came to it."""
@@ -507,15 +563,27 @@ cdef class FlowTable:
         cdef uint64_t forward = flow.directions[FORWARD].packets
         cdef uint64_t reverse = flow.directions[REVERSE].packets
         if flow.key.state & (STATE_EMPTY | STATE_CLOSED):
-            return 0
+            return WORTH_NOTHING
+        if flow.key.state & STATE_OLD:  # these packets are only those since its last record
+            return WORTH_MORE
         if forward + reverse == 1:
-            return 1
+            return WORTH_SINGLE_PACKET
         if flow.key.protocol == PROTOCOL_TCP and (forward == 0 or reverse == 0):
-            return 2
-        return 3
+            return WORTH_HALF_OPEN
+        return WORTH_MORE
+
+    cdef inline uint64_t due_ns(self, const Flow* flow, int reason) noexcept nogil:
+        """When the flow's time-out was over, by the clock that stamps the packets; 0: it was ended before that."""
+        cdef int _reason
+        cdef uint64_t deadline
+        if reason == END_FORCED or reason == END_LACK_OF_RESOURCES:
+            return 0
+        deadline = self.deadline_ns(flow, &_reason)
+        return <uint64_t>max(<int64_t>min(deadline, self.now_ns) + self.stepped_ns, <int64_t>1)
 
     cdef void write_row(self, const Flow* flow, int reason) noexcept nogil:
         cdef FlowRow* row = &self.row_buffer[self.rows_ready]
+        cdef TcpFlow tcp
         cdef const Direction* f = &flow.directions[FORWARD]
         cdef const Direction* r = &flow.directions[REVERSE]
         cdef int source = 0 if flow.key.forward_is_low else 2
@@ -538,11 +606,20 @@ cdef class FlowTable:
         row.biflow_direction = flow.biflow_direction
         row.icmp_type_code = flow.icmp_type_code
         row.flow_id = flow.flow_id
+        row.due_ns = self.due_ns(flow, reason)
         row.start_ns = f.first_ns if r.packets == 0 or (f.packets != 0 and f.first_ns < r.first_ns) else r.first_ns
         row.end_ns = f.last_ns if f.last_ns > r.last_ns else r.last_ns
         memcpy(row.source_mac, flow.source_mac, 12)  # both
         row.forward = f[0]
         row.reverse = r[0]
+        if self.tcp_halves != NULL and flow.key.protocol == PROTOCOL_TCP:
+            tcp = self.tcp_of(flow)
+            report_tcp(&row.forward_tcp, &tcp, FORWARD, f.payload_octets)
+            report_tcp(&row.reverse_tcp, &tcp, REVERSE, r.payload_octets)
+            report_round_trips(row)
+        row.noted_packets = 0
+        if flow.noted_packets != 0 and not flow.key.state & STATE_OLD:
+            self.write_notes(flow, row)
         self.rows_ready += 1
         self.counts.ended[reason] += 1
         self.counts.exported_flows += 1
@@ -550,7 +627,26 @@ cdef class FlowTable:
         self.counts.exported_octets += f.octets + r.octets
         self.counts.active_flow_packets -= f.packets + r.packets
 
+    cdef void write_notes(self, const Flow* flow, FlowRow* row) noexcept nogil:
+        cdef PacketNote* room = &self.row_notes[<size_t>self.rows_ready * self.sequence_packets]
+        memcpy(room, self.notes_of(flow), flow.noted_packets * sizeof(PacketNote))
+        row.noted_packets = flow.noted_packets
+        row.notes = room
+
     # ---- a packet ----
+
+    cdef inline PacketNote* notes_of(self, const Flow* flow) noexcept nogil:
+        return &self.notes[<size_t>(flow - self.flows) * self.sequence_packets]
+
+    cdef void note_packet(self, Flow* flow, uint64_t time_ns, uint16_t length, uint8_t flags, bint back) noexcept nogil:
+        cdef PacketNote* note = self.notes_of(flow) + flow.noted_packets
+        note.time_ns = time_ns
+        note.length = length
+        note.tcp_flags = flags
+        note.direction = -1 if back else 1
+        flow.noted_packets += 1
+        if flow.noted_packets == self.sequence_packets:
+            flow.key.state |= STATE_NOTED
 
     cdef inline void count(self, Flow* flow, const Arrival* a) noexcept nogil:
         cdef const digest* d = a.packet
@@ -589,12 +685,37 @@ cdef class FlowTable:
             x.fragment_flags |= 0x40
         if d.status & DIGEST_MORE_FRAGMENTS:
             x.fragment_flags |= 0x20
+        if self.tcp_halves != NULL and d.status & DIGEST_TCP:
+            self.analyse_tcp(flow, a.from_low ^ flow.key.forward_is_low, d, time_ns)
+        if self.sequence_packets != 0 and not flow.key.state & (STATE_OLD | STATE_NOTED):
+            self.note_packet(flow, time_ns, length, flags, a.from_low ^ flow.key.forward_is_low)
         flow.last_ns = self.now_ns
         self.counts.metered_packets += 1
         self.counts.metered_octets += octets
         self.counts.active_flow_packets += 1
         if flags & (TCP_FIN | TCP_RST) and d.protocol == PROTOCOL_TCP and not flow.key.state & STATE_CLOSED:
             self.close_tcp(flow, flags)
+
+    cdef inline TcpFlow tcp_of(self, const Flow* flow) noexcept nogil:
+        cdef TcpFlow tcp
+        cdef size_t first = 2 * <size_t>(flow - self.flows)
+        tcp.halves = &self.tcp_halves[first]
+        tcp.counts = &self.tcp_counts[first]
+        return tcp
+
+    cdef inline void analyse_tcp(self, const Flow* flow, int side, const digest* d, uint64_t time_ns) noexcept nogil:
+        """Of a segment whose length is not known, nothing is said, and the next one begins anew."""
+        cdef uint32_t events
+        cdef Segment segment
+        cdef TcpFlow tcp = self.tcp_of(flow)
+        if d.status & (DIGEST_CUT_TRANSPORT | DIGEST_MORE_FRAGMENTS):
+            forget_state(&tcp, side)
+            return
+        take_digest(&segment, d, time_ns)
+        events = analyse(&tcp, side, &segment)
+        while events != 0:
+            self.counts.tcp_events[lowest_bit(events)] += 1
+            events &= events - 1
 
     cdef void close_tcp(self, Flow* flow, uint8_t flags) noexcept nogil:
         """FIN both ways or RST ends the flow after a short wait, for the last acknowledgement and for repeats."""
@@ -604,6 +725,15 @@ cdef class FlowTable:
             flow.key.state |= STATE_CLOSED
             self.disarm(flow)
             self.arm(flow, self.deadline_ns(flow, &reason))
+
+    cdef bint selects(self, uint32_t hash) noexcept nogil:
+        """Every packet_sampling-th packet (RFC 5475, 5.1), of the flows that have one flow_sampling-th of all hashes
+        (RFC 7014, 6.1.2): both directions of a flow have one hash, and nobody knows its secrets."""
+        cdef bint in_turn = self.sampling_turn == 0
+        self.sampling_turn += 1
+        if self.sampling_turn == self.packet_sampling:
+            self.sampling_turn = 0
+        return in_turn and (<uint64_t>hash * self.flow_sampling) >> 32 == 0
 
     cdef inline bint meter(self, const Arrival* a) noexcept nogil:
         """One packet into its flow. False, and nothing done, when the row buffer is full."""
@@ -625,6 +755,10 @@ cdef class FlowTable:
                 self.take_in(&with_ports, &completed)
                 a = &with_ports
                 d = a.packet
+        if (self.packet_sampling != 1 or self.flow_sampling != 1) and not self.selects(a.hash):
+            self.counts.observed_packets += 1
+            self.counts.unsampled_packets += 1
+            return True
         flow = self.find(&a.key, a.hash)
         while flow != NULL and self.deadline_ns(flow, &reason) <= self.now_ns:  # one row at most: a split empties it
             if reason == END_ACTIVE:
@@ -689,6 +823,9 @@ cdef class FlowTable:
                 prefetch_for_write(flow)
                 prefetch_for_write(&flow.directions[FORWARD])
                 prefetch_for_write(&flow.directions[REVERSE])
+                if self.tcp_halves != NULL and group.arrivals[i].key.protocol == PROTOCOL_TCP:
+                    prefetch_for_write(&self.tcp_halves[2 * <size_t>(self.slots[slot].flow - 1) + FORWARD])
+                    prefetch_for_write(&self.tcp_halves[2 * <size_t>(self.slots[slot].flow - 1) + REVERSE])
 
     cdef uint64_t run(self, Input* source) noexcept nogil:
         """Octets consumed: short of the end when the row buffer is full, or at damaged framing.
@@ -775,6 +912,20 @@ cdef class FlowTable:
     def row_count(self):
         return self.rows_ready
 
+    def count_delays(self, uint64_t now_ns):
+        cdef uint64_t delay_ns
+        cdef uint32_t i
+        cdef int bucket
+        for i in range(self.rows_ready):
+            if self.row_buffer[i].due_ns == 0:
+                continue
+            delay_ns = now_ns - min(now_ns, self.row_buffer[i].due_ns)
+            bucket = 0
+            while bucket < DELAY_BUCKETS and delay_ns > delay_bounds_ns[bucket]:
+                bucket += 1
+            self.counts.delays[bucket] += 1
+            self.counts.delay_ns += delay_ns
+
     def clear_rows(self):
         self.rows_ready = 0
 
@@ -792,7 +943,10 @@ cdef class FlowTable:
     @property
     def memory_bytes(self):
         return (
-            <size_t>self.max_flows * sizeof(Flow) + self.most_slots * 3 // 2 * sizeof(Slot)
+            <size_t>self.max_flows * sizeof(Flow)
+            + <size_t>self.max_flows * (2 * (sizeof(TcpHalf) + sizeof(TcpCounts)) if self.tcp_halves != NULL else 0)
+            + self.most_slots * 3 // 2 * sizeof(Slot)
+            + <size_t>(self.max_flows + self.row_capacity) * self.sequence_packets * sizeof(PacketNote)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
             + (self.fragments.memory_bytes if self.fragments is not None else 0)
         )
@@ -801,12 +955,26 @@ cdef class FlowTable:
     def tick_ns(self):
         return 1 << self.tick_shift
 
+    def index_probes(self):
+        cdef uint64_t probes = 0
+        cdef uint32_t i
+        for i in range(self.slot_mask + 1):
+            if self.slots[i].flow != 0:
+                probes += ((i - self.slots[i].hash) & self.slot_mask) + 1
+        return self.used, probes
+
+    def hash_of(self, uintptr_t address):
+        cdef Arrival arrival
+        self.take_in(&arrival, <const digest*>address)
+        return arrival.hash
+
     def counters(self):
         return {
             "observed_packets": self.counts.observed_packets,
             "metered_packets": self.counts.metered_packets,
             "metered_octets": self.counts.metered_octets,
             "ignored_packets": self.counts.ignored_packets,
+            "unsampled_packets": self.counts.unsampled_packets,
             "late_packets": self.counts.late_packets,
             "flows_created": self.counts.flows_created,
             "flows_idle_timeout": self.counts.ended[END_IDLE],
@@ -817,7 +985,23 @@ cdef class FlowTable:
             "exported_flows": self.counts.exported_flows,
             "exported_packets": self.counts.exported_packets,
             "exported_octets": self.counts.exported_octets,
-        } | (self.fragments.counters() if self.fragments is not None else {})
+            "evicted_single_packet_flows": self.counts.evicted[WORTH_SINGLE_PACKET],
+            "evicted_half_open_flows": self.counts.evicted[WORTH_HALF_OPEN],
+            "evicted_other_flows": self.counts.evicted[WORTH_MORE],
+            "tcp_retransmitted_packets": (
+                self.counts.tcp_events[0] + self.counts.tcp_events[1] + self.counts.tcp_events[2]
+            ),
+            "tcp_out_of_order_packets": self.counts.tcp_events[3],
+            "tcp_lost_segments": self.counts.tcp_events[4],
+            "tcp_duplicate_acks": self.counts.tcp_events[5],
+            "tcp_zero_windows": self.counts.tcp_events[8],
+            "export_delay_ns": self.counts.delay_ns,
+        } | {name: self.counts.delays[i] for i, name in enumerate(DELAY_FIELDS)} | (
+            self.fragments.counters() if self.fragments is not None else {}
+        )
+
+    def tcp_events(self):
+        return {name: self.counts.tcp_events[bit] for bit, name in enumerate(TCP_EVENT_NAMES)}
 
     def gauges(self):
         return {
@@ -827,6 +1011,48 @@ cdef class FlowTable:
             "table_bytes": self.memory_bytes,
             "stream_time_ns": self.stream_time_ns,
         }
+
+
+cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_octets) noexcept nogil:
+    cdef const TcpHalf* half = &t.halves[side]
+    cdef const TcpCounts* c = &t.counts[side]
+    cdef TcpCounts nothing
+    if not t.halves[0].has_counts:
+        memset(&nothing, 0, sizeof(nothing))
+        c = &nothing
+    r.goodput_octets = payload_octets - min(payload_octets, c.repeated_octets)
+    r.retransmitted_packets = c.retransmitted_packets
+    r.out_of_order_packets = c.out_of_order_packets
+    r.lost_segments = c.lost_segments
+    r.duplicate_acks = c.duplicate_acks
+    r.zero_windows = c.zero_windows
+    r.stalls = c.stalls
+    r.keep_alives = c.keep_alives
+    r.max_window = half.max_window
+    r.rtt_min_us = half.rtt_min_us
+    r.rtt_last_us = half.rtt_last_us
+    r.rtt_samples = half.rtt_samples
+    r.initial_rtt_us = t.halves[0].initial_rtt_us
+    r.mss = half.mss
+    r.window_scale = half.window_scale - 1 if half.window_scale != 0 else 0
+
+
+cdef void report_round_trips(FlowRow* row) noexcept nogil:
+    """This is somewhere on the way: from here to either end and back is the whole way once."""
+    cdef const TcpReport* f = &row.forward_tcp
+    cdef const TcpReport* r = &row.reverse_tcp
+    row.rtt_min_us = row.rtt_last_us = f.initial_rtt_us
+    row.rtt_samples = f.rtt_samples + r.rtt_samples
+    if f.rtt_samples != 0 and r.rtt_samples != 0:
+        row.rtt_last_us = f.rtt_last_us + r.rtt_last_us
+        if row.rtt_min_us == 0 or f.rtt_min_us + r.rtt_min_us < row.rtt_min_us:
+            row.rtt_min_us = f.rtt_min_us + r.rtt_min_us
+
+
+TCP_EVENT_NAMES = (
+    "retransmission", "fast_retransmission", "spurious_retransmission", "out_of_order", "lost_segment",
+    "duplicate_ack", "keep_alive", "keep_alive_ack", "zero_window", "zero_window_probe",
+)
 
 
 cdef dict direction_fields(const Direction* x):
@@ -839,6 +1065,17 @@ cdef dict direction_fields(const Direction* x):
     }
 
 
+cdef dict tcp_fields(const TcpReport* r):
+    return {
+        "goodput_octets": r.goodput_octets, "retransmitted_packets": r.retransmitted_packets,
+        "out_of_order_packets": r.out_of_order_packets, "lost_segments": r.lost_segments,
+        "duplicate_acks": r.duplicate_acks, "zero_windows": r.zero_windows, "stalls": r.stalls,
+        "keep_alives": r.keep_alives, "max_window": r.max_window,
+        "rtt_min_us": r.rtt_min_us, "rtt_last_us": r.rtt_last_us, "rtt_samples": r.rtt_samples,
+        "initial_rtt_us": r.initial_rtt_us, "mss": r.mss, "window_scale": r.window_scale,
+    }
+
+
 cdef dict row_fields(const FlowRow* row):
     cdef Py_ssize_t address_bytes = 4 if row.ip_version == 4 else 16
     return {
@@ -848,10 +1085,17 @@ cdef dict row_fields(const FlowRow* row):
         "protocol": row.protocol, "ip_version": row.ip_version,
         "vlan_tags": row.vlan_tags, "vlan_outer": row.vlan_outer, "vlan_inner": row.vlan_inner,
         "interface": row.interface, "mpls": row.mpls, "icmp_type_code": row.icmp_type_code,
-        "end_reason": row.end_reason, "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
+        "end_reason": row.end_reason, "due_ns": row.due_ns,
+        "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
         "start_ns": row.start_ns, "end_ns": row.end_ns,
         "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
+        "packet_sequence": [
+            (row.notes[i].time_ns, row.notes[i].length, row.notes[i].direction, row.notes[i].tcp_flags)
+            for i in range(row.noted_packets)
+        ],
         "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
+        "rtt_min_us": row.rtt_min_us, "rtt_last_us": row.rtt_last_us, "rtt_samples": row.rtt_samples,
+        "forward_tcp": tcp_fields(&row.forward_tcp), "reverse_tcp": tcp_fields(&row.reverse_tcp),
     }
 
 

@@ -34,8 +34,13 @@ IPFIX_VERSION = 10
 METERING_PROCESS_ID = 1
 EXPORTING_PROCESS_ID = 1
 OTHER, TCP, ICMP = range(3)
+SEQUENCE_ID = 280  # of IPv4; the next one of IPv6
+LISTS = 4  # basicLists of a packet sequence
 
 STATISTICS_ID, METERING_RELIABILITY_ID, EXPORTING_RELIABILITY_ID, FLOW_KEYS_ID = range(300, 304)
+PACKET_SAMPLING_ID, FLOW_SAMPLING_ID = range(304, 306)
+SYSTEMATIC_COUNT_BASED = 1  # selectorAlgorithm
+UNIFORM_PROBABILISTIC = 4  # flowSelectorAlgorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,28 @@ class Field:
     kind: str = "unsigned"
     key: bool = False  # part of the flow key
     place: int = 0  # of a constant, among the constants
+
+
+# Of both directions together (appliance/meter/tcp.pxd). QoF's elements have milliseconds, the other microseconds.
+ROUND_TRIPS = [
+    Field("minTcpRttMilliseconds", "rtt_min_us", "thousandths"),
+    Field("lastTcpRttMilliseconds", "rtt_last_us", "thousandths"),
+    Field("tcpRttSampleCount", "rtt_samples"),
+    Field("npmRoundTripTime", "initial_rtt_us"),
+]
+# Of each direction; counts in four octets where the element has eight (RFC 7011, 6.2).
+TCP_ANALYSIS = [
+    Field("tcpSequenceCount", "tcp.goodput_octets"),
+    Field("tcpRetransmitCount[4]", "tcp.retransmitted_packets"),
+    Field("npmTcpOutOfOrder", "tcp.out_of_order_packets"),
+    Field("tcpSequenceLossCount[4]", "tcp.lost_segments"),
+    Field("tcpDupAckCount", "tcp.duplicate_acks"),
+    Field("tcpReceiverStallCount", "tcp.stalls"),
+    Field("maxTcpRwin", "tcp.max_window"),
+    Field("rttMinMicroseconds", "tcp.rtt_min_us"),
+    Field("declaredTcpMss[2]", "tcp.mss"),
+    Field("tcpWindowScale", "tcp.window_scale"),
+]
 
 
 def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nanoseconds: bool) -> list[Field]:
@@ -66,6 +93,8 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
             Field("sourceTransportPort", "source_port", key=True),
             Field("destinationTransportPort", "destination_port", key=True),
         ]
+    if protocol_class == TCP and meter.analyses_tcp:
+        fields += ROUND_TRIPS
     return fields + [
         Field("protocolIdentifier", "protocol", key=True),
         Field("ipVersion", "ip_version", key=True),
@@ -80,7 +109,7 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
     ]
 
 
-def direction_fields(protocol_class: int) -> list[Field]:
+def direction_fields(protocol_class: int, meter: MeterSettings) -> list[Field]:
     """What each direction has of its own."""
     fields = [
         Field("octetDeltaCount", "octets"),
@@ -99,6 +128,8 @@ def direction_fields(protocol_class: int) -> list[Field]:
             Field("initialTCPFlags", "tcp_initial_flags"),
             Field("unionTCPFlags", "tcp_later_flags"),
         ]
+        if meter.analyses_tcp:
+            fields += TCP_ANALYSIS
     return fields
 
 
@@ -186,6 +217,40 @@ class FlowTemplate:
             yield self.template_id, self.row_class, SHAPES["reverse"], reverse
 
 
+@dataclass(frozen=True)
+class SequenceTemplate:
+    """Records of a flow's first packets, beside its flow record: the flow's key and identity, and four basicLists."""
+
+    template_id: int
+    ip_version: int
+
+    @property
+    def fields(self) -> list[Field]:
+        return [
+            Field("flowStartMilliseconds", "start_ns", "milliseconds"),
+            Field(f"sourceIPv{self.ip_version}Address", "source_address", "copy", key=True),
+            Field(f"destinationIPv{self.ip_version}Address", "destination_address", "copy", key=True),
+            Field("sourceTransportPort", "source_port", key=True),
+            Field("destinationTransportPort", "destination_port", key=True),
+            Field("protocolIdentifier", "protocol", key=True),
+            Field("flowId", "flow_id"),
+        ]
+
+    @property
+    def encoded(self) -> bytes:
+        return encode_template(self.template_id, [f.spec for f in self.fields] + ["basicList"] * LISTS)
+
+    @property
+    def key_indicator(self) -> int:
+        return sum(1 << i for i, f in enumerate(self.fields) if f.key)
+
+    def plans(self, biflow: bool) -> Iterator[Plan]:
+        steps = [step(f, f.source) for f in self.fields]
+        for protocol_class in (OTHER, TCP, ICMP):
+            row_class = protocol_class if self.ip_version == 4 else protocol_class + 3
+            yield self.template_id, row_class, SHAPES["sequence"], steps
+
+
 @dataclass(frozen=True, slots=True)
 class OptionsTemplate:
     template_id: int
@@ -197,7 +262,7 @@ class OptionsTemplate:
         return encode_template(self.template_id, self.specs, self.scope_fields)
 
     def encode(self, values: Sequence[int]) -> bytes:
-        """One Data Record; all elements here are unsigned or times in milliseconds."""
+        """One Data Record; all elements here are unsigned or times in milliseconds, or given as such bits."""
         lengths = [element(spec).length for spec in self.specs]
         return b"".join(
             (value & ((1 << 8 * length) - 1)).to_bytes(length, "big")
@@ -239,6 +304,23 @@ def own_fields(elements: Sequence[OwnElement]) -> list[Field]:
     return fields
 
 
+PACKET_SAMPLING = OptionsTemplate(  # RFC 5476, 6.5.2.1
+    PACKET_SAMPLING_ID, ("selectorId", "selectorAlgorithm", "samplingPacketInterval", "samplingPacketSpace"), 1
+)
+FLOW_SAMPLING = OptionsTemplate(  # RFC 7014, 7
+    FLOW_SAMPLING_ID, ("selectorId", "flowSelectorAlgorithm", "samplingProbability"), 1
+)
+
+
+def sampling(meter: MeterSettings) -> Iterator[tuple[OptionsTemplate, tuple[int, ...]]]:
+    """Options data about what is not metered on purpose."""
+    if meter.packet_sampling > 1:
+        yield PACKET_SAMPLING, (PACKET_SAMPLING_ID, SYSTEMATIC_COUNT_BASED, 1, meter.packet_sampling - 1)
+    if meter.flow_sampling > 1:
+        probability = int.from_bytes(struct.pack("!d", 1 / meter.flow_sampling), "big")
+        yield FLOW_SAMPLING, (FLOW_SAMPLING_ID, UNIFORM_PROBABILISTIC, probability)
+
+
 class TemplateSet:
     """All templates of one exporter, their plans, and the messages that announce them."""
 
@@ -248,14 +330,17 @@ class TemplateSet:
         own = own_elements(meter.elements)
         self.own = own_fields(own)
         self.constants = b"".join(one.constant for one in own)
-        self.flows = list(self._flow_templates(meter, export))
+        self.flows: list[FlowTemplate | SequenceTemplate] = list(self._flow_templates(meter, export))
+        if meter.packet_sequence:
+            self.flows += [SequenceTemplate(SEQUENCE_ID, 4), SequenceTemplate(SEQUENCE_ID + 1, 6)]
+        self.sampling = list(sampling(meter))
         self.interfaces = meter.interfaces
 
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:
         for row_class in range(6):
             ip_version, protocol_class = (4, row_class) if row_class < 3 else (6, row_class - 3)
             base = base_fields(ip_version, protocol_class, meter, export.nanoseconds) + self.own
-            direction = direction_fields(protocol_class)
+            direction = direction_fields(protocol_class, meter)
             template_id = MIN_TEMPLATE_ID + 2 * row_class
             yield FlowTemplate(template_id, row_class, base, direction, ())
             if export.biflow:
@@ -270,9 +355,10 @@ class TemplateSet:
     def _sets(self) -> list[tuple[int, bytes, int]]:
         """(set ID, one record, data records in it) of all that a collector needs before the first flow record."""
         templates = [(TEMPLATE_SET_ID, t.encoded, 0) for t in self.flows]
-        options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in OPTIONS]
+        options = [(OPTIONS_TEMPLATE_SET_ID, o.encoded, 0) for o in (*OPTIONS, *(o for o, _ in self.sampling))]
         keys = [(FLOW_KEYS_ID, FLOW_KEYS.encode((t.template_id, t.key_indicator)), 1) for t in self.flows]
-        return templates + options + keys + interface_names(self.interfaces)
+        samples = [(o.template_id, o.encode(values), 1) for o, values in self.sampling]
+        return templates + options + keys + samples + interface_names(self.interfaces)
 
     @cached_property
     def _types(self) -> list[Encoded]:

@@ -5,6 +5,7 @@ One JSON object a line, in both directions:
     {"request": "status"}   ->  {"ok": true, "result": {...}}        a Snapshot
     {"request": "rotate"}   ->  {"ok": true, "result": "..."}        forwarded to the supervisor
     {"request": "version"}  ->  {"ok": true, "result": "0.1.0"}
+    {"request": "capture", ...}                             port capture, see ports.py
     anything else           ->  {"ok": false, "error": "..."}
 
 Clients are not trusted with our time or memory: requests are short, connections few, and a silent one is closed.
@@ -19,7 +20,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ MAX_CONNECTIONS = 16
 IDLE_TIMEOUT_S = 5.0
 
 Handler = Callable[[], object]
+Taker = Callable[[Mapping[str, Any]], Awaitable[object]]  # of a request that says more than its name
 
 
 class NotRunningError(ApplianceError):
@@ -116,9 +118,12 @@ def remove_control_socket(listener: socket.socket, path: Path) -> None:
 class ControlServer:
     """Answers the requests in `handlers`, which return what json.dumps takes. Runs in the monitor's event loop."""
 
-    def __init__(self, handlers: Mapping[str, Handler], count: Callable[[str], None]) -> None:
-        """`count` is called with "control_requests" or "rejected_connections"."""
+    def __init__(
+        self, handlers: Mapping[str, Handler], count: Callable[[str], None], takers: Mapping[str, Taker] | None = None
+    ) -> None:
+        """`count` is called with "control_requests" or "rejected_connections". `takers` get the whole request."""
         self._handlers = handlers
+        self._takers = takers or {}
         self._count = count
         self._connections = 0
 
@@ -154,22 +159,24 @@ class ControlServer:
                 await writer.drain()
                 return False
             self._count("control_requests")
-            writer.write(_line(self._respond(line)))
+            writer.write(_line(await self._respond(line)))
             await writer.drain()
         return True
 
-    def _respond(self, line: bytes) -> dict[str, object]:
+    async def _respond(self, line: bytes) -> dict[str, object]:
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
             return {"ok": False, "error": "the request is not JSON"}
         request = message.get("request") if isinstance(message, dict) else None
-        handler = self._handlers.get(request) if isinstance(request, str) else None
-        if handler is None:
-            known = ", ".join(sorted(self._handlers))
+        name = request if isinstance(request, str) else ""
+        if name not in self._handlers and name not in self._takers:
+            known = ", ".join(sorted((*self._handlers, *self._takers)))
             return {"ok": False, "error": f'the request must be {{"request": NAME}} with one of: {known}'}
         try:
-            return {"ok": True, "result": handler()}
+            if name in self._takers:
+                return {"ok": True, "result": await self._takers[name](message)}
+            return {"ok": True, "result": self._handlers[name]()}
         except (ApplianceError, OSError) as error:
             return {"ok": False, "error": str(error)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -38,6 +39,7 @@ class SnapshotCollector(Collector):
         for family in FAMILIES:
             yield family.metric(snapshot)
         yield _publish_durations(snapshot)
+        yield _export_delays(snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _INTERFACE.counter(
         "appliance_packets_dropped_total",
-        "Packets not written, by the stage that dropped them; foreign and filter are as asked for, the others losses.",
+        "Packets not written, by the stage that dropped them; foreign, filter, gate: as asked for; the others: losses.",
         lambda row: row.dropped,
         by="stage",
     ),
@@ -316,7 +318,7 @@ FAMILIES: tuple[Family, ...] = (
         "Modification time of the oldest published file.",
         lambda row: row.storage.oldest_file_s if row.storage else None,
     ),
-    # Meter: observed = metered + ignored; metered = exported + not sent + active.
+    # Meter: observed = metered + ignored + unsampled; metered = exported + not sent + active.
     _METER.counter(
         "appliance_meter_observed_packets_total",
         "Packet headers that reached the meter.",
@@ -327,6 +329,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _METER.counter(
         "appliance_meter_metered_bytes_total", "IP octets counted in flows.", lambda row: row.metered_octets
+    ),
+    _METER.counter(
+        "appliance_meter_unsampled_packets_total",
+        "Packets passed over by packet or flow sampling.",
+        lambda row: row.unsampled_packets,
     ),
     _METER.counter(
         "appliance_meter_late_packets_total",
@@ -361,6 +368,18 @@ FAMILIES: tuple[Family, ...] = (
         "Flow records made, by IPFIX flowEndReason; lack_of_resources: evicted from a full table.",
         lambda row: row.flows_ended,
         by="reason",
+    ),
+    _METER.counter(
+        "appliance_meter_evicted_flows_total",
+        "Flows that had to make room in a full table, by what they were.",
+        lambda row: row.flows_evicted,
+        by="kind",
+    ),
+    _METER.counter(
+        "appliance_meter_tcp_segments_total",
+        "TCP segments by what they were taken for, as in Wireshark's tcp.analysis.",
+        lambda row: row.tcp_segments,
+        by="kind",
     ),
     _METER.counter("appliance_meter_exported_flows_total", "Flow records exported.", lambda row: row.exported_flows),
     _METER.counter(
@@ -452,10 +471,21 @@ def _publish_durations(snapshot: Snapshot) -> Metric:
         labels=["output"],
     )
     for output in snapshot.outputs:
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in output.publish_counts.items():
-            total += count
-            buckets.append((bound, total))
-        histogram.add_metric([output.name], buckets, sum_value=output.publish_ns / _NS)
+        histogram.add_metric([output.name], _cumulative(output.publish_counts), sum_value=output.publish_ns / _NS)
     return histogram
+
+
+def _export_delays(snapshot: Snapshot) -> Metric:
+    histogram = HistogramMetricFamily(
+        "appliance_meter_export_delay_seconds",
+        "Time from a flow's end, by its time-out, to its record; evicted and flushed flows are not counted.",
+        labels=[],
+    )
+    if snapshot.meter:
+        counts = _cumulative(snapshot.meter.export_delay_counts)
+        histogram.add_metric([], counts, sum_value=snapshot.meter.export_delay_ns / _NS)
+    return histogram
+
+
+def _cumulative(counts: dict[str, int]) -> list[tuple[str, float]]:
+    return list(zip(counts, accumulate(counts.values()), strict=True))

@@ -129,7 +129,7 @@ function drawJourney(status) {
   box(1, top, "Kernel ring", number(waiting("kernel")), "waiting");
   drop(1, "dropped", dropped("kernel"), true);
   box(2, top, "Capture", number(waiting("reorder")), "held for order");
-  drop(2, "filtered", dropped("filter") + dropped("foreign"), false);
+  drop(2, "filtered", dropped("filter") + dropped("gate") + dropped("foreign"), false);
   box(3, top, "Ring", number(waiting("ring")), size(sum(rows, (row) => row.ring_used_bytes)));
   drop(3, "dropped", dropped("ring"), true);
   box(4, top, "Merge", number(waiting("merge")), "held");

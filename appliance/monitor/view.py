@@ -19,12 +19,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from appliance.counters import IGNORED_REASONS, PUBLISH_BUCKETS_MS, STATES, CounterPages, page_name, restarts_field
+from appliance.counters import (
+    EXPORT_DELAY_BUCKETS_MS,
+    IGNORED_REASONS,
+    PUBLISH_BUCKETS_MS,
+    STATES,
+    CounterPages,
+    page_name,
+    restarts_field,
+)
 
-# Where a packet can end without being written, in the order of its journey. The first two are as asked for
-# (the user's filter, other interfaces' packets); the others are losses.
-STAGES = ("foreign", "filter", "kernel", "ring", "merge", "writer", "unclean")
-LOSS_STAGES = STAGES[2:]
+# Where a packet can end without being written, in the order of its journey. The first three are as asked for (other
+# interfaces' packets, the user's filter, the recording's triggers and keep rules); the others are losses.
+STAGES = ("foreign", "filter", "gate", "kernel", "ring", "merge", "writer", "unclean")
+LOSS_STAGES = STAGES[3:]
 # Where a packet can be on its way, in the same order.
 PLACES = ("kernel", "reorder", "ring", "merge")
 FLOW_END_REASONS = ("idle_timeout", "active_timeout", "end_of_flow", "forced_end", "lack_of_resources")  # RFC 5102
@@ -201,6 +209,7 @@ class MeterView:
     metered_packets: int
     metered_octets: int
     ignored_packets: int
+    unsampled_packets: int
     late_packets: int
     active_flows: int
     active_flow_packets: int
@@ -212,6 +221,10 @@ class MeterView:
     exported_packets: int
     exported_octets: int
     stream_time_ns: int
+    flows_evicted: dict[str, int]  # for lack of resources, by what they were
+    tcp_segments: dict[str, int]  # by what TCP analysis took them for
+    export_delay_ns: int
+    export_delay_counts: dict[str, int]  # by upper bound in seconds, "+Inf" last; not cumulative
     fragments_keyed: int
     fragments_unmatched: int
     fragments_overlapping: int
@@ -352,6 +365,7 @@ def _interface(
     dropped = {
         "foreign": capture["foreign_packets"],
         "filter": capture["dropped_filter_packets"],
+        "gate": capture["gated_packets"],
         "kernel": capture["dropped_kernel_packets"],
         "ring": capture["dropped_ring_packets"],
         "merge": merge["dropped_merge_packets"],
@@ -455,6 +469,7 @@ def _meter(pages: CounterPages) -> MeterView | None:
         metered_packets=page["metered_packets"],
         metered_octets=page["metered_octets"],
         ignored_packets=page["ignored_packets"],
+        unsampled_packets=page["unsampled_packets"],
         late_packets=page["late_packets"],
         active_flows=page["active_flows"],
         active_flow_packets=page["active_flow_packets"],
@@ -466,6 +481,19 @@ def _meter(pages: CounterPages) -> MeterView | None:
         exported_packets=page["exported_packets"],
         exported_octets=page["exported_octets"],
         stream_time_ns=page["stream_time_ns"],
+        flows_evicted={kind: page[f"evicted_{kind}_flows"] for kind in ("single_packet", "half_open", "other")},
+        tcp_segments={
+            "retransmission": page["tcp_retransmitted_packets"],
+            "out_of_order": page["tcp_out_of_order_packets"],
+            "lost_segment": page["tcp_lost_segments"],
+            "duplicate_ack": page["tcp_duplicate_acks"],
+            "zero_window": page["tcp_zero_windows"],
+        },
+        export_delay_ns=page["export_delay_ns"],
+        export_delay_counts={
+            str(bound_ms / 1000): page[f"export_delay_{bound_ms}_ms"] for bound_ms in EXPORT_DELAY_BUCKETS_MS
+        }
+        | {"+Inf": page["export_delay_longer"]},
         fragments_keyed=page["fragments_keyed"],
         fragments_unmatched=page["fragments_unmatched"],
         fragments_overlapping=page["fragments_overlapping"],

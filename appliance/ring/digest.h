@@ -10,7 +10,7 @@
  *   76 TCP sequence, acknowledgement, window, flags
  *   88 fragment identification, offset, status
  *   96 source MAC, destination MAC
- *  108 ICMP type, code, VLAN tags, ToS | 112 MPLS | 116 captured length | 120 payload offset, extension length
+ *  108 ICMP type, code or TCP's MSS, VLAN tags, ToS | 112 MPLS | 116 captured length | 120 payload offset, extension length
  *  124 extension, if any | length again
  *
  * An extension (none yet) stands between the fixed part and the closing length; a reader takes what it knows and skips
@@ -41,6 +41,9 @@
 #define DIGEST_CUT_TRANSPORT 0x0800u      /* the transport header is cut short or contradicts itself */
 #define DIGEST_LINK_ADDRESSES 0x1000u     /* the MAC fields were read */
 #define DIGEST_OPTIONS 0x2000u            /* IPv4 options or IPv6 extension headers */
+/* in tcp_flags of a SYN: its window scale (RFC 7323) + 1, 0 without that option; at most 14 */
+#define DIGEST_TCP_FLAGS 0x0FFFu
+#define DIGEST_WINDOW_SCALE_SHIFT 12u
 /* what the caller of the parser may set */
 #define DIGEST_CALLER_STATUS (DIGEST_CHECKSUM_NOT_READY | DIGEST_OUTGOING | DIGEST_INCOMING)
 
@@ -66,14 +69,19 @@ struct digest {
     uint32_t tcp_sequence;
     uint32_t tcp_acknowledgement;
     uint16_t tcp_window;
-    uint16_t tcp_flags; /* 12 bits: the reserved ones and AE included */
+    uint16_t tcp_flags; /* DIGEST_TCP_FLAGS, the reserved ones and AE included; above them a SYN's window scale */
     uint32_t fragment_id;
     uint16_t fragment_offset; /* octets */
     uint16_t status;
     uint8_t source_mac[6];
     uint8_t destination_mac[6];
-    uint8_t icmp_type;
-    uint8_t icmp_code;
+    union {
+        struct {
+            uint8_t icmp_type;
+            uint8_t icmp_code;
+        };
+        uint16_t tcp_mss; /* of a SYN, 0 without that option (RFC 9293, 3.7.1) */
+    };
     uint8_t vlan_tags; /* number of VLAN tags */
     uint8_t tos;       /* or traffic class */
     uint32_t mpls;     /* top label stack entry, 0 when there is none */

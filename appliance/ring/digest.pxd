@@ -23,6 +23,8 @@ cdef extern from "digest.h" nogil:
     const uint32_t DIGEST_CUT_TRANSPORT
     const uint32_t DIGEST_LINK_ADDRESSES
     const uint32_t DIGEST_OPTIONS
+    const uint32_t DIGEST_TCP_FLAGS
+    const uint32_t DIGEST_WINDOW_SCALE_SHIFT
     const uint32_t DIGEST_CALLER_STATUS
 
     struct digest:
@@ -55,6 +57,7 @@ cdef extern from "digest.h" nogil:
         uint8_t[6] destination_mac
         uint8_t icmp_type
         uint8_t icmp_code
+        uint16_t tcp_mss  # in the place of the two above
         uint8_t vlan_tags
         uint8_t tos
         uint32_t mpls

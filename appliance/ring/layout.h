@@ -92,7 +92,7 @@ _Static_assert(sizeof(struct ring_header) == 896, "header size");
 #define RECORD_COUNTERS_WORDS 5u
 #define COUNTERS_WORD_RECEIVED 0u       /* by the kernel, its drops included; or read from a file */
 #define COUNTERS_WORD_DROPPED_KERNEL 1u /* by the kernel: its ring was full */
-#define COUNTERS_WORD_DROPPED_FILTER 2u /* rejected by a filter in user space */
+#define COUNTERS_WORD_DROPPED_FILTER 2u /* rejected by a filter in user space, or gated out */
 #define COUNTERS_WORD_DROPPED_RING 3u   /* our ring was full */
 #define COUNTERS_WORD_PUBLISHED 4u      /* written into our ring */
 #define RECORD_COUNTERS_BYTES (RECORD_PREFIX_BYTES + 8u * RECORD_COUNTERS_WORDS + 4u)

@@ -51,6 +51,14 @@ def test_the_first_packet_of_a_tcp_flow_alone_has_a_syn(tmp_path: Path) -> None:
         seen.add(key)
 
 
+def test_tcp_flows_send_in_order_and_lose_nothing(tmp_path: Path) -> None:
+    path = write_capture(tmp_path / "a.pcap", 20_000, Mix(NAMED_SIZES["IMIX"], flows=30, tcp_share=1.0))
+    expected: dict[bytes, int] = {}
+    for key, packet in zip(keys(path), packets(path), strict=True):
+        assert struct.unpack("!I", packet.data[38:42])[0] == expected.get(key, 0)
+        expected[key] = expected.get(key, 0) + len(packet.data) - 54 + (key not in expected)
+
+
 def test_a_shorter_capture_is_the_beginning_of_a_longer_one(tmp_path: Path) -> None:
     mix = Mix(NAMED_SIZES["IMIX"], flows=1000, skew=1.0)
     short = write_capture(tmp_path / "short.pcap", 4800, mix).read_bytes()

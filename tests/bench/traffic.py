@@ -58,6 +58,7 @@ def write_capture(path: Path, packets: int, mix: Mix, source: int = 0) -> Path:
     pattern = mix.pattern()
     patterns = packets // len(pattern)
     seen = np.zeros(mix.flows, bool)
+    sent = np.zeros(mix.flows, np.uint32)
     cumulative = None if mix.skew == 0 else np.cumsum(np.arange(1, mix.flows + 1, dtype=float) ** -mix.skew)
     with path.open("wb") as file:
         file.write(struct.pack("<IHHIIII", 0xA1B2C3D4, 2, 4, 0, 0, 262144, 1))
@@ -70,7 +71,9 @@ def write_capture(path: Path, packets: int, mix: Mix, source: int = 0) -> Path:
             numbers = start * len(pattern) + np.arange(count)
             times = ((numbers + jitter[:count]) * INTERVAL_US).astype(np.uint64)
             first = _first_of_flow(flows[:count], seen)
-            _chunk(pattern, times, flows[:count], first, mix).tofile(file)
+            sizes = np.tile(pattern, count // len(pattern))
+            sequences = _sequences(flows[:count], (sizes - HEADERS_BYTES + first).astype(np.uint32), sent)
+            _chunk(pattern, times, flows[:count], first, sequences, mix).tofile(file)
     return path
 
 
@@ -94,7 +97,19 @@ def _first_of_flow(flows: Array, seen: Array) -> Array:
     return first
 
 
-def _chunk(pattern: Array, times_us: Array, flows: Array, first: Array, mix: Mix) -> Array:
+def _sequences(flows: Array, octets: Array, sent: Array) -> Array:
+    """TCP sequence numbers of flows that send in order and lose nothing; `sent` is brought up to date."""
+    order = np.argsort(flows, kind="stable")
+    before = np.cumsum(octets[order], dtype=np.uint32) - octets[order]
+    begins = np.flatnonzero(np.r_[True, np.diff(flows[order]) != 0])
+    lengths = np.diff(np.r_[begins, len(flows)])
+    sequences = np.empty(len(flows), np.uint32)
+    sequences[order] = before - np.repeat(before[begins], lengths) + sent[flows[order]]
+    np.add.at(sent, flows, octets)
+    return sequences
+
+
+def _chunk(pattern: Array, times_us: Array, flows: Array, first: Array, sequences: Array, mix: Mix) -> Array:
     """The records of whole patterns, as one array of octets."""
     rows = len(flows) // len(pattern)
     out = np.zeros((rows, int(pattern.sum()) + RECORD_HEADER_BYTES * len(pattern)), np.uint8)
@@ -106,6 +121,8 @@ def _chunk(pattern: Array, times_us: Array, flows: Array, first: Array, mix: Mix
         flags = column + RECORD_HEADER_BYTES + 47
         is_tcp = out[:, column + RECORD_HEADER_BYTES + 23] == 6
         out[:, flags] = np.where(is_tcp, np.where(syn, 0x02, 0x10), out[:, flags])
+        sequence = out[:, flags - 9 : flags - 5]
+        sequence[is_tcp] = _octets((sequences[place :: len(pattern)], ">u4"), like=syn)[is_tcp]
         column = end
     return out
 

@@ -61,6 +61,7 @@ SEEDS: dict[str, tuple[int, bytes]] = {
         ethernet(0x0800, ipv4(6, tcp(b"\1" * 12 + b"data", offset=8), options=b"\x94\4\0\0")),
     ),
     "udp over ipv6": (ETHERNET, ethernet(0x86DD, ipv6(17, udp(b"abc")))),
+    "syn": (ETHERNET, ethernet(0x0800, ipv4(6, tcp(b"\2\4\5\xb4\4\2\1\1\3\3\7\0", flags=2, offset=8)))),
     "icmp": (ETHERNET, ethernet(0x0800, ipv4(1, b"\3\1\0\0" + b"\0" * 4 + ipv4(6, tcp())))),
     "icmpv6": (ETHERNET, ethernet(0x86DD, ipv6(58, b"\x80\0\0\0\0\1\0\1"))),
     "sctp": (ETHERNET, ethernet(0x0800, ipv4(132, struct.pack(">HHII", 1, 2, 3, 4) + b"c" * 16))),

@@ -63,6 +63,38 @@ def test_tcp_fields_are_read() -> None:
     assert fields["status"] & (PORTS | TCP_READ | OPTIONS) == PORTS | TCP_READ | OPTIONS
 
 
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(
+    ("options", "mss", "scale"),
+    [
+        (b"\2\4\5\xb4\4\2\x08\x0a" + b"\0" * 8 + b"\1\3\3\7", 1460, 7),
+        (b"\3\3\0\0", 0, 0),  # a scale of 0 is not the same as none
+        (b"\3\3\xff\0", 0, 14),
+        (b"\1\1\1\1", 0, None),
+        (b"\0\2\4\5\xb4\0\0\0", 0, None),  # behind the end of options
+        (b"\x08\x00\2\4\5\xb4\0\0", 0, None),  # a length of 0
+        (b"\x08\x40\2\4\5\xb4\0\0", 0, None),  # a length beyond the header
+        (b"\2\3\5\1\3\4\1\1", 0, None),  # lengths that do not belong to them
+    ],
+)
+def test_a_syn_declares_its_segment_size_and_window_scale(
+    plain: bool, options: bytes, mss: int, scale: int | None
+) -> None:
+    packet = ethernet(0x0800, ipv4(6, tcp(options, flags=2, offset=5 + len(options) // 4)))
+    fields = headers.parse(packet, ETHERNET, plain=plain)
+    assert (fields["tcp_mss"], fields["tcp_window_scale"], fields["tcp_flags"]) == (mss, scale, 2)
+    later = ethernet(0x0800, ipv4(6, tcp(options, flags=0x10, offset=5 + len(options) // 4)))
+    fields = headers.parse(later, ETHERNET, plain=plain)
+    assert (fields["tcp_mss"], fields["tcp_window_scale"]) == (0, None)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_options_behind_the_capture_are_not_read(plain: bool) -> None:
+    packet = ethernet(0x0800, ipv4(6, tcp(b"\1\1\1\1\2\4\5\xb4", flags=2, offset=7)))
+    fields = headers.parse(packet, ETHERNET, captured_length=len(packet) - 2, plain=plain)
+    assert (fields["tcp_mss"], fields["status"] & 0x100) == (0, 0x100)
+
+
 def test_ethernet_padding_is_no_payload() -> None:
     fields = headers.parse(SEEDS["padded to 60 octets"][1], ETHERNET)
     assert (fields["ip_octets"], fields["payload_octets"], fields["original_length"]) == (28, 0, 60)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.capture.replay import FileSource, source_path
+from appliance.capture.replay import FileSource
+from appliance.capture.uri import file_of
 from appliance.errors import FormatError, MissingInputError, UsageError
 from appliance.formats.encode import pcap_header
 from appliance.ring import memory
@@ -69,9 +70,9 @@ def test_every_packet_of_a_file_is_produced_in_order_and_then_the_end(tmp_path: 
 
 
 def test_the_path_is_what_follows_a_file_scheme_colons_included() -> None:
-    assert source_path("pcapfile:-") == "-"
-    assert source_path("pcapng:dir:with:colons/a.pcapng") == "dir:with:colons/a.pcapng"
-    assert source_path("12:30.pcap") == "12:30.pcap"
+    assert file_of("pcapfile:-") == ("-", "")
+    assert file_of("pcapng:dir:with:colons/a.pcapng") == ("dir:with:colons/a.pcapng", "")
+    assert file_of("12:30.pcap") == ("12:30.pcap", "")
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -142,7 +142,7 @@ def test_garbage_behind_a_compressed_stream_is_reported_after_the_packets(tmp_pa
     (b"\x02!L\x18" + bytes(20), "legacy"),
     (b"PK\x03\x04" + bytes(20), "zip"),
     (b"\x12\xcb\xe2\xa1" + bytes(20), "netsniff-ng"),
-    (struct.pack("<IIBBHHH", 0, 1_500_000_000, 2, 4, 0x5000, 0, 60) + bytes(60), "ERF"),
+    (struct.pack("<IIBBHHH", 0, 1_500_000_000, 2, 4, 0x5000, 0, 60) + bytes(20), "beginning of a record"),
     (b"GET / HTTP/1.1\r\n\r\n", "neither pcap nor pcapng"),
     (b"\xd4", "neither pcap nor pcapng"),
     (gzip.compress(b""), "empty gz file"),

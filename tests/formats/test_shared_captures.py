@@ -18,7 +18,10 @@ from appliance.formats.reader import BATCH_BYTES, CaptureReader
 
 DATA = Path(os.environ.get("APPLIANCE_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 NO_DATA = f"the shared captures are not in {DATA}"
-NOT_READ = {"erf", "snoop"}
+NOT_READ = {"snoop"}
+# What Wireshark counts otherwise: it takes an ERF record's frame check sequence for data, which we leave out, and the
+# card's metadata without their headers, which we keep.
+OTHER_BYTES = {"100_packets.erf": -4 * 100, "provenance.erf": 24 * 100}
 
 # Where the tool's reading is not the file's meaning; the reason stands beside each. Packets and bytes are compared.
 OTHER_TIMES = {
@@ -82,7 +85,7 @@ def test_packets_bytes_and_times_are_those_of_the_truth(row: dict[str, str]) -> 
     name = row["file"]
     path = DATA / "captures" / name
     if row["format"] in NOT_READ:
-        with pytest.raises(FormatError, match=row["format"].upper() if row["format"] == "erf" else row["format"]):
+        with pytest.raises(FormatError, match=row["format"]):
             read(path)
         return
     counts, error = read(path)
@@ -91,7 +94,7 @@ def test_packets_bytes_and_times_are_those_of_the_truth(row: dict[str, str]) -> 
         assert counts.packets == REFUSED_BY_THE_TOOL[name]
         return
     assert counts.packets == int(row["packets"])
-    assert counts.bytes == int(row["data_bytes"])
+    assert counts.bytes == int(row["data_bytes"]) + OTHER_BYTES.get(name, 0)
     assert bool(error) == bool(row["reader_message"])
     if name in NO_TIMES:
         assert (counts.first_ns, counts.last_ns) == NO_TIMES[name]

@@ -27,6 +27,7 @@ from appliance.formats.encode import (
     pcap_header,
     section_header,
 )
+from appliance.formats.packet import ERF, Packet as ErfPacket, encode
 from appliance.formats.reader import read_records
 from appliance.merge.salvage import salvage
 
@@ -213,3 +214,16 @@ def test_capinfos_counts_the_packets_of_the_result(tmp_path: Path) -> None:
     command = ["capinfos", "-TMr", "-c", str(tmp_path / "out.pcapng.lz4")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert int(told.split("\t")[1]) == result.packets
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_erf_file_is_salvaged_to_its_last_whole_record(tmp_path: Path, packed: bool) -> None:
+    packets = [ErfPacket(1_700_000_000 * S + i, bytes([i]) * 60) for i in range(20)]
+    whole = bytes(encode(packets, ERF, {1: 0}))
+    record_bytes = len(whole) // 20
+    left = tmp_path / "left.erf"
+    cut = whole[:-7]
+    left.write_bytes(lz4.frame.compress(cut) if packed else cut)
+    found = salvage(left, tmp_path / "out", compress=False)
+    assert (found.outcome, found.format, found.packets) == ("salvaged", "erf", 19)
+    assert (tmp_path / "out").read_bytes() == whole[: 19 * record_bytes]

@@ -45,6 +45,11 @@ class Packet:
     tos: int = 0
     status: int = 0x80
     sequence: int = 0
+    acknowledgement: int = 0
+    window: int = 512
+    payload: int = 0
+    mss: int = 0  # instead of `icmp`
+    window_scale: int | None = None
     icmp: tuple[int, int] = (0, 0)
     version: int = 1
 
@@ -52,14 +57,17 @@ class Packet:
     def digest(self) -> bytes:
         high, low = divmod(self.time_ns, 1 << 32)
         ip_version = 4 if len(self.source) == 4 else 6
+        scale = 0 if self.window_scale is None else self.window_scale + 1
+        two = struct.pack("=H", self.mss) if self.mss else bytes(self.icmp)
         return DIGEST.pack(
             0x80000D16, 128, self.interface, high, low,
             self.version, self.ttl, ip_version, self.protocol,
             self.source.ljust(16, b"\0"), self.destination.ljust(16, b"\0"),
             self.source_port, self.destination_port, self.vlan, self.vlan_inner,
-            self.octets, 0, self.octets + 14, self.sequence, 0, 512, self.flags,
+            self.octets, self.payload, self.octets + 14,
+            self.sequence & 0xFFFFFFFF, self.acknowledgement & 0xFFFFFFFF, self.window, self.flags | scale << 12,
             0, 0, self.status, b"\2\0\0\0\0\1", b"\2\0\0\0\0\2",
-            *self.icmp, 1 if self.vlan else 0, self.tos, 0, self.octets + 14, 0, 0, 128,
+            *two, 1 if self.vlan else 0, self.tos, 0, self.octets + 14, 0, 0, 128,
         )  # fmt: skip
 
     @property
@@ -144,6 +152,9 @@ def capture_digests(path: Path, *, inner: bool = False) -> Iterator[tuple[bytes,
 # ---- IPFIX ----
 
 
+BASIC_LIST = 291
+
+
 @dataclass
 class Decoded:
     """One IPFIX message. A template is a list of (enterprise, element number, length)."""
@@ -158,7 +169,9 @@ class Decoded:
 
 
 class Decoder:
-    """Reads messages strictly: whatever RFC 7011 forbids is an AssertionError. Templates last as long as it."""
+    """Reads messages strictly: whatever RFC 7011 forbids is an AssertionError. Templates last as long as it.
+
+    A record is by (enterprise, element); a basicList by (291, place in the template)."""
 
     def __init__(self) -> None:
         self.templates: dict[int, list[tuple[int, int, int]]] = {}
@@ -209,28 +222,18 @@ class Decoder:
             body = body[offset:]
 
     def _records(self, decoded: Decoded, template_id: int, body: bytes) -> None:
-        fields = self.templates[template_id]
-        if any(length == VARIABLE for _, _, length in fields):
-            self._variable_records(decoded, template_id, body)
-            return
-        size = sum(length for _, _, length in fields)
-        assert len(body) % size == 0, "no padding is written"
-        for start in range(0, len(body), size):
-            record, offset = {}, start
-            for enterprise, number, length in fields:
-                record[enterprise, number] = body[offset : offset + length]
+        offset = 0
+        while offset < len(body):
+            record: dict[tuple[int, int], bytes] = {}
+            for place, (enterprise, element, length) in enumerate(self.templates[template_id]):
+                if length == 65535:  # variable
+                    length, offset = body[offset], offset + 1
+                    if length == 255:
+                        length, offset = int.from_bytes(body[offset : offset + 2], "big"), offset + 2
+                key = (enterprise, element) if element != BASIC_LIST else (BASIC_LIST, place)
+                record[key] = body[offset : offset + length]
+                assert len(record[key]) == length, "a field is cut, or there is padding"
                 offset += length
-            decoded.records.append((template_id, record))
-
-    def _variable_records(self, decoded: Decoded, template_id: int, body: bytes) -> None:
-        while body:
-            record = {}
-            for enterprise, number, length in self.templates[template_id]:
-                if length == VARIABLE:
-                    length, body = body[0], body[1:]
-                    assert length < 255
-                assert length <= len(body), "a record is cut off"
-                record[enterprise, number], body = body[:length], body[length:]
             decoded.records.append((template_id, record))
 
 
@@ -239,4 +242,4 @@ def number(record: dict[tuple[int, int], bytes], element: int, enterprise: int =
 
 
 def flow_records(messages: Iterable[Decoded]) -> list[dict[tuple[int, int], bytes]]:
-    return [record for message in messages for template_id, record in message.records if template_id < 300]
+    return [record for message in messages for template_id, record in message.records if template_id < 280]

@@ -238,7 +238,8 @@ def test_time_begins_anywhere_without_walking_there() -> None:
 
 def check_identity(table: Any) -> None:
     counters, gauges = table.counters(), table.gauges()
-    assert counters["observed_packets"] == counters["metered_packets"] + counters["ignored_packets"]
+    seen = counters["metered_packets"] + counters["ignored_packets"] + counters["unsampled_packets"]
+    assert counters["observed_packets"] == seen
     assert counters["metered_packets"] == counters["exported_packets"] + gauges["active_flow_packets"]
     reasons = ("idle_timeout", "active_timeout", "end_of_flow", "forced_end", "lack_of_resources")
     assert counters["exported_flows"] == sum(counters[f"flows_{reason}"] for reason in reasons)
@@ -273,6 +274,177 @@ def test_single_packets_go_before_conversations_when_the_table_is_full() -> None
     reasons = Counter((row["protocol"], row["end_reason"]) for row in rows)
     assert reasons[TCP, FORCED] == 20, "no conversation had to go"
     assert reasons[UDP, RESOURCES] == 5000 - 80
+
+
+def test_half_open_connections_go_before_answered_ones_and_what_went_is_counted() -> None:
+    table = make_table(max_flows=100)
+    talk = Packet(protocol=TCP, flags=ACK, status=0x180)
+    answered = [replace(talk, source_port=port) for port in range(40)]
+    feed(table, digests([*answered, *(replace(p, **p.back) for p in answered)]))
+    syn = Packet(protocol=TCP, flags=SYN, status=0x180)
+    half_open = [replace(syn, source_port=1000 + i // 2, time_ns=START + i) for i in range(120)]  # each SYN is repeated
+    rows = feed(table, digests(half_open))
+    flood = [replace(syn, source=(i // 2).to_bytes(4, "big"), time_ns=START + 200 + i) for i in range(4000)]
+    rows += feed(table, digests(flood))
+    assert {row["destination_port"] for row in rows if row["reverse"]["packets"]} == set(), "no conversation had to go"
+    counters = table.counters()
+    assert counters["evicted_half_open_flows"] + counters["evicted_single_packet_flows"] == len(rows) == 2000 - 40 + 40
+    assert counters["evicted_half_open_flows"] > 1900 and counters["evicted_other_flows"] == 0
+
+
+def test_an_old_flow_with_one_packet_since_its_last_record_is_no_single_packet() -> None:
+    table = make_table(max_flows=10, active_timeout_ns=10 * SECOND)
+    old = Packet(source_port=7)
+    feed(table, digests([old, at(5, old), at(11, old), *(at(11, Packet(source_port=20 + i)) for i in range(9))]))
+    rows = feed(table, digests(at(12, Packet(source=bytes([i, 0, 0, 9]))) for i in range(200)))
+    assert len(rows) == 200 and 7 not in {row["source_port"] for row in rows}
+
+
+def test_the_table_of_a_flood_with_analysis_stays_within_its_bound() -> None:
+    table = make_table(max_flows=500, tcp_analysis=True)
+    flood = [Packet(protocol=TCP, flags=SYN, status=0x190, source=i.to_bytes(4, "big")) for i in range(5000)]
+    feed_quietly(table, digests(flood))
+    check_identity(table)
+    assert table.memory_bytes == 500 * 512 + 1024 * 3 // 2 * 8 + 4096 * ROW_BYTES + 8193 * 4
+    assert table.counters()["evicted_single_packet_flows"] == 4500
+
+
+# ---- sampling ----
+
+
+def test_every_nth_packet_is_metered_and_the_others_are_counted() -> None:
+    table = make_table(packet_sampling=10, row_capacity=3)
+    rows = feed(table, digests(Packet(source_port=i) for i in range(95))) + flush(table)
+    assert sorted(row["source_port"] for row in rows) == list(range(0, 95, 10))
+    assert table.counters()["unsampled_packets"] == 85
+    check_identity(table)
+
+
+def test_a_flow_is_sampled_with_all_packets_of_both_directions_or_not_at_all() -> None:
+    table = make_table(flow_sampling=8, max_flows=5000)
+    there = [Packet(source_port=port) for port in range(4000)]
+    rows = feed(table, digests([*there, *(replace(p, **p.back) for p in there)])) + flush(table)
+    assert 350 < len(rows) < 650  # 500 expected; 7 standard deviations
+    assert {(row["forward"]["packets"], row["reverse"]["packets"]) for row in rows} == {(1, 1)}
+    assert table.counters()["unsampled_packets"] == 8000 - 2 * len(rows)
+    check_identity(table)
+
+
+def test_what_sampling_passes_over_moves_the_time_all_the_same() -> None:
+    table = make_table(packet_sampling=2)
+    rows = feed(table, digests([Packet(), at(31, Packet(source_port=5))]))
+    assert len(rows) == 1 or len(advance(table, START + 32 * SECOND)) == 1
+
+
+# ---- the first packets ----
+
+
+def test_the_first_packets_of_a_flow_are_told_one_by_one_in_its_first_row_alone() -> None:
+    table = make_table(packet_sequence=3, active_timeout_ns=10 * SECOND)
+    packet = Packet(protocol=TCP, flags=SYN, status=0x180, octets=60)
+    talk = [
+        packet,
+        at(1, packet, **packet.back, flags=SYN | ACK, octets=70_000),
+        at(2, packet, flags=ACK),
+        at(3, packet),
+    ]
+    first, second = feed(table, digests([*talk, at(11, packet)])) + flush(table)
+    assert first["packet_sequence"] == [
+        (START, 60, 1, SYN),
+        (START + SECOND, 65535, -1, SYN | ACK),
+        (START + 2 * SECOND, 60, 1, ACK),
+    ]
+    assert second["packet_sequence"] == []
+
+
+def test_sequences_of_flows_that_leave_together_do_not_mix() -> None:
+    table = make_table(packet_sequence=2, max_flows=50, row_capacity=7)
+    rows = feed(table, digests(Packet(source_port=i, octets=100 + i) for i in range(500))) + flush(table)
+    assert len(rows) == 500
+    assert all(row["packet_sequence"] == [(START, 100 + row["source_port"], 1, 0)] for row in rows)
+
+
+def test_packet_sequences_are_within_the_memory_that_is_told() -> None:
+    plain, noting = make_table(max_flows=1000), make_table(max_flows=1000, packet_sequence=20)
+    assert noting.memory_bytes - plain.memory_bytes == 16 * 20 * (1000 + 4096)
+    with pytest.raises(ValueError, match="packet_sequence"):
+        make_table(packet_sequence=21)
+
+
+# ---- the index under chosen keys ----
+
+
+def probes_for_each(packets: list[Packet]) -> float:
+    table = make_table(max_flows=len(packets))
+    feed_quietly(table, digests(packets))
+    flows, probes = table.index_probes()
+    assert flows == len(packets)
+    return probes / flows
+
+
+def colliding_elsewhere(count: int) -> list[Packet]:
+    """Keys whose hashes end in the same 6 bits in another table: what somebody could choose who knew its secrets."""
+    other, rng, found = make_table(), random.Random(5), []
+    while len(found) < count:
+        packet = Packet(source=rng.randbytes(4), source_port=rng.randrange(1 << 16))
+        if other.hash_of(Memory(packet.digest).address) & 63 == 0:
+            found.append(packet)
+    return found
+
+
+CHOSEN_KEYS = {
+    "one network, ascending": lambda n: [Packet(source=(0x0A000000 + i).to_bytes(4, "big")) for i in range(n)],
+    "one pair of hosts, all ports": lambda n: [
+        Packet(source_port=i % 256, destination_port=i // 256) for i in range(n)
+    ],
+    "steps of 2^16": lambda n: [Packet(source=(i << 16 & 0xFFFFFFFF | i >> 16).to_bytes(4, "big")) for i in range(n)],
+    "the same sum of both ports": lambda n: [Packet(source_port=i, destination_port=60_000 - i) for i in range(n)],
+    "the same exclusive or of both hosts": lambda n: [
+        Packet(source=i.to_bytes(4, "big"), destination=(i ^ 0x5A5A5A5A).to_bytes(4, "big")) for i in range(n)
+    ],
+    "equal hashes in another table": colliding_elsewhere,
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN_KEYS)
+def test_chosen_keys_cost_no_more_than_three_times_the_probes_of_random_ones(name: str) -> None:
+    count = 3000
+    rng = random.Random(3)
+    at_random = probes_for_each(
+        [Packet(source=rng.randbytes(4), source_port=rng.randrange(65536)) for _ in range(count)]
+    )
+    assert at_random < 2  # half full at most: about 1.5 by theory (Knuth, 6.4)
+    assert probes_for_each(CHOSEN_KEYS[name](count)) <= 3 * at_random
+
+
+# ---- how late ----
+
+
+def test_the_time_from_a_flows_end_to_its_record_is_counted() -> None:
+    table = make_table(active_timeout_ns=100 * SECOND)
+    feed(table, Packet().digest)
+    while not table.advance(START + 60 * SECOND):
+        pass
+    assert table.row_count == 1 and table.rows()[0]["due_ns"] == START + 30 * SECOND
+    table.count_delays(START + 30 * SECOND + 60 * MILLISECOND)
+    counters = table.counters()
+    assert (counters["export_delay_250_ms"], counters["export_delay_ns"]) == (1, 60 * MILLISECOND)
+
+
+def test_a_flow_that_was_ended_before_its_time_has_no_delay() -> None:
+    table = make_table()
+    feed(table, Packet().digest)
+    assert table.flush() and table.rows()[0]["due_ns"] == 0
+    table.count_delays(START + 99 * SECOND)
+    assert table.counters()["export_delay_ns"] == 0
+
+
+def test_after_a_step_of_the_clock_a_delay_is_told_by_the_new_time() -> None:
+    table = make_table()
+    feed(table, Packet().digest)
+    table.step(1000 * SECOND)
+    assert table.advance(START + 1030 * SECOND + table.tick_ns)
+    assert table.rows()[0]["due_ns"] == START + 1030 * SECOND
 
 
 def test_memory_stays_below_the_bound_under_five_times_as_many_flows() -> None:
@@ -362,7 +534,15 @@ def test_digests_of_any_content_are_metered_within_bounds(contents: list[bytes])
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_flows": 0}, {"max_flows": 1 << 28}, {"row_capacity": 0}, {"idle_timeout_ns": 0}, {"active_timeout_ns": 0}],
+    [
+        {"max_flows": 0},
+        {"max_flows": 1 << 28},
+        {"row_capacity": 0},
+        {"idle_timeout_ns": 0},
+        {"active_timeout_ns": 0},
+        {"packet_sampling": 0},
+        {"flow_sampling": 0},
+    ],
 )
 def test_sizes_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from meter.flow_packets import (
 
 from appliance.meter.pack import Message, Packer
 from appliance.meter.settings import ExportSettings, MeterSettings
-from appliance.meter.table import FlowTable
+from appliance.meter.table import ROW_BYTES, FlowTable
 from appliance.meter.templates import TemplateSet, build_messages
 
 REVERSE = 29305
@@ -60,9 +61,9 @@ TALKS = [
 ]
 
 
-def expired(packets: list[Packet]) -> FlowTable:
+def expired(packets: list[Packet], **settings: Any) -> FlowTable:
     """A table whose rows are the flows of these packets."""
-    table = make_table()
+    table = make_table(tcp_analysis=True, **settings)
     memory = Memory(digests(packets))
     assert table.update(memory.address, memory.length) == memory.length
     assert table.flush()
@@ -104,6 +105,49 @@ def test_a_biflow_record_says_what_the_packets_said() -> None:
     assert (number(record, 136), number(record, 239), number(record, 148), number(record, 197)) == (4, 1, 1, 0x40)
     assert number(record, 152, REVERSE) == number(record, 153, REVERSE) == START // 1_000_000 + 1
     assert (record[0, 56], record[0, 80]) == (b"\2\0\0\0\0\1", b"\2\0\0\0\0\2")
+
+
+QOF, FLOWMON, FOKUS = 35566, 39499, 12325
+TROUBLED = [  # a hole that is filled late, and an answer
+    replace(TCP_TALK, mss=1460, window_scale=7, sequence=100),
+    replace(
+        TCP_TALK, **TCP_TALK.back, time_ns=START + 40 * SECOND // 1000, flags=SYN | ACK, sequence=500,
+        acknowledgement=101, mss=1400, window_scale=2,
+    ),
+    replace(TCP_TALK, time_ns=START + 50 * SECOND // 1000, flags=ACK, sequence=101, acknowledgement=501, window=9),
+    replace(TCP_TALK, time_ns=START + SECOND, flags=ACK, sequence=201, acknowledgement=501, payload=100),
+    replace(TCP_TALK, time_ns=START + 2 * SECOND, flags=ACK, sequence=101, acknowledgement=501, payload=100),
+    replace(TCP_TALK, time_ns=START + 3 * SECOND, flags=ACK, sequence=201, acknowledgement=501, payload=100),
+    replace(
+        TCP_TALK, **TCP_TALK.back, time_ns=START + 4 * SECOND, flags=ACK, sequence=501, acknowledgement=301, window=0
+    ),
+]  # fmt: skip
+
+
+def test_a_tcp_record_says_what_the_analysis_found() -> None:
+    (record,) = flow_records(exported(TROUBLED))
+    back = 0x4000
+    assert (number(record, 1024, QOF), number(record, 1024 | back, QOF)) == (200, 0)  # of 300 octets
+    assert (number(record, 1025, QOF), number(record, 1025 | back, QOF)) == (2, 0)
+    assert (number(record, 1035, QOF), number(record, 72, FLOWMON)) == (1, 0)
+    assert (number(record, 1045, QOF), number(record, 1045 | back, QOF)) == (0, 1)
+    assert (number(record, 1033, QOF), number(record, 1033 | back, QOF)) == (1460, 1400)
+    assert (number(record, 238), number(record, 238, REVERSE)) == (7, 2)
+    assert number(record, 1044, QOF) == 512 << 7
+    assert (number(record, 1029, QOF), number(record, 1030, QOF), number(record, 1046, QOF)) == (50, 50, 2)
+    assert (number(record, 69, FLOWMON), number(record, 179, FOKUS)) == (50_000, 40_000)
+    assert number(record, 179 | back, FOKUS) == 10_000
+
+
+def test_without_the_analysis_its_elements_are_absent() -> None:
+    templates = TemplateSet(MeterSettings(tcp_analysis=False), ExportSettings("file:"))
+    (message,) = Decoder().stream(stamped(templates.announcement(65535)))
+    enterprises = {enterprise for fields in message.templates.values() for enterprise, _, _ in fields}
+    assert enterprises == {0, 6871, REVERSE}
+    with_it = TemplateSet(MeterSettings(tcp_analysis=True), ExportSettings("file:"))
+    (message,) = Decoder().stream(stamped(with_it.announcement(65535)))
+    others = {e for template_id in (256, 257, 260) for e, _, _ in message.templates[template_id]}
+    assert others <= {0, REVERSE}  # of TCP alone
 
 
 def test_nanoseconds_count_from_1900() -> None:
@@ -203,6 +247,80 @@ def test_the_announcement_says_templates_options_and_flow_keys() -> None:
         assert named == addresses | ports | {4, 60, 243, 245}
 
 
+def test_sampling_parameters_are_options_data(tmp_path: Path) -> None:
+    meter = MeterSettings(packet_sampling=100, flow_sampling=8)
+    data = stamped(TemplateSet(meter, ExportSettings("file:")).announcement(65535))
+    (message,) = Decoder().stream(data)
+    assert (message.scopes[304], message.scopes[305]) == (1, 1)
+    by_template = dict(message.records)
+    assert [number(by_template[304], element) for element in (302, 304, 305, 306)] == [304, 1, 1, 99]
+    assert (number(by_template[305], 390), struct.unpack("!d", by_template[305][0, 311])) == (4, (0.125,))
+    assert all((35566, 1025) not in [f[:2] for f in fields] for fields in message.templates.values())
+    if shutil.which("tshark"):
+        (tmp_path / "sampling.ipfix").write_bytes(data)
+        command = ["tshark", "-n", "-V", "-r", tmp_path / "sampling.ipfix"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "Malformed" not in text and "Sampling Packet Space: 99" in text and "0.125" in text
+
+
+def with_sequences(packets: list[Packet], count: int, message_bytes: int = 1400) -> bytes:
+    meter, export = MeterSettings(packet_sequence=count), ExportSettings("file:")
+    templates = TemplateSet(meter, export)
+    table = expired(packets, packet_sequence=count)
+    packer = Packer(templates.plans, biflow=True, observation_domain=1, message_bytes=message_bytes)
+    return stamped(templates.announcement(message_bytes) + packer.pack(table.rows_address, table.row_count))
+
+
+def listed(record: dict[tuple[int, int], bytes], place: int) -> tuple[tuple[int, int, int], list[int]]:
+    """((enterprise, element, octets of each), values) of an ordered basicList (RFC 6313, 4.5.1)."""
+    data = record[291, place]
+    semantic, element, octets = struct.unpack_from("!BHH", data)
+    assert semantic == 4
+    enterprise, start = (int.from_bytes(data[5:9], "big"), 9) if element & 0x8000 else (0, 5)
+    values = [int.from_bytes(data[i : i + octets], "big") for i in range(start, len(data), octets)]
+    return (enterprise, element & 0x7FFF, octets), values
+
+
+def test_the_first_packets_are_records_of_their_own_beside_the_flows() -> None:
+    messages = Decoder().stream(with_sequences(TALKS, 8))
+    records = [r for message in messages for template_id, r in message.records if template_id in (280, 281)]
+    assert len(records) == len(flow_records(messages)) == 5
+    tcp = next(r for r in records if number(r, 4) == TCP)
+    assert (tcp[0, 8], number(tcp, 11), number(tcp, 148)) == (TCP_TALK.source, 80, 1)
+    elements, times = listed(tcp, 7)
+    assert elements == (0, 325, 8) and [t >> 32 for t in times] == [START // SECOND + 2_208_988_800] * 2
+    assert times[1] - times[0] == (1 << 32) * 15 // 10_000  # 1.5 ms
+    assert listed(tcp, 8) == ((0, 224, 8), [60, 1500])
+    assert listed(tcp, 9) == ((8057, 1016, 1), [1, 255])  # forward, reverse
+    assert listed(tcp, 10) == ((0, 6, 2), [SYN, SYN | ACK])
+
+
+@pytest.mark.parametrize("message_bytes", [512, 1400, 65535])
+def test_the_longest_sequences_fit_into_every_message(message_bytes: int) -> None:
+    v6 = {"source": b"\x20\1" + b"\0" * 13 + b"\1", "destination": b"\x20\1" + b"\0" * 13 + b"\2"}
+    packets = [Packet(time_ns=START + i, source_port=i % 7, **v6) for i in range(7 * 40)]
+    messages = Decoder().stream(with_sequences(packets, 20, message_bytes))
+    assert max(message.length for message in messages) <= message_bytes
+    records = [r for message in messages for template_id, r in message.records if template_id == 281]
+    assert [len(listed(r, 8)[1]) for r in records] == [20] * 7
+
+
+@pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
+@pytest.mark.skipif(shutil.which("ipfixDump") is None, reason="ipfixDump is not installed")
+def test_tshark_and_ipfixdump_read_the_first_packets(tmp_path: Path) -> None:
+    path = tmp_path / "flows.ipfix"
+    path.write_bytes(with_sequences(TALKS, 8))
+    command = ["tshark", "-n", "-o", "cflow.max_template_fields:0", "-V", "-r", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
+    dumped = subprocess.run(["ipfixDump", "--in", path, "--yaf"], capture_output=True, text=True, check=True).stdout
+    tcp = dumped[dumped.index("protocolIdentifier : 6\n") :]  # of its flow record; its sequence comes later
+    sequence = tcp[tcp.index("basicList") :]
+    words = [line.split() for line in sequence.splitlines()]
+    values = [line[2] for line in words if len(line) > 2 and line[0] in ("1", "2") and line[1] == ":"]
+    assert {"60", "1500"} <= set(values) and "ipTotalLength" in sequence and "0x02" not in values
+
+
 def test_statistics_are_options_data() -> None:
     templates = TemplateSet(MeterSettings(), ExportSettings("file:", domain=9))
     counts = dict.fromkeys(
@@ -236,14 +354,29 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     for plan in (
         (256, 6, 0, []),
         (256, 0, 0, [(1, 0, 3, 3)]),
-        (256, 0, 0, [(0, 210, 16, 16)]),
-        (256, 0, 0, [(1, 0, 8, 8)] * 65),
+        (256, 0, 0, [(0, ROW_BYTES - 15, 16, 16)]),
+        (256, 0, 0, [(1, 0, 8, 1)] * 97),
     ):
         with pytest.raises(ValueError):
             Packer([plan], biflow=True, observation_domain=1, message_bytes=1400)
 
 
 # ---- readers that we did not write ----
+
+
+@pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
+@pytest.mark.parametrize("biflow", [True, False])
+def test_tshark_reads_what_the_analysis_found(biflow: bool, tmp_path: Path) -> None:
+    export = ExportSettings("file:", biflow=biflow)
+    table = expired(TROUBLED)
+    messages = TemplateSet(MeterSettings(), export).announcement(16384)
+    messages += make_packer(export, 16384).pack(table.rows_address, table.row_count)
+    (tmp_path / "flows.ipfix").write_bytes(stamped(messages))
+    command = ["tshark", "-n", "-o", "cflow.max_template_fields:0", "-V", "-r", tmp_path / "flows.ipfix"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
+    assert "TCP WINDOWS SCALE" in text.upper() or "WINDOW SCALE" in text.upper()
+    assert "00 00 00 00 00 00 00 c8" in text and "00 00 00 00 00 00 01 2c" not in text  # goodput: 200 octets, not 300
 
 
 @pytest.fixture
@@ -280,10 +413,25 @@ def test_python_ipfix_reads_the_records(ipfix_file: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
 def test_tshark_reads_the_file_and_finds_nothing_wrong(ipfix_file: Path) -> None:
-    text = subprocess.run(["tshark", "-n", "-r", ipfix_file, "-V"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["tshark", "-n", "-o", "cflow.max_template_fields:0", "-r", ipfix_file, "-V"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
     fields = ["cflow.srcaddr", "cflow.packets", "cflow.octets", "cflow.flow_end_reason"]
-    command = ["tshark", "-n", "-r", ipfix_file, "-T", "fields", *(x for f in fields for x in ("-e", f))]
+    command = [
+        "tshark",
+        "-n",
+        "-o",
+        "cflow.max_template_fields:0",
+        "-r",
+        ipfix_file,
+        "-T",
+        "fields",
+        *(x for f in fields for x in ("-e", f)),
+    ]
     values = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert values.count("10.0.0.1") == 3
     assert "1500" in values

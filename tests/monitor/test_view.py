@@ -15,7 +15,7 @@ def test_the_identity_holds_when_every_term_is_counted(appliance: Appliance) -> 
     assert uplink.received_packets == 1000
     assert uplink.written_packets == 700
     assert uplink.dropped == {
-        "foreign": 3, "filter": 7, "kernel": 100, "ring": 50, "merge": 10, "writer": 30, "unclean": 5,
+        "foreign": 3, "filter": 7, "gate": 0, "kernel": 100, "ring": 50, "merge": 10, "writer": 30, "unclean": 5,
     }  # fmt: skip
     assert uplink.in_flight == {"kernel": 20, "reorder": 5, "ring": 40, "merge": 30}
     assert uplink.dropped_packets == 205
@@ -41,7 +41,7 @@ def test_all_stages_and_places_are_always_there(appliance: Appliance) -> None:
     interface = appliance.snapshot().interfaces[0]
     assert tuple(interface.dropped) == STAGES
     assert tuple(interface.in_flight) == PLACES
-    assert set(STAGES) - set(LOSS_STAGES) == {"filter", "foreign"}
+    assert set(STAGES) - set(LOSS_STAGES) == {"filter", "foreign", "gate"}
 
 
 def test_ring_use_is_taken_from_the_rings(appliance: Appliance) -> None:

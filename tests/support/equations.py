@@ -20,9 +20,11 @@ def of_interface(view: InterfaceView) -> list[str]:
             view.received_packets - dropped["kernel"],
             view.read_packets + flying["kernel"],
         ),
-        "read = filtered + foreign + into the ring + ring drops + held for order": (
+        "read = filtered + foreign + gated + into the ring + ring drops + held for order": (
             view.read_packets,
-            dropped["filter"] + dropped["foreign"] + view.published_packets + dropped["ring"] + flying["reorder"],
+            sum(dropped[stage] for stage in ("filter", "foreign", "gate", "ring"))
+            + view.published_packets
+            + flying["reorder"],
         ),
         "into the ring = out of the ring, which is empty": (view.published_packets, view.consumed_packets),
         "out of the ring = written + merge drops + writer drops + unclean + held": (

@@ -48,14 +48,22 @@ def service_directory() -> Iterator[Path]:
 
 def toml(tables: Table) -> str:
     """Tables of plain values, and lists of tables, as TOML."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not is_table(value)]
+    return "\n".join(toml_lines(tables, "")) + "\n"
+
+
+def toml_lines(tables: Table, above: str) -> Iterator[str]:
+    """A table's own values first, then the tables in it, by their full names."""
+    for key, value in tables.items():
+        if not is_table(value):
+            yield f"{key} = {json.dumps(value)}"
     for key, value in tables.items():
         if isinstance(value, Mapping):
-            lines += [f"[{key}]", toml({k: v for k, v in value.items() if not is_table(v)})]
-            lines += [f"[[{key}.{k}]]\n{toml(row)}" for k, v in value.items() if is_table(v) for row in v]
+            yield f"[{above}{key}]"
+            yield from toml_lines(value, f"{above}{key}.")
         elif is_table(value):
-            lines += [f"[[{key}]]\n{toml(row)}" for row in value]
-    return "\n".join(lines) + "\n"
+            for row in value:
+                yield f"[[{above}{key}]]"
+                yield from toml_lines(row, f"{above}{key}.")
 
 
 def is_table(value: object) -> bool:
