@@ -243,6 +243,7 @@ def test_a_file_under_a_lock_is_never_deleted(lab: Lab, directory: Path) -> None
         service.wait_until(lambda: service.snapshot().outputs[0].files_expired >= 15, "others go")
         assert held.exists()
         assert len(list(packets(held))) == 100
+    traffic.send(500)
     service.wait_until(lambda: not held.exists(), "it goes when nobody holds it")
     balance(service, traffic.sent)
     assert service.stop() == 0
