@@ -273,8 +273,10 @@ class Interface(_Table):
     kernel_ring_bytes: Annotated[int, _between(MIB, 16 * GIB)] = Field(
         default=64 * MIB, description="the kernel's own ring (ring: only); locked memory, not part of memory_bytes"
     )
-    block_timeout_ms: Annotated[int, _between(1, 1000)] = Field(
-        default=8, description="the kernel hands over a block that is not full after this long (ring: only)"
+    block_timeout_ms: Annotated[int, _zero_or_between(1, 1000)] = Field(
+        default=0,
+        description="the kernel hands over a block that is not full after this long (ring: only); 0 = 8, and more for "
+        "more than four capture workers, up to 24",
     )
     reorder_us: Annotated[int, _between(0, 1_000_000)] = Field(
         default=1000, description="disorder between receive CPUs that is put right; what is later is counted as late"

@@ -20,6 +20,7 @@ from appliance.ring.memory import ring_capacity
 
 MEMORY_SHARE = 8  # of the machine's memory, one part for all rings together
 MEMORY_MAX_BYTES = 1 << 30
+BLOCK_TIMEOUT_MS, BLOCK_TIMEOUT_MAX_MS = 8, 24
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
@@ -83,6 +84,7 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     """
     memory_bytes = config.memory_bytes or default_memory_bytes(machine_bytes or available_memory_bytes())
     members = [(interface, member) for interface in config.interfaces for member in range(interface.fanout)]
+    members = [(with_block_timeout(interface, config.outputs, len(members)), member) for interface, member in members]
     share = memory_bytes // max(1, len(members))
     metered = config.meter.enabled
     sources = []
@@ -106,6 +108,16 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     monitor = config.monitor.address is not None or config.monitor.control_socket is not None
     pages = tuple(counter_pages(sources, outputs, meter, exports, monitor))
     return Plan(tuple(sources), outputs, meter, exports, monitor, used, pages)
+
+
+def with_block_timeout(interface: Interface, outputs: Sequence[Output], workers: int) -> Interface:
+    """The interface with its block time-out decided. Each time-out wakes a worker: where there are many, each is woken
+    more rarely, as long as no packet waits half of max_wait_ms for that."""
+    if interface.block_timeout_ms:
+        return interface
+    half_of_max_wait_ms = min((output.max_wait_ms // 2 for output in outputs), default=0)
+    timeout_ms = max(BLOCK_TIMEOUT_MS, min(2 * workers, BLOCK_TIMEOUT_MAX_MS, half_of_max_wait_ms))
+    return interface.model_copy(update={"block_timeout_ms": timeout_ms})
 
 
 def worker_names(

@@ -77,6 +77,22 @@ def test_a_file_s_ring_stays_in_the_cache() -> None:
     assert plan.live_sources == ()
 
 
+@pytest.mark.parametrize(("count", "timeout_ms"), [(1, 8), (4, 8), (5, 10), (8, 16), (16, 24), (40, 24)])
+def test_many_workers_are_woken_more_rarely(count: int, timeout_ms: int) -> None:
+    plan = make_plan(config(*(f"ring:eth{i}" for i in range(count))), 64 * GIB)
+    assert {source.interface.block_timeout_ms for source in plan.sources} == {timeout_ms}
+
+
+def test_no_packet_waits_half_of_max_wait_for_a_rare_wake_and_a_given_time_out_is_kept() -> None:
+    uris = [f"ring:eth{i}" for i in range(16)]
+    plan = make_plan(config(*uris, outputs=(Output(directory="x", max_wait_ms=30),)), 64 * GIB)
+    assert plan.sources[0].interface.block_timeout_ms == 15
+    plan = make_plan(config(*uris, outputs=(Output(directory="x", max_wait_ms=2),)), 64 * GIB)
+    assert plan.sources[0].interface.block_timeout_ms == 8
+    given = Config(interfaces=(Interface(uri="ring:eth0", block_timeout_ms=2),))
+    assert make_plan(given, 64 * GIB).sources[0].interface.block_timeout_ms == 2
+
+
 def test_fanout_members_are_sources_of_their_own_in_one_group() -> None:
     interfaces = (Interface(uri="ring:a", fanout=3), Interface(uri="ring:b", fanout=2), Interface(uri="ring:c"))
     plan = make_plan(Config(interfaces=interfaces), 64 * GIB)
