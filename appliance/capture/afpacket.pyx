@@ -8,6 +8,7 @@ and the block goes back to the kernel as soon as all of its packets are publishe
 What must survive our death is in the ring's commit slot: the block and the packet that come next, where the digest
 ring ended, and every counter. A successor takes the socket, maps the same kernel ring, and goes on exactly there.
 """
+cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -164,6 +165,7 @@ cdef inline uint32_t digest_status(uint32_t tp_status, bint outbound) noexcept n
     return status
 
 
+@cython.final
 cdef class LiveCapture:
     """See afpacket.pyi."""
     cdef int fd
