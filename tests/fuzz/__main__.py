@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fuzz.engine import mutate
 from fuzz.seeds import seeds
-from fuzz.targets import TARGETS
+from fuzz.targets import TARGETS, silence
 
 INPUT_S = 20  # for one input
 CORPUS_MAX = 5000
@@ -70,7 +70,8 @@ def fuzz_in_child(name: str, seconds: float, seed: int, results: Path) -> bool:
     if child == 0:
         status = 1
         try:
-            fuzz(name, seconds, seed, current)
+            with silence():
+                fuzz(name, seconds, seed, current)
             status = 0
         except BaseException:
             traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,17 @@ from support.judges import packets as packets_of
 
 from fuzz.engine import mutate
 from fuzz.seeds import packets, seeds, shared
-from fuzz.targets import LINKTYPES, TARGETS, fuzz_headers
+from fuzz.targets import LINKTYPES, TARGETS, fuzz_headers, silence
 
 INPUTS = {"headers": 20000, "reader": 2000, "salvage": 600, "ring": 1500, "table": 8000, "ipfix": 8000, "config": 500}
 FOUND = Path(__file__).parent / "found"
 CAPTURED_BYTES_MAX = 200
+
+
+@pytest.fixture(autouse=True)
+def silent() -> Iterator[None]:
+    with silence():
+        yield
 
 
 @pytest.mark.parametrize("name", TARGETS)
