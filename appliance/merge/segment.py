@@ -26,6 +26,7 @@ from appliance.formats.encode import (
 from appliance.merge.compressor import CompressorSink, FileSink, SinkError, StreamSink
 from appliance.merge.naming import STANDARD_OUTPUT, Naming, prepare_directories
 
+MOST = (1 << 64) - 1  # that a pcapng option can say
 Sink = FileSink | StreamSink | CompressorSink
 
 
@@ -49,12 +50,13 @@ class SourceCounts:
     published: int = 0
 
     def since(self, earlier: SourceCounts) -> SourceCounts:
+        """Never negative: the counts come out of shared memory, and nothing in there may end the merge."""
         return SourceCounts(
-            self.received - earlier.received,
-            self.dropped_kernel - earlier.dropped_kernel,
-            self.dropped_filter - earlier.dropped_filter,
-            self.dropped_ring - earlier.dropped_ring,
-            self.published - earlier.published,
+            max(0, self.received - earlier.received),
+            max(0, self.dropped_kernel - earlier.dropped_kernel),
+            max(0, self.dropped_filter - earlier.dropped_filter),
+            max(0, self.dropped_ring - earlier.dropped_ring),
+            max(0, self.published - earlier.published),
         )
 
 
@@ -252,8 +254,10 @@ def statistics_blocks(
                 end_ns=end_ns,
                 received=count.received,
                 dropped=0,
-                filter_accepted=count.received - count.dropped_filter,
-                os_dropped=count.dropped_kernel + count.dropped_ring,
+                # Not `received` less the filtered: the kernel counts a packet before we look at it, and a file may end
+                # in between.
+                filter_accepted=min(count.published + count.dropped_ring + count.dropped_kernel, MOST),
+                os_dropped=min(count.dropped_kernel + count.dropped_ring, MOST),
                 delivered=delivered[interface.source],
             )
         )

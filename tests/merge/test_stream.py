@@ -154,6 +154,24 @@ def test_while_no_segment_is_open_the_ring_keeps_everything(make: Make) -> None:
 
 
 @requires_tool("capinfos", "tshark")
+def test_counters_that_are_apart_or_go_back_or_are_impossible_end_no_file(make: Make) -> None:
+    life = make()
+    (source,) = life.sources
+    top = (1 << 64) - 1
+    # Received was counted before the first file's end, the filter's part after it; then both go back, and beyond all.
+    for at, cumulative in enumerate(
+        [(100, 0, 60, 0, 40), (100, 0, 90, 0, 40), (5, 0, 2, 0, 1), (top, top, top, top, top)]
+    ):
+        source.write(packet(T0 + at, b"x"), counters(*cumulative), watermark=T0 + at)
+        life.turn()
+        life.rotate()
+    life.finish()
+    filtered = [sidecar["dropped"]["filter"] for sidecar in life.sidecars()]
+    assert filtered[:3] == [60, 30, 0]
+    accepted = [numbers[6] for path in life.files() for _, numbers in statistics(path.read_bytes())]
+    assert accepted[:4] == [40, 0, 0, top]
+
+
 def test_a_pcapng_names_its_interfaces_and_tells_each_segments_own_losses(make: Make) -> None:
     life = make(["left", "right"])
     left, right = life.sources
