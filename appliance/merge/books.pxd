@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from appliance.merge.order cimport Merge
 
@@ -41,5 +41,6 @@ cdef class Books:
     cdef void consumed(self) noexcept nogil
     cdef void batch_consumed(self) noexcept nogil
     cdef void batch_written(self, uint64_t bytes_by_pump) noexcept nogil
+    cdef void take_off(self, uint32_t index) noexcept nogil
     cdef void add_to_taken(self, uint64_t packets) noexcept nogil
     cdef uint64_t batch_dropped(self) noexcept nogil

@@ -98,11 +98,10 @@ cdef class Books:
             if source.pending_packets == 0:
                 continue
             packets += source.pending_packets
-            self.sources[i].held_packets[0] = self.sources[i].unsettled
             self.sources[i].written_packets[0] += source.pending_packets
             self.sources[i].written_bytes[0] += source.pending_bytes
             self.sources[i].taken += source.pending_packets
-            source.pending_packets = source.pending_bytes = 0
+            self.take_off(i)
         self.written_packets[0] += packets
         self.merged_packets[0] += packets
         self.open_packets[0] += packets
@@ -110,6 +109,11 @@ cdef class Books:
         self.taken_bytes += bytes_by_pump
         if packets:
             self.add_to_taken(packets)
+
+    cdef void take_off(self, uint32_t index) noexcept nogil:
+        """What a source had in the batch is counted as something else than held now."""
+        self.sources[index].held_packets[0] = self.sources[index].unsettled
+        self.merge.sources[index].pending_packets = self.merge.sources[index].pending_bytes = 0
 
     cdef void add_to_taken(self, uint64_t packets) noexcept nogil:
         if self.taken_packets == 0 or self.merge.batch_first_ns < self.first_ns:
@@ -132,9 +136,8 @@ cdef class Books:
             if source.pending_packets == 0:
                 continue
             packets += source.pending_packets
-            self.sources[i].held_packets[0] = self.sources[i].unsettled
             self.sources[i].dropped_writer_packets[0] += source.pending_packets
-            source.pending_packets = source.pending_bytes = 0
+            self.take_off(i)
         self.merged_packets[0] += packets
         return packets
 

@@ -124,7 +124,8 @@ def test_a_file_that_could_not_be_synced_is_not_published_and_never_synced_again
         service.wait_until(lambda: service.snapshot().outputs[0].files_quarantined == 1, "it is set aside")
     traffic.send(1000)
     last = conclude(service, traffic)
-    synced = re.findall(r"fsync\(\d+<([^>]*/work/main-[^>]*)>\) += -1 EIO", trace.read_text())
+    staged = re.escape(str(directory / "work"))
+    synced = re.findall(rf"fsync\(\d+<{staged}/[^>]*>\) += -1 EIO", trace.read_text())
     assert len(synced) == 1, trace.read_text()
     assert last.outputs[0].quarantined_packets == 1000
     (reason,) = (directory / "quarantine").glob("*.json")

@@ -65,7 +65,7 @@ def test_every_file_is_made_exclusively_without_links_and_closed_on_exec(lab: La
     text = trace.read_text(errors="replace")
     below = re.escape(f"{out}/")
     made = re.findall(rf'openat\([^"]*"({below}[^"]*)", ([A-Z_|]*O_CREAT[A-Z_|]*), 0?(\d+)\) = \d+', text)
-    staged = [flags for path, flags, _ in made if "/work/" in path]
+    staged = [flags for path, flags, _ in made if path.startswith(f"{out}/work/")]
     assert staged
     for flags in staged:
         assert {"O_EXCL", "O_NOFOLLOW", "O_CLOEXEC"} <= set(flags.split("|")), flags
