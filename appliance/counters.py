@@ -29,6 +29,7 @@ STATES = ("starting", "running", "draining", "ended")
 
 # Reasons why a packet is not metered (appliance/capture/headers.pyx counts them in the capture worker).
 IGNORED_REASONS = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
+IGNORED_FIELDS = (*(f"ignored_{reason}_packets" for reason in IGNORED_REASONS), "ignored_octets")  # on the wire
 
 CAPTURE_FIELDS = COMMON_FIELDS + (
     "received_packets",  # tp_packets (the kernel's drops included), or packets read from a file
@@ -53,7 +54,7 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "reopened",  # sockets opened again after the interface came back
     "digests_published",
     "digests_dropped",  # the digest ring was full
-    *(f"ignored_{reason}_packets" for reason in IGNORED_REASONS),
+    *IGNORED_FIELDS,
     "input_errors",  # damaged input files
     "unpublished_packets",  # walked, and held for reorder_us
 )
@@ -139,6 +140,9 @@ METER_FIELDS = COMMON_FIELDS + (
     "exported_flows",
     "exported_packets",
     "exported_octets",
+    "lost_unclean_flows",  # gone with a killed meter, as all lost_unclean: in its table, or on the way there
+    "lost_unclean_packets",
+    "lost_unclean_octets",
     "stream_time_ns",
     "late_packets",
     "tcp_retransmitted_packets",  # what TCP analysis found
@@ -161,6 +165,7 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "flow_records",
     "messages",
     "bytes",
+    "sent_packets",  # of those flow records
     "send_errors",
     "tls_failures",  # handshakes that failed, and sessions that TLS ended
     "connects",
@@ -168,6 +173,8 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "not_sent_packets",
     "not_sent_octets",
     "queued_bytes",
+    "queued_packets",  # of the flow records in them
+    "lost_unclean_packets",  # of flow records that were gone with a killed meter's queue
     "up",
 )
 

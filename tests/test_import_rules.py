@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
-    "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
+    "appliance.start": {"appliance.cli", "appliance.flows_command"},
+    "appliance.flows_command": {"appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
     "appliance.traces": {"appliance.capture", "appliance.meter"},

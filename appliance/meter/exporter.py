@@ -75,7 +75,8 @@ class Exporter(ABC):
         self.message_bytes = settings.message_bytes or self.default_message_bytes
         self.packer = self.make_packer()
         self.queue: deque[Message] = deque()
-        self.queued_bytes = 0
+        self.queued_bytes = self.queued_packets = 0
+        self.show_queue()
         self.started_ms = int(clock() * 1000)
         self.statistics_due_s: float | None = None
         self.logged_at_s = -math.inf
@@ -127,11 +128,12 @@ class Exporter(ABC):
         self.drain()
 
     def statistics(self, counts: Counts) -> None:
-        """Options data: what was exported, ignored, and not sent, so far. `counts` must have `ignored_packets`."""
+        """Options data: what was exported, ignored, and not sent, so far. `counts` must have `ignored_packets` and
+        `ignored_octets`."""
         page = self.page
         figures = {name: page[name] for name in ("messages", "flow_records", "bytes")}
         figures |= {name: page[name] for name in ("not_sent_flows", "not_sent_packets", "not_sent_octets")}
-        figures |= {"ignored_packets": counts["ignored_packets"]}
+        figures |= {name: counts[name] for name in ("ignored_packets", "ignored_octets")}
         figures |= {"first_ms": self.started_ms, "last_ms": int(self.clock() * 1000)}
         for message in self.templates.statistics(figures, self.message_bytes):
             self.submit(message)
@@ -145,14 +147,20 @@ class Exporter(ABC):
             return
         self.queue.append(message)
         self.queued_bytes += len(message.data)
-        self.page["queued_bytes"] = self.queued_bytes
+        self.queued_packets += message.packets
+        self.show_queue()
 
     def taken(self) -> Message:
         """Removes the first message of the queue."""
         message = self.queue.popleft()
         self.queued_bytes -= len(message.data)
-        self.page["queued_bytes"] = self.queued_bytes
+        self.queued_packets -= message.packets
+        self.show_queue()
         return message
+
+    def show_queue(self) -> None:
+        self.page["queued_bytes"] = self.queued_bytes
+        self.page["queued_packets"] = self.queued_packets
 
     def stamp(self, message: Message) -> None:
         message.stamp(int(self.clock()), self.sequence)
@@ -162,6 +170,7 @@ class Exporter(ABC):
         self.page.add("messages")
         self.page.add("records", message.records)
         self.page.add("flow_records", message.flows)
+        self.page.add("sent_packets", message.packets)
         self.page.add("bytes", len(message.data))
 
     def count_not_sent(self, message: Message) -> None:

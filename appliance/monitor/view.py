@@ -159,6 +159,7 @@ class InterfaceView:
     digests_published: int
     digests_dropped: int
     ignored: dict[str, int]
+    ignored_octets: int
     last_packet_ns: int
     nic_dropped_packets: int | None
 
@@ -220,6 +221,9 @@ class MeterView:
     exported_flows: int
     exported_packets: int
     exported_octets: int
+    lost_unclean_flows: int
+    lost_unclean_packets: int
+    lost_unclean_octets: int
     stream_time_ns: int
     flows_evicted: dict[str, int]  # for lack of resources, by what they were
     tcp_segments: dict[str, int]  # by what TCP analysis took them for
@@ -239,6 +243,7 @@ class ExportView:
     flow_records: int
     messages: int
     bytes: int
+    sent_packets: int
     send_errors: int
     tls_failures: int
     connects: int
@@ -246,6 +251,8 @@ class ExportView:
     not_sent_packets: int
     not_sent_octets: int
     queued_bytes: int
+    queued_packets: int
+    lost_unclean_packets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +419,7 @@ def _interface(
         digests_published=capture["digests_published"],
         digests_dropped=capture["digests_dropped"],
         ignored={reason: capture[f"ignored_{reason}_packets"] for reason in IGNORED_REASONS},
+        ignored_octets=capture["ignored_octets"],
         last_packet_ns=capture["last_packet_ns"],
         nic_dropped_packets=host.nic_dropped_packets.get(source.interface) if source.is_live else None,
     )
@@ -480,6 +488,9 @@ def _meter(pages: CounterPages) -> MeterView | None:
         exported_flows=page["exported_flows"],
         exported_packets=page["exported_packets"],
         exported_octets=page["exported_octets"],
+        lost_unclean_flows=page["lost_unclean_flows"],
+        lost_unclean_packets=page["lost_unclean_packets"],
+        lost_unclean_octets=page["lost_unclean_octets"],
         stream_time_ns=page["stream_time_ns"],
         flows_evicted={kind: page[f"evicted_{kind}_flows"] for kind in ("single_packet", "half_open", "other")},
         tcp_segments={
@@ -510,6 +521,7 @@ def _export(pages: CounterPages, index: int, export: ExportInfo) -> ExportView:
         flow_records=page["flow_records"],
         messages=page["messages"],
         bytes=page["bytes"],
+        sent_packets=page["sent_packets"],
         send_errors=page["send_errors"],
         tls_failures=page["tls_failures"],
         connects=page["connects"],
@@ -517,6 +529,8 @@ def _export(pages: CounterPages, index: int, export: ExportInfo) -> ExportView:
         not_sent_packets=page["not_sent_packets"],
         not_sent_octets=page["not_sent_octets"],
         queued_bytes=page["queued_bytes"],
+        queued_packets=page["queued_packets"],
+        lost_unclean_packets=page["lost_unclean_packets"],
     )
 
 

@@ -368,12 +368,13 @@ def test_duty_17_a_flow_that_goes_on_keeps_its_direction_and_its_number(tmp_path
 @needs("ipfixDump", "tshark")
 def test_duty_18_packets_that_are_not_metered_are_counted(tmp_path: Path) -> None:
     exports = (ExportSettings("file:", directory=tmp_path),)
-    metering = Metering(MeterSettings(export=exports), ignored_packets=lambda: 17)
+    metering = Metering(MeterSettings(export=exports), ignored=lambda: (17, 1234))
     feed(metering, [Packet()])
     metering.finish()
     (path,) = (tmp_path / "flows").iterdir()
     told = run("ipfixDump", "-i", path)
     assert re.findall(r"ignoredPacketTotalCount : (\d+)", told) == ["17"]
+    assert re.findall(r"ignoredOctetTotalCount : (\d+)", told) == ["1234"]
 
 
 @needs("nfacctd")

@@ -38,7 +38,7 @@ from appliance.meter.metering import Metering
 from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
 from appliance.meter.table import FlowTable
 
-COUNTS = {"ignored_packets": 0}
+COUNTS = {"ignored_packets": 0, "ignored_octets": 0}
 TEMPLATES = 17
 
 
@@ -676,7 +676,7 @@ def test_metering_accounts_for_every_packet_over_all_exporters(tmp_path: Path, u
     pages = CounterPages([("meter", METER_FIELDS), ("export/0", EXPORT_FIELDS), ("export/1", EXPORT_FIELDS)])
     exports = (ExportSettings("file:", directory=tmp_path), ExportSettings(udp_uri(udp_collector), biflow=False))
     settings = MeterSettings(max_flows=500, export=exports)
-    metering = Metering(settings, pages["meter"], [pages["export/0"], pages["export/1"]], ignored_packets=lambda: 17)
+    metering = Metering(settings, pages["meter"], [pages["export/0"], pages["export/1"]], ignored=lambda: (17, 1700))
     meter = pages["meter"]
     packet = Packet()
     for round_ in range(30):

@@ -77,6 +77,7 @@ class Appliance:
             interface_up=1,
             last_packet_ns=self.realtime_ns - SECOND,
             ignored_not_ip_packets=4,
+            ignored_octets=240,
         )
         set_fields(
             self.pages["merge/main/uplink"],

@@ -53,6 +53,7 @@ def test_the_identity_can_be_read_off_the_metrics(running: Appliance) -> None:
         ("appliance_packets_received_total", {"interface": "uplink", "output": "main"}, 1000),
         ("appliance_packets_dropped_total", {"interface": "uplink", "output": "main", "stage": "kernel"}, 100),
         ("appliance_meter_ignored_packets_total", {"interface": "uplink", "output": "main", "reason": "not_ip"}, 4),
+        ("appliance_meter_ignored_bytes_total", {"interface": "uplink", "output": "main"}, 240),
         ("appliance_worker_restarts_total", {"role": "merge", "worker": "merge/main"}, 2),
         ("appliance_worker_up", {"role": "meter", "worker": "meter"}, 1),
         ("appliance_files_total", {"output": "main", "state": "published"}, 3),
