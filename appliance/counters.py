@@ -104,7 +104,9 @@ MERGE_FIELDS = COMMON_FIELDS + (
 # One page per source of an output, written by the merge.
 MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "consumed_packets",  # taken out of the ring
-    "written_packets",
+    "written_packets",  # and still: ever_written_packets - taken_back_packets
+    "ever_written_packets",
+    "taken_back_packets",  # were written, and then lost with their file: counted as dropped, or as lost_unclean
     "written_bytes",  # captured lengths
     "dropped_merge_packets",  # damaged records, or a file's packets that the output's format cannot hold
     "dropped_writer_packets",  # the output failed

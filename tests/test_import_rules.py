@@ -14,6 +14,7 @@ BOTTOM = {
     "appliance.config",
     "appliance.console",
     "appliance.counters",
+    "appliance.disk",
     "appliance.errors",
     "appliance.formats",
     "appliance.logs",
@@ -26,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.config": {"appliance.capture.uri"},
     "appliance.console": set(),
     "appliance.counters": set(),
+    "appliance.disk": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
     # A user's end: URIs, files and compressors; interfaces.

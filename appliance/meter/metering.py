@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 
 from appliance.counters import METER_FIELDS, PAGE_BYTES, CounterPage
 from appliance.errors import ApplianceError, ConfigError
-from appliance.meter.exporter import Exporter, TcpExporter, make_exporter
+from appliance.meter.export_tcp import TcpExporter
+from appliance.meter.exporter import Exporter
+from appliance.meter.exporters import make_exporter
 from appliance.meter.fragments import FragmentTable
 from appliance.meter.settings import MeterSettings
 from appliance.meter.table import FlowTable

@@ -135,7 +135,7 @@ def _age(moment: _Moment, timestamp_ns: int) -> float | None:
 
 
 FAMILIES: tuple[Family, ...] = (
-    # The identity: received = written + dropped (all stages) + in flight (all places).
+    # The identity: received = written - taken back + dropped (all stages) + in flight (all places).
     _INTERFACE.counter(
         "appliance_packets_received_total",
         "Packets that reached the interface's capture point (the kernel's drops included) or were read from a file.",
@@ -144,7 +144,13 @@ FAMILIES: tuple[Family, ...] = (
     _INTERFACE.counter(
         "appliance_packets_written_total",
         "Packets handed to the output's file.",
-        lambda row: row.written_packets,
+        lambda row: row.ever_written_packets,
+    ),
+    _INTERFACE.counter(
+        "appliance_packets_taken_back_total",
+        "Packets that were written, and then lost with their file: it was removed from work/, or the merge was killed. "
+        "They are among the dropped ones.",
+        lambda row: row.taken_back_packets,
     ),
     _INTERFACE.counter(
         "appliance_packets_dropped_total",

@@ -135,6 +135,8 @@ class InterfaceView:
     is_up: bool
     received_packets: int
     written_packets: int
+    ever_written_packets: int  # both only grow; written = ever written - taken back
+    taken_back_packets: int
     dropped: dict[str, int]
     dropped_packets: int
     lost_packets: int
@@ -395,6 +397,8 @@ def _interface(
         is_up=bool(capture["interface_up"]),
         received_packets=received,
         written_packets=written,
+        ever_written_packets=merge["ever_written_packets"],
+        taken_back_packets=merge["taken_back_packets"],
         dropped=dropped,
         dropped_packets=sum(dropped.values()),
         lost_packets=sum(dropped[stage] for stage in LOSS_STAGES),

@@ -25,8 +25,10 @@ from meter.test_exporter import COUNTS, TcpCollector, expired, export, received,
 from meter.test_tls import OpensslCollector, tls_exporter
 
 from appliance.config import parse_destination
-from appliance.meter import exporter as exporter_module
-from appliance.meter.exporter import UdpExporter, make_exporter
+from appliance.meter import export_socket, export_udp
+from appliance.meter.export_udp import UdpExporter
+from appliance.meter.exporter import ExporterParts
+from appliance.meter.exporters import make_exporter
 from appliance.meter.metering import Metering
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 
@@ -121,7 +123,7 @@ def test_duty_2_the_sequence_counts_data_records_and_goes_on_over_its_end(
 ) -> None:
     first = (1 << 32) - 3
     settings = ExportSettings(udp_uri(collector), template_copies=1)
-    exporter = UdpExporter(MeterSettings(), settings, None, time.time, first)
+    exporter = UdpExporter(ExporterParts(MeterSettings(), settings, first_sequence=first))
     export(exporter, 100)
     exporter.statistics(COUNTS)
     exporter.close(time.monotonic() + 5)
@@ -214,7 +216,7 @@ def test_duty_8_no_message_is_longer_than_the_path_takes_and_512_octets_where_it
 ) -> None:
     export(make_exporter(MeterSettings(), ExportSettings(udp_uri(collector))), 100)
     assert max(map(int, Told(tmp_path, received(collector)).every("cflow.len"))) <= 1400
-    monkeypatch.setitem(exporter_module.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
+    monkeypatch.setitem(export_udp.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
     export(make_exporter(MeterSettings(), ExportSettings(udp_uri(collector))), 100)
     assert max(map(int, Told(tmp_path, received(collector)).every("cflow.len"))) <= 512
 
@@ -223,7 +225,7 @@ def test_duty_8_no_message_is_longer_than_the_path_takes_and_512_octets_where_it
 def test_duty_9_every_connection_begins_with_all_templates_and_sequence_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.01)
     tcp = TcpCollector()
     exporter = make_exporter(MeterSettings(), ExportSettings(tcp.uri))
     for session in range(2):
@@ -246,7 +248,7 @@ def test_duty_9_every_connection_begins_with_all_templates_and_sequence_0(
 def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.01)
     tcp = TcpCollector()
     tcp.close()  # nobody is there for now
     exporter = make_exporter(MeterSettings(), ExportSettings(tcp.uri, queue_bytes=1 << 16))
@@ -255,7 +257,7 @@ def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
         exporter.export(table.rows_address, table.row_count)
         assert exporter.queued_bytes <= 1 << 16
     lost = exporter.page["not_sent_flows"]
-    assert 0 < lost < 5000 and exporter.retry_s > exporter_module.RETRY_FIRST_S  # type: ignore[attr-defined]
+    assert 0 < lost < 5000 and exporter.retry_s > export_socket.RETRY_FIRST_S  # type: ignore[attr-defined]
     tcp = TcpCollector(tcp.port)
     wait_until(lambda: not exporter.queue, exporter)
     exporter.statistics(COUNTS)
