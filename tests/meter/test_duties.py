@@ -201,7 +201,11 @@ def test_duty_7_over_udp_nothing_is_withdrawn_and_no_number_gets_another_meaning
     for _ in range(5):
         export(exporter, 20)
     exporter.close(time.monotonic() + 5)
-    told = Told(tmp_path, received(collector))
+    check_meanings(Told(tmp_path, received(collector)))
+
+
+def check_meanings(told: Told) -> None:
+    """Nothing is withdrawn (a template without fields), and no template ID has two meanings."""
     assert min(map(int, told.every("cflow.template_field_count"))) > 0
     meanings: dict[str, set[str]] = {}
     end = r"(?=Template \(Id|Set \d+ \[|\nFrame|\Z)"
@@ -268,6 +272,19 @@ def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
     assert told.every("cflow.notsent_flows") == told.every("cflow.notsent_packets") == [str(lost)]
     assert told.every("cflow.notsent_octets") == [str(100 * lost)]
     assert exporter.page["flow_records"] == 5000 - lost
+
+
+@needs("tshark")
+def test_duty_11_over_tcp_no_number_gets_another_meaning_so_nothing_need_be_withdrawn(tmp_path: Path) -> None:
+    tcp = TcpCollector()
+    exporter = make_exporter(MeterSettings(packet_sequence=3), ExportSettings(tcp.uri))
+    for _ in range(5):
+        export(exporter, 100)
+        wait_until(lambda: not exporter.queue, exporter)
+    exporter.close(time.monotonic() + 5)
+    wait_until(lambda: tcp.read() is None and len(tcp.sessions[0]) == exporter.page["bytes"])
+    check_meanings(Told(tmp_path, [bytes(tcp.sessions[0])]))
+    tcp.close()
 
 
 @pytest.mark.skipif(not HAS_OPENSSL, reason=NO_OPENSSL)

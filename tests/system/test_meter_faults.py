@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from meter.flow_packets import Decoder, flow_records
 from support.faults import lab_with_wires, memory_group
-from support.identities import Traffic, balance, conclude
+from support.identities import Traffic, balance, conclude, recount
 from support.ipfix_sink import Received, read_messages
 from support.lab import Lab, requires_root, requires_tool
 from support.replay import send_frames
@@ -170,6 +171,31 @@ def test_a_flood_of_flows_stays_within_the_table_and_every_early_end_is_counted(
     assert after_kib - before_kib < 16 << 10
     conclude(service, traffic, others=[collector.process.pid])
     assert collector.received().packets == traffic.each
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_million_flows_take_no_more_memory_than_a_hundred_thousand_and_cost_no_packet(
+    lab: Lab, directory: Path
+) -> None:
+    each = 5_000_000
+    traffic = Traffic(lab, lab_with_wires(lab, "a"))
+    settings = meter("file:", max_flows=100_000) | {"idle_timeout_s": 600}
+    large = {"kernel_ring_bytes": 256 << 20, "ring_bytes": 256 << 20}
+    service = Service(lab, directory, [{"uri": "ring:a"} | large], meter=settings, output={"rotate_seconds": 60})
+    before_kib = int(process_status(service.pids()["meter"])["VmRSS"].split()[0])
+    for _ in range(10):
+        traffic.send(each // 10, rate=50_000, flows=each)
+    last = balance(service, traffic.sent, timeout_s=120)
+    most_kib = int(process_status(service.pids()["meter"])["VmHWM"].split()[0])
+    (view,), (export,), found = last.interfaces, last.exports, last.meter
+    assert found is not None
+    assert (most_kib - before_kib) << 10 < found.table_bytes + (32 << 20)
+    assert found.flows_created >= each and found.peak_flows <= 100_000
+    assert found.metered_packets + sum(view.ignored.values()) == view.received_packets == each
+    assert (view.lost_packets, view.digests_dropped, export.not_sent_packets) == (0, 0, 0)
+    assert service.stop() == 0, service.log
+    recount(service, last)
 
 
 def test_flows_of_one_pattern_cost_no_more_than_flows_of_any(lab: Lab, directory: Path) -> None:
