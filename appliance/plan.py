@@ -24,6 +24,10 @@ BLOCK_TIMEOUT_MS, BLOCK_TIMEOUT_MAX_MS = 8, 24
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
+# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
+# room for what is open for a moment only.
+BASE_OPEN_FILES = 64
+OPEN_FILES_A_WORKER = 10
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class Plan:
     @property
     def workers(self) -> tuple[str, ...]:
         return worker_names(self.sources, self.outputs, self.meter, self.monitor)
+
+    @property
+    def open_files(self) -> int:
+        return BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(self.workers)
 
 
 def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:

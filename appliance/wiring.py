@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -41,12 +41,11 @@ from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
-from appliance.prepare import Preparation, check_files, check_linktypes, check_output
+from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output
 from appliance.process import (
     CAP_NET_RAW,
     WorkerContext,
     allow_open_files,
-    check_cpus,
     check_user,
     close_descriptors,
     drop_privileges,
@@ -62,10 +61,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
-# room for what is open for a moment only.
-BASE_OPEN_FILES = 64
-OPEN_FILES_A_WORKER = 10
 RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
 
@@ -126,10 +121,10 @@ class Wiring:
             check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
-        for what, cpus in all_cpus(config):
-            check_cpus(cpus, what)
+        check_all_cpus(config)
         load_workers(plan)
-        allow_open_files(BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(plan.workers))
+        check_meter(config)
+        allow_open_files(plan.open_files)
         file_interfaces = check_files(plan)
         preparation = Preparation()
         namings: dict[str, Naming] = {}
@@ -440,15 +435,6 @@ def run_opener(channel: socket.socket, user: str) -> None:
         serve(channel)
 
 
-def all_cpus(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every `cpus` of a configuration, with the table that it stands in."""
-    for interface in config.interfaces:
-        yield f"interface {interface.uri}", interface.cpus
-    for output in config.outputs:
-        yield f"output {output.name}", output.cpus
-    yield "meter", config.meter.cpus
-
-
 def load_workers(plan: Plan) -> None:
     """The code of the workers that not every run has: a third of a start's time. Before the user is changed, because
     another one may not be able to read our files."""
@@ -540,6 +526,16 @@ def meter_settings(config: Config) -> MeterSettings:
             for export in meter.exports
         ),
     )
+
+
+def check_meter(config: Config) -> None:
+    """ApplianceError: the meter would end with it at its start: elements of the user's own, certificates."""
+    settings = meter_settings(config)
+    for export in settings.export if config.meter.enabled else ():
+        if export.uri.startswith("tls://"):
+            from appliance.meter.tls import client_context
+
+            client_context(export)
 
 
 def program_version() -> str:

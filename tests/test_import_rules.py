@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
     "appliance.traces": {"appliance.capture", "appliance.meter"},
-    "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
+    "appliance.doctor": {"appliance.capture", "appliance.monitor.listener", "appliance.plan", "appliance.prepare"},
     "appliance.lab": set(),
     "appliance.capturer": {"appliance.monitor.control"},
     "appliance.capture_command": {"appliance.capturer", "appliance.cli", "appliance.generator"},

@@ -94,10 +94,8 @@ def open_interface(request: OpenRequest) -> OpenedInterface:
     name = request.interface
     ifindex = interface_index(name)
     hardware = hardware_type(name)
-    linktype = LINKTYPES.get(hardware, LINKTYPE_LINUX_SLL2)
-    cooked = linktype == LINKTYPE_LINUX_SLL2 or request.linktype == "sll2"
-    if cooked:
-        linktype = LINKTYPE_LINUX_SLL2
+    linktype = captured_linktype(hardware, request.linktype)
+    cooked = linktype == LINKTYPE_LINUX_SLL2
     try:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM if cooked else socket.SOCK_RAW, 0)
     except PermissionError as error:
@@ -129,6 +127,11 @@ def open_interface(request: OpenRequest) -> OpenedInterface:
         raise InputOutputError(f"interface {name} cannot be opened: {error}") from error
     finally:
         sock.close()
+
+
+def captured_linktype(hardware: int, asked: str) -> int:
+    """The link type that an interface of this hardware type (ARPHRD_*) is captured with; `asked` as in OpenRequest."""
+    return LINKTYPE_LINUX_SLL2 if asked == "sll2" else LINKTYPES.get(hardware, LINKTYPE_LINUX_SLL2)
 
 
 def permission_message(name: str) -> str:
