@@ -417,8 +417,9 @@ def interfaces(as_json: AsJson = False) -> None:
 def doctor(config: OptionalConfigFile = None, as_json: AsJson = False) -> int:
     """Examine this host, and say what to do.
 
-    Rights, kernel, clock, packages, offloads; with a configuration also whether the service would start with it: memory,
-    CPUs, directories and programs as its user sees them, addresses, collectors. Exit status 1 when a check fails.
+    Rights, kernel, clock, packages, offloads; with a configuration also whether the service would start with it:
+    memory, CPUs, directories and programs as its user sees them, addresses, collectors. Exit status 1 when a check
+    fails.
     """
     import dataclasses
 
