@@ -41,6 +41,8 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 DRAIN = b"drain"  # supervisor to worker: finish what you have, then end
 ROTATE = b"rotate"
+LOG_LEVEL = b"log level "  # and its name: from now on
+MESSAGE_BYTES = 65536  # the longest word of the supervisor
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS)
 EXIT_CRASHED = 70  # EX_SOFTWARE: an error that is ours
 
@@ -74,7 +76,7 @@ class WorkerContext:
         said: list[bytes] = []
         while True:
             try:
-                message = self.channel.recv(4096, socket.MSG_DONTWAIT)
+                message = self.channel.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return said
             except OSError:
@@ -86,7 +88,16 @@ class WorkerContext:
                 return said
             if message == DRAIN:
                 self._draining = True
-            said.append(message)
+            if not takes_log_level(message):
+                said.append(message)
+
+
+def takes_log_level(message: bytes) -> bool:
+    """Whether that was all that the supervisor said."""
+    if not message.startswith(LOG_LEVEL):
+        return False
+    logging.getLogger().setLevel(message.removeprefix(LOG_LEVEL).decode())
+    return True
 
 
 def run_worker(main: Callable[[WorkerContext], int], context: WorkerContext, worker_log: WorkerLog) -> None:

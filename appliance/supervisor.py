@@ -30,7 +30,8 @@ from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
-from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
+from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, ROTATE, WorkerContext, drop_privileges, run_worker
+from appliance.reload import Changes, changes_between
 from appliance.wiring import RunOptions, Wiring
 
 log = logging.getLogger(__name__)
@@ -204,30 +205,37 @@ class Supervisor:
                 self.say(worker, ROTATE)
 
     def reload(self) -> None:
-        """Takes up what can change while it runs; an error keeps the old configuration."""
+        """Takes up what can change while it runs; an error keeps the old configuration as a whole."""
         path = self.wired.options.config_path
-        if not path:
-            log.warning("reload: this run has no configuration file")
+        if not path or self.stopping_since is not None:
+            log.warning("reload: %s", "the service is about to end" if path else "this run has no configuration file")
             return
         self.page.add("reloads")
         try:
-            new = load(path)
-            changed = wiring.reloadable_changes(self.config, new)
+            changes = changes_between(self.config, load(path))
+            words = self.wired.check_reload(changes)
         except ApplianceError as error:
             self.page.add("reload_failures")
             self.page["last_reload_ok"] = 0
             log.error("reload: the old configuration stays in force: %s", error)
             return
         self.page["last_reload_ok"] = 1
-        for key in changed.ignored:
+        for key in changes.refused:
             log.warning("reload: %s changes only with a restart", key)
-        logging.getLogger().setLevel(new.service.log_level.upper())
-        for output in changed.outputs:
-            worker = self.workers.get(f"merge/{output.name}")
-            if worker is not None:
-                self.say(worker, wiring.reload_message(output))
-        self.config = self.wired.config = changed.config
-        log.info("reload: %s", "done" if changed.outputs else "nothing that can change while it runs has changed")
+        self.take_up(changes, words)
+        log.info("reload: %s", "done" if changes else "nothing that can change while it runs has changed")
+
+    def take_up(self, changes: Changes, words: dict[str, bytes]) -> None:
+        """`words`: what to tell whom (Wiring.check_reload)."""
+        self.config = changes.config
+        self.wired.take_up(changes.config)
+        level = self.config.service.log_level.upper()
+        logging.getLogger().setLevel(level)
+        told = list(words.items())
+        told += [(name, LOG_LEVEL + level.encode()) for name in self.workers]
+        for name, message in told:
+            if self.workers[name].is_alive and not self.say(self.workers[name], message):
+                log.error("reload: %s does not listen; it has the new settings when it starts again", name)
 
     def log_state(self) -> None:
         snapshot = self.wired.view.snapshot()
@@ -391,10 +399,13 @@ class Supervisor:
 
     # ---- words ----
 
-    def say(self, worker: Worker, message: bytes) -> None:
+    def say(self, worker: Worker, message: bytes) -> bool:
+        """False: it is not there, or its queue is full."""
         if worker.channel is not None:
             with contextlib.suppress(OSError):
                 worker.channel.send(message, socket.MSG_DONTWAIT)
+                return True
+        return False
 
     def hear(self, worker: Worker) -> None:
         while worker.channel is not None:  # one look at the selector may tell of a death first, and then of words

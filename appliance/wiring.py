@@ -28,7 +28,8 @@ from appliance.capture.gate import check_rules
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Output, expand_interfaces
-from appliance.counters import CounterPages
+from appliance.counters import CounterPages, page_name
+from appliance.errors import ConfigError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -44,6 +45,7 @@ from appliance.plan import Plan, PlannedOutput, Source, make_plan
 from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output
 from appliance.process import (
     CAP_NET_RAW,
+    MESSAGE_BYTES,
     WorkerContext,
     allow_open_files,
     check_user,
@@ -52,6 +54,7 @@ from appliance.process import (
     on_cpus,
     set_process_name,
 )
+from appliance.reload import Changes, settings_text
 from appliance.ring import memory, port as port_memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -60,8 +63,6 @@ if TYPE_CHECKING:
     import workers.monitor
 
 log = logging.getLogger(__name__)
-
-RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
 
 @dataclass(frozen=True)
@@ -371,6 +372,28 @@ class Wiring:
             refusal=no_port_because(source),
         )
 
+    # ---- a new configuration ----
+
+    def check_reload(self, changes: Changes) -> dict[str, bytes]:
+        """ApplianceError: what has changed cannot be had. Returns what to say to workers, by name; nothing is taken up
+        yet."""
+        words = {}
+        for output in changes.outputs:
+            words[page_name("merge", output.name)] = workers.merge.RELOAD + settings_text(output, hook_argv(output))
+        for worker, message in words.items():
+            if len(message) > MESSAGE_BYTES:
+                raise ConfigError(
+                    f"{worker}: its settings have {len(message)} bytes, at most {MESSAGE_BYTES} can change"
+                )
+        return words
+
+    def take_up(self, config: Config) -> None:
+        """From now on every worker that starts gets its parts of this one."""
+        self.config = config
+        outputs = {output.name: output for output in config.outputs}
+        planned = tuple(replace(planned, output=outputs[planned.output.name]) for planned in self.plan.outputs)
+        self.plan = replace(self.plan, outputs=planned)
+
     # ---- sockets ----
 
     def open_request(self, worker: str) -> OpenRequest:
@@ -543,46 +566,6 @@ def program_version() -> str:
         return version("capture-appliance")
     except PackageNotFoundError:  # run from a source tree
         return "0"
-
-
-# ---- reloading ----
-
-
-@dataclass(frozen=True)
-class ReloadableChanges:
-    """What a new configuration changes: outputs with new settings, keys that need a restart, and what is in force."""
-
-    config: Config
-    outputs: tuple[Output, ...]
-    ignored: tuple[str, ...]
-
-
-def reloadable_changes(old: Config, new: Config) -> ReloadableChanges:
-    changed, ignored, in_force = [], [], []
-    theirs = {output.name: output for output in new.outputs}
-    for output in old.outputs:
-        other = theirs.get(output.name, output)
-        update = {key: getattr(other, key) for key in RELOADABLE_OUTPUT_KEYS}
-        merged = output.model_copy(update=update)
-        if merged != output:
-            changed.append(merged)
-        if other != merged:
-            ignored += [f"output {output.name}: {key}" for key in differing(merged, other)]
-        in_force.append(merged)
-    service = old.service.model_copy(update={"log_level": new.service.log_level})
-    for part in ("memory_bytes", "interfaces", "meter", "monitor"):
-        if getattr(old, part) != getattr(new, part) and not (part == "interfaces" and needs_host(new)):
-            ignored.append(part)
-    config = old.model_copy(update={"outputs": tuple(in_force), "service": service})
-    return ReloadableChanges(config, tuple(changed), tuple(ignored))
-
-
-def differing(one: Output, other: Output) -> list[str]:
-    return [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
-
-
-def reload_message(output: Output) -> bytes:
-    return workers.merge.RELOAD + json.dumps({key: getattr(output, key) for key in RELOADABLE_OUTPUT_KEYS}).encode()
 
 
 # ---- words about the figures ----

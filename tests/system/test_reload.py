@@ -1,0 +1,119 @@
+"""What a HUP takes up under numbered traffic: no packet is lost over it, and the books balance."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lab import Lab, requires_root, requires_tool
+from support.service import Service
+
+pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
+
+RATE = 5_000
+
+
+def reload(service: Service, config: dict[str, Any], said: str = "reload: done") -> None:
+    """Writes the configuration, sends HUP, and waits for its end in the log."""
+    service.config = config
+    service.write_config(config)
+    before = service.log.count(said)
+    service.signal(signal.SIGHUP)
+    service.wait_until(lambda: service.log.count(said) > before, said)
+
+
+def with_output(service: Service, **keys: Any) -> dict[str, Any]:
+    return service.config | {"output": [service.config["output"][0] | keys]}
+
+
+def program(directory: Path, name: str, text: str) -> list[str]:
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def test_a_hook_is_changed_and_taken_away_while_it_runs(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], output={"rotate_packets": 500})
+    pids = service.pids()
+    sender = lab.start_sender([peer], rate=RATE)
+    for name in ("first", "second"):
+        told = directory / f"told-{name}"
+        hook = program(directory, name, f'echo "$1" >> {told}')
+        reload(service, with_output(service, hook=hook, close_write=True))
+        service.wait_until(lambda told=told: told.exists() and told.read_text().count("\n") > 2, f"{name} is run")
+    reload(service, with_output(service, hook=[]))
+    sent = sender.stop()
+    service.wait_at_rest({name[0]: count for name, count in sent.sent.items()})
+    assert service.pids() == pids
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
+    first, second = ((directory / f"told-{name}").read_text().split() for name in ("first", "second"))
+    assert not set(first) & set(second)
+    assert max(first) < min(second) < max(second) < str(service.ready()[-1])  # the last ones were told to nobody
+    assert {*first, *second} <= {str(path) for path in service.ready()}
+
+
+def test_a_retention_takes_effect_and_is_lifted_while_it_runs(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], output={"rotate_packets": 200, "compressor": "none"})
+    pids = service.pids()
+    sender = lab.start_sender([peer], rate=RATE)
+    service.wait_until(lambda: len(service.ready()) > 20, "more files than there will be")
+    limit = 4 * max(path.stat().st_size for path in service.ready())
+    reload(service, with_output(service, retain_bytes=limit))
+    service.wait_until(lambda: 0 < sum(path.stat().st_size for path in service.ready()) <= limit, "the old ones go")
+    reload(service, with_output(service, retain_bytes=0))
+    service.wait_until(lambda: sum(path.stat().st_size for path in service.ready()) > 4 * limit, "they stay again")
+    sent = sender.stop()
+    count = sent.sent_by_id[0]
+    service.wait_at_rest({"a": count})
+    assert service.pids() == pids
+    assert service.stop() == 0
+    assert f"received {count} = written {count} + dropped 0 + in flight 0" in service.log
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"output": {"hook": ["no-such-hook"], "rotate_seconds": 3600}},
+            "hook 'no-such-hook': there is no such program",
+        ),
+        ({"output": {"rotate_seconds": -1}}, "output[0].rotate_seconds"),
+    ],
+)
+def test_a_configuration_with_a_fault_changes_nothing_at_all(
+    lab: Lab, directory: Path, change: dict[str, Any], said: str
+) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    reload(service, with_output(service, **change["output"]), "the old configuration stays in force")
+    assert said in service.log
+    assert not service.snapshot().service.last_reload_ok
+    sent = lab.send([peer], frames=500, rate=1000)
+    service.wait_at_rest({"a": 500})
+    service.wait_until(lambda: any(s["packets"] for s in service.sidecars()), "files are still closed every second")
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
+
+
+def test_what_needs_a_restart_is_named_key_by_key_and_the_rest_is_taken_up(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    b, _ = lab.veth("b")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    config = with_output(service, format="pcap", rotate_packets=100)
+    config["interface"] = [config["interface"][0] | {"snaplen": 100}, {"uri": f"ring:{b}"}]
+    config["service"] = {"drain_timeout_s": 3}
+    reload(service, config)
+    for key in ("output main: format", "interface a: snaplen", "interface b, which is new,", "service.drain_timeout_s"):
+        assert f"reload: {key} changes only with a restart" in service.log
+    sent = lab.send([peer], frames=3000, rate=1000)
+    service.wait_at_rest({"a": 3000})
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
+    assert {sidecar["packets"] for sidecar in service.sidecars() if sidecar["closed_because"] == "packets"} == {100}
+    assert all(path.name.endswith(".pcapng.lz4") for path in service.ready())
