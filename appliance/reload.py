@@ -7,11 +7,11 @@ A key that cannot change keeps its old value and is named; the others change all
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.config import Config, Output, expand_interfaces
+from appliance.config import Config, Interface, Output, expand_interfaces
 
 # The merge takes these up, from the next file on.
 OUTPUT_KEYS = (
@@ -19,22 +19,34 @@ OUTPUT_KEYS = (
     "retain_bytes", "retain_seconds", "min_free_bytes",
     "hook", "hook_timeout_s", "close_write",
 )  # fmt: skip
+# Of a `ring:` source: the kernel takes a new filter on the open socket, between two packets.
+INTERFACE_KEYS = ("filter",)
 # The supervisor asks for these each time.
 SERVICE_KEYS = ("log_level", "restart_limit", "restart_window_s")
 
 
 @dataclass(frozen=True)
 class Changes:
-    """`config` is what is in force from now on; `outputs` those of it with new values; `refused` the keys that keep
-    their old ones."""
+    """`config` is what is in force from now on; `interfaces` and `outputs` those of it with new values; `refused` the
+    keys that keep their old ones."""
 
     config: Config
+    interfaces: tuple[Interface, ...]
     outputs: tuple[Output, ...]
     service: bool
     refused: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.outputs or self.service)
+        return bool(self.interfaces or self.outputs or self.service)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was made ready, and only needs to be said and done: `words` by worker, `filters` (programs of struct
+    sock_filter) by source."""
+
+    words: Mapping[str, bytes]
+    filters: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -50,15 +62,19 @@ def changes_between(old: Config, new: Config) -> Changes:
     new = expand_interfaces(new, [PresentInterface(i.source.target) for i in old.interfaces if i.source.is_live])
     refused: list[str] = []
     outputs = tuple(_outputs(old, new, refused))
-    refused += _interfaces(old, new)
+    interfaces = tuple(_interfaces(old, new, refused))
     for part in ("meter", "monitor"):
         refused += [f"{part}.{key}" for key in differing(getattr(old, part), getattr(new, part))]
     service = old.service.model_copy(update={key: getattr(new.service, key) for key in SERVICE_KEYS})
     refused += [f"service.{key}" for key in differing(service, new.service)]
     refused += ["memory_bytes"] if old.memory_bytes != new.memory_bytes else []
-    config = old.model_copy(update={"outputs": outputs, "service": service})
-    changed = tuple(output for output, before in zip(outputs, old.outputs, strict=True) if output != before)
-    return Changes(config, changed, service != old.service, tuple(refused))
+    return Changes(
+        old.model_copy(update={"interfaces": interfaces, "outputs": outputs, "service": service}),
+        tuple(interface for interface in interfaces if interface not in old.interfaces),
+        tuple(output for output in outputs if output not in old.outputs),
+        service != old.service,
+        tuple(refused),
+    )
 
 
 def _outputs(old: Config, new: Config, refused: list[str]) -> Iterator[Output]:
@@ -76,15 +92,19 @@ def _outputs(old: Config, new: Config, refused: list[str]) -> Iterator[Output]:
     refused += [f"output {name}, which is new," for name in theirs]
 
 
-def _interfaces(old: Config, new: Config) -> Iterator[str]:
+def _interfaces(old: Config, new: Config, refused: list[str]) -> Iterator[Interface]:
     theirs = {interface.label: interface for interface in new.interfaces}
     for interface in old.interfaces:
         other = theirs.pop(interface.label, None)
         if other is None:
-            yield f"interface {interface.label}, which is gone,"
-        else:
-            yield from (f"interface {interface.label}: {key}" for key in differing(interface, other))
-    yield from (f"interface {label}, which is new," for label in theirs)
+            refused.append(f"interface {interface.label}, which is gone,")
+            yield interface
+            continue
+        keys = INTERFACE_KEYS if interface.source.scheme == "ring" else ()
+        merged = interface.model_copy(update={key: getattr(other, key) for key in keys})
+        refused += [f"interface {interface.label}: {key}" for key in differing(merged, other)]
+        yield merged
+    refused += [f"interface {label}, which is new," for label in theirs]
 
 
 def differing(one: Any, other: Any) -> list[str]:
@@ -93,7 +113,7 @@ def differing(one: Any, other: Any) -> list[str]:
     return [field.validation_alias or key for key, field in fields if getattr(one, key) != getattr(other, key)]
 
 
-def settings_text(output: Output, hook: Iterable[str]) -> bytes:
-    """For the merge: what it takes up. `hook`: the argv with its program's path."""
+def settings_text(output: Output, hook: Iterable[str], filters: Mapping[str, str]) -> bytes:
+    """For the merge: what it takes up. `hook`: the argv with its program's path; `filters`: new ones, by source."""
     settings = {key: getattr(output, key) for key in OUTPUT_KEYS if key != "hook"}
-    return json.dumps({"output": settings, "hook": list(hook)}).encode()
+    return json.dumps({"output": settings, "hook": list(hook), "filters": dict(filters)}).encode()

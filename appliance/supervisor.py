@@ -31,7 +31,7 @@ from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreate
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, ROTATE, WorkerContext, drop_privileges, run_worker
-from appliance.reload import Changes, changes_between
+from appliance.reload import Changes, Prepared, changes_between
 from appliance.wiring import RunOptions, Wiring
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,9 @@ class Supervisor:
         self.page.add("reloads")
         try:
             changes = changes_between(self.config, load(path))
-            words = self.wired.check_reload(changes)
+            while self.reopening:
+                self.hear_opener()  # its answers come in the order of the requests
+            prepared = self.wired.prepare_reload(changes)
         except ApplianceError as error:
             self.page.add("reload_failures")
             self.page["last_reload_ok"] = 0
@@ -222,16 +224,15 @@ class Supervisor:
         self.page["last_reload_ok"] = 1
         for key in changes.refused:
             log.warning("reload: %s changes only with a restart", key)
-        self.take_up(changes, words)
+        self.take_up(changes, prepared)
         log.info("reload: %s", "done" if changes else "nothing that can change while it runs has changed")
 
-    def take_up(self, changes: Changes, words: dict[str, bytes]) -> None:
-        """`words`: what to tell whom (Wiring.check_reload)."""
+    def take_up(self, changes: Changes, prepared: Prepared) -> None:
         self.config = changes.config
-        self.wired.take_up(changes.config)
+        self.wired.take_up(changes.config, prepared.filters)
         level = self.config.service.log_level.upper()
         logging.getLogger().setLevel(level)
-        told = list(words.items())
+        told = list(prepared.words.items())
         told += [(name, LOG_LEVEL + level.encode()) for name in self.workers]
         for name, message in told:
             if self.workers[name].is_alive and not self.say(self.workers[name], message):

@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import workers.capture
 import workers.merge
+from appliance.capture import bpf
 from appliance.capture.gate import check_rules
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
-from appliance.config import Config, Output, expand_interfaces
-from appliance.counters import CounterPages, page_name
-from appliance.errors import ConfigError
+from appliance.config import Config, Interface, Output, expand_interfaces
+from appliance.counters import CounterPages
+from appliance.errors import ConfigError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -54,7 +55,7 @@ from appliance.process import (
     on_cpus,
     set_process_name,
 )
-from appliance.reload import Changes, settings_text
+from appliance.reload import Changes, Prepared, settings_text
 from appliance.ring import memory, port as port_memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -297,7 +298,7 @@ class Wiring:
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
-        output = next(output for output in self.config.outputs if output.name == planned.output.name)
+        output = self.config.output(planned.output.name)
         sources = tuple(
             workers.merge.MergeSource(
                 label=source.label,
@@ -374,32 +375,58 @@ class Wiring:
 
     # ---- a new configuration ----
 
-    def check_reload(self, changes: Changes) -> dict[str, bytes]:
-        """ApplianceError: what has changed cannot be had. Returns what to say to workers, by name; nothing is taken up
-        yet."""
+    def prepare_reload(self, changes: Changes) -> Prepared:
+        """ApplianceError: something of it cannot be had. Nothing is taken up yet. No request may be with the opener."""
+        filters = {interface.label: interface.filter for interface in changes.interfaces}
         words = {}
-        for output in changes.outputs:
-            words[page_name("merge", output.name)] = workers.merge.RELOAD + settings_text(output, hook_argv(output))
+        for planned in self.plan.outputs:
+            output = changes.config.output(planned.output.name)
+            sources = [source for source in planned.sources if source.interface.label in filters]
+            if output in changes.outputs or sources:
+                texts = {source.label: filters[source.interface.label] for source in sources}
+                words[planned.worker] = workers.merge.RELOAD + settings_text(output, hook_argv(output), texts)
         for worker, message in words.items():
             if len(message) > MESSAGE_BYTES:
                 raise ConfigError(
-                    f"{worker}: its settings have {len(message)} bytes, at most {MESSAGE_BYTES} can change"
+                    f"{worker}: its changes have {len(message)} bytes, {MESSAGE_BYTES} at most can be told"
                 )
-        return words
+        return Prepared(words, self.compile_filters(filters))
 
-    def take_up(self, config: Config) -> None:
-        """From now on every worker that starts gets its parts of this one."""
+    def compile_filters(self, filters: Mapping[str, str]) -> dict[str, bytes]:
+        """`filters`: by interface. Returns the programs by source."""
+        programs = {}
+        for source in self.plan.sources:
+            if source.interface.label in filters:
+                if self.opener is None:
+                    raise InputOutputError(f"interface {source.label}: filter: the opener process is gone")
+                request = replace(self.open_request(source.worker), filter=filters[source.interface.label])
+                programs[source.label] = self.opener.compile(request)
+        return programs
+
+    def take_up(self, config: Config, filters: Mapping[str, bytes]) -> None:
+        """From now on every worker and socket that is made gets its parts of this one; those that are there get new
+        filters, each between two packets."""
         self.config = config
-        outputs = {output.name: output for output in config.outputs}
-        planned = tuple(replace(planned, output=outputs[planned.output.name]) for planned in self.plan.outputs)
-        self.plan = replace(self.plan, outputs=planned)
+        interfaces = {interface.label: interface for interface in config.interfaces}
+        sources = {source.label: with_filter(source, interfaces) for source in self.plan.sources}
+        planned = tuple(
+            replace(
+                planned,
+                output=config.output(planned.output.name),
+                sources=tuple(sources[source.label] for source in planned.sources),
+            )
+            for planned in self.plan.outputs
+        )
+        self.plan = replace(self.plan, sources=tuple(sources.values()), outputs=planned)
+        for label, program in filters.items():
+            bpf.attach(self.opened[label].fd, program)
 
     # ---- sockets ----
 
     def open_request(self, worker: str) -> OpenRequest:
         source = self.source_of(worker)
         interface = source.interface
-        output = next(output for output in self.config.outputs if output.name == source.output)
+        output = self.config.output(source.output)
         return OpenRequest(
             interface=source.uri.target,
             filter=interface.filter,
@@ -465,6 +492,11 @@ def load_workers(plan: Plan) -> None:
         import_module("workers.meter")
     if plan.monitor:
         import_module("workers.monitor")
+
+
+def with_filter(source: Source, interfaces: Mapping[str, Interface]) -> Source:
+    label = source.interface.label
+    return replace(source, interface=source.interface.model_copy(update={"filter": interfaces[label].filter}))
 
 
 def no_port_because(source: Source) -> str:

@@ -42,7 +42,7 @@ def test_what_concerns_files_to_come_changes_while_it_runs(key: str, value: obje
     assert [getattr(output, key) for output in changes.outputs] == [value]
     assert changes.config.outputs == changes.outputs
     assert changes.refused == ()
-    told = json.loads(settings_text(changes.outputs[0], changes.outputs[0].hook))
+    told = json.loads(settings_text(changes.outputs[0], changes.outputs[0].hook, {}))
     assert {*told["output"], "hook"} == set(OUTPUT_KEYS)
     assert (told["output"] | {"hook": tuple(told["hook"])})[key] == value
 
@@ -88,6 +88,16 @@ def test_tables_that_are_gone_stay_and_are_named() -> None:
     changes = changes_between(two, with_parts())
     assert changes.refused == ("output x, which is gone,", "interface b, which is gone,")
     assert changes.config == two
+
+
+def test_the_filter_of_a_ring_source_changes_and_that_of_another_source_does_not() -> None:
+    filtered = (Interface(uri="ring:a", filter="udp"),)
+    changes = changes_between(with_parts(), with_parts(interfaces=filtered))
+    assert changes and changes.interfaces == changes.config.interfaces
+    assert changes.interfaces[0].filter == "udp"
+    old, new = (with_parts(interfaces=(Interface(uri="pcap:a", filter=text),)) for text in ("", "udp"))
+    changes = changes_between(old, new)
+    assert (bool(changes), changes.refused) == (False, ("interface a: filter",))
 
 
 def test_the_log_level_and_the_limits_of_restarts_change() -> None:

@@ -312,6 +312,11 @@ class MergeWorker:
         self.stream.use_rotation(self.policy, skip_empty=output.empty_segments == "skip")
         self.merge.set_max_wait(output.max_wait_ms)
         self.pump.max_wait_ms = output.max_wait_ms
+        for i, label in enumerate(self.labels):
+            if label in changes["filters"]:
+                self.stream.describe_filter(i, changes["filters"][label])
+        if changes["filters"] and output.format == "pcapng" and self.stream.segment is not None:
+            self.stream.rotate(REQUEST)  # a file says which filter its packets passed
         log.info("output %s: new settings are in force", output.name)
 
     def handle_messages(self) -> None:

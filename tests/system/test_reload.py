@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import lab_with_wires
+from support.frames import ETHERTYPE_NUMBERED
+from support.identities import Traffic, conclude
+from support.judges import check_numbered
 from support.lab import Lab, requires_root, requires_tool
 from support.service import Service
 
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
 
 RATE = 5_000
+NUMBERED = f"ether proto {ETHERTYPE_NUMBERED}"  # a filter that every frame of the sender passes
 
 
 def reload(service: Service, config: dict[str, Any], said: str = "reload: done") -> None:
@@ -74,6 +81,84 @@ def test_a_retention_takes_effect_and_is_lifted_while_it_runs(lab: Lab, director
     assert service.pids() == pids
     assert service.stop() == 0
     assert f"received {count} = written {count} + dropped 0 + in flight 0" in service.log
+
+
+def with_filter(service: Service, text: str) -> dict[str, Any]:
+    return service.config | {"interface": [table | {"filter": text} for table in service.config["interface"]]}
+
+
+def filters_of(path: Path) -> list[str]:
+    """What a pcapng file says of its interfaces' filters, in capinfos' words."""
+    plain = path.with_suffix("")
+    subprocess.run(["lz4", "-qdf", path, plain], check=True)
+    shown = subprocess.run(["capinfos", plain], capture_output=True, text=True, check=True).stdout
+    plain.unlink()
+    return [line.partition("=")[2].strip() for line in shown.splitlines() if "ilter string" in line]
+
+
+@pytest.mark.parametrize("fanout", [1, 2])
+def test_a_new_filter_takes_the_place_of_the_old_one_between_two_packets(
+    lab: Lab, directory: Path, fanout: int
+) -> None:
+    """Each of them passes every frame: not one is lost, and none comes twice, while they change under load."""
+    traffic = Traffic(lab, lab_with_wires(lab, "a", "b"))
+    service = Service(lab, directory, [{"uri": f"ring:{name}", "fanout": fanout} for name in traffic.wires])
+    pids = service.pids()
+    sender = traffic.start(rate=10_000)
+    for text in (NUMBERED, "not ip", f"{NUMBERED} and not tcp", "", "greater 10", "not arp", NUMBERED):
+        reload(service, with_filter(service, text))
+    assert service.pids() == pids
+    traffic.stop(sender)
+    if fanout == 1:
+        last = conclude(service, traffic)
+        assert [view.lost_packets for view in last.interfaces] == [0, 0]
+    else:
+        service.wait_until(
+            lambda: sum(v.written_packets for v in service.snapshot().interfaces) == 2 * traffic.each, "all"
+        )
+        assert service.stop() == 0
+        service.check({0: traffic.each, 1: traffic.each})
+    assert filters_of(service.ready()[-1]) == [NUMBERED] * 2 * fanout
+
+
+def test_what_a_new_filter_rejects_is_not_received_and_the_next_one_brings_it_back(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    received = []
+    for first, text in ((0, ""), (500, f"not {NUMBERED}"), (1000, NUMBERED)):
+        if text:
+            reload(service, with_filter(service, text))
+        lab.send([peer], frames=500, rate=5000, first_sequence=first)
+        time.sleep(0.3)
+        received.append(service.wait_at_rest({}).interfaces[0].received_packets)
+    assert received == [500, 500, 1000]
+    assert service.stop() == 0
+    report = check_numbered(service.ready())
+    assert (report[0].received, report[0].duplicates, report[0].corrupt) == (1000, 0, 0)
+    assert report.faults({0: 1500}) != []  # those in the middle are missing
+
+
+def test_an_interface_that_comes_back_has_the_new_filter(lab: Lab, directory: Path) -> None:
+    lab.veth("a")
+    service = Service(lab, directory, [{"uri": "ring:a"}])
+    reload(service, with_filter(service, f"not {NUMBERED}"))
+    _, peer = lab.recreate("a")
+    service.wait_until(lambda: service.interface("a").reopened == 1, "it is opened again")
+    lab.send([peer], frames=500, rate=5000)
+    time.sleep(0.3)
+    assert service.interface("a").received_packets == 0
+    assert service.stop() == 0
+
+
+def test_a_filter_that_does_not_compile_changes_nothing(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    reload(service, with_filter(service, "udp port"), "the old configuration stays in force")
+    assert "filter 'udp port' on a" in service.log
+    sent = lab.send([peer], frames=500, rate=5000)
+    service.wait_at_rest({"a": 500})
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
 
 
 @pytest.mark.parametrize(
