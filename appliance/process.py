@@ -41,6 +41,8 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 DRAIN = b"drain"  # supervisor to worker: finish what you have, then end
 ROTATE = b"rotate"
+RENEW = b"renew"  # supervisor to worker: hand out what you have, then end; a successor with other settings goes on
+RELOAD = b"reload "  # and what follows is the worker's matter: new settings
 LOG_LEVEL = b"log level "  # and its name: from now on
 MESSAGE_BYTES = 65536  # the longest word of the supervisor
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS)

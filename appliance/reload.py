@@ -21,6 +21,12 @@ OUTPUT_KEYS = (
 )  # fmt: skip
 # Of a `ring:` source: the kernel takes a new filter on the open socket, between two packets.
 INTERFACE_KEYS = ("filter",)
+# The meter worker is ended and started again for these; what needs other memory, another directory or the capture
+# workers is not among them.
+METER_KEYS = (
+    "idle_timeout_s", "active_timeout_s", "fragment_timeout_s", "vlan_in_key", "interface_in_key",
+    "packet_sampling", "flow_sampling", "zero_length", "elements", "exports",
+)  # fmt: skip
 # The supervisor asks for these each time.
 SERVICE_KEYS = ("log_level", "restart_limit", "restart_window_s")
 
@@ -33,20 +39,12 @@ class Changes:
     config: Config
     interfaces: tuple[Interface, ...]
     outputs: tuple[Output, ...]
+    meter: bool
     service: bool
     refused: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.interfaces or self.outputs or self.service)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What was made ready, and only needs to be said and done: `words` by worker, `filters` (programs of struct
-    sock_filter) by source."""
-
-    words: Mapping[str, bytes]
-    filters: Mapping[str, bytes]
+        return bool(self.interfaces or self.outputs or self.meter or self.service)
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,18 @@ def changes_between(old: Config, new: Config) -> Changes:
     refused: list[str] = []
     outputs = tuple(_outputs(old, new, refused))
     interfaces = tuple(_interfaces(old, new, refused))
-    for part in ("meter", "monitor"):
-        refused += [f"{part}.{key}" for key in differing(getattr(old, part), getattr(new, part))]
+    keys = METER_KEYS if old.meter.enabled else ()
+    meter = old.meter.model_copy(update={key: getattr(new.meter, key) for key in keys})
+    refused += [f"meter.{key}" for key in differing(meter, new.meter)]
+    refused += [f"monitor.{key}" for key in differing(old.monitor, new.monitor)]
     service = old.service.model_copy(update={key: getattr(new.service, key) for key in SERVICE_KEYS})
     refused += [f"service.{key}" for key in differing(service, new.service)]
     refused += ["memory_bytes"] if old.memory_bytes != new.memory_bytes else []
     return Changes(
-        old.model_copy(update={"interfaces": interfaces, "outputs": outputs, "service": service}),
+        old.model_copy(update={"interfaces": interfaces, "outputs": outputs, "meter": meter, "service": service}),
         tuple(interface for interface in interfaces if interface not in old.interfaces),
         tuple(output for output in outputs if output not in old.outputs),
+        meter != old.meter,
         service != old.service,
         tuple(refused),
     )

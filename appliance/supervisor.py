@@ -30,9 +30,9 @@ from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
-from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, ROTATE, WorkerContext, drop_privileges, run_worker
-from appliance.reload import Changes, Prepared, changes_between
-from appliance.wiring import RunOptions, Wiring
+from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, RENEW, ROTATE, WorkerContext, drop_privileges, run_worker
+from appliance.reload import Changes, changes_between
+from appliance.wiring import Prepared, RunOptions, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class Worker:
     log: logs.WorkerLog | None = None
     lives: int = 0
     ended: bool = False  # orderly, or given up: it is not started again
+    is_renewed: bool = False  # it was told to end for a successor
     start_at: float = 0.0  # when the next life begins, if it has none now
     deaths: deque[float] = field(default_factory=deque)
     open_segment: tuple[int, float] = (0, 0.0)  # a merge's: when it was opened by its own word, when we first saw that
@@ -229,7 +230,7 @@ class Supervisor:
 
     def take_up(self, changes: Changes, prepared: Prepared) -> None:
         self.config = changes.config
-        self.wired.take_up(changes.config, prepared.filters)
+        self.wired.take_up(changes.config, prepared)
         level = self.config.service.log_level.upper()
         logging.getLogger().setLevel(level)
         told = list(prepared.words.items())
@@ -237,6 +238,16 @@ class Supervisor:
         for name, message in told:
             if self.workers[name].is_alive and not self.say(self.workers[name], message):
                 log.error("reload: %s does not listen; it has the new settings when it starts again", name)
+        if changes.meter:
+            self.renew(self.workers["meter"])
+
+    def renew(self, worker: Worker) -> None:
+        """A planned end, and the next life at once: what takes other settings at its start only. A worker that has no
+        life now needs no word."""
+        if worker.is_alive and self.say(worker, RENEW):
+            log.info("%s: it is started again for its new settings", worker.name)
+            worker.is_renewed = True
+            self.page.add("planned_restarts")
 
     def log_state(self) -> None:
         snapshot = self.wired.view.snapshot()
@@ -316,7 +327,10 @@ class Supervisor:
         process.join()
         status = process.exitcode
         self.forget(worker)
-        if status == 0:
+        is_renewed, worker.is_renewed = worker.is_renewed, False
+        if status == 0 and is_renewed:
+            self.start(worker)
+        elif status == 0:
             worker.ended = True
         elif status is not None and status > 0 and status != EXIT_CRASHED:
             worker.ended = True

@@ -30,7 +30,7 @@ from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
 from appliance.config import Config, Interface, Output, expand_interfaces
 from appliance.counters import CounterPages
-from appliance.errors import ConfigError, InputOutputError
+from appliance.errors import ConfigError, InputOutputError, MissingPermissionError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -40,13 +40,14 @@ from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
 from appliance.monitor.ports import PortParts
 from appliance.monitor.render import live_line
-from appliance.monitor.topology import topology_of
+from appliance.monitor.topology import changes_text, topology_of
 from appliance.monitor.view import Snapshot, Topology, View
-from appliance.plan import Plan, PlannedOutput, Source, make_plan
-from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output
+from appliance.plan import Plan, PlannedOutput, Source, make_plan, with_exports
+from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output, missing_parts
 from appliance.process import (
     CAP_NET_RAW,
     MESSAGE_BYTES,
+    RELOAD,
     WorkerContext,
     allow_open_files,
     check_user,
@@ -55,7 +56,7 @@ from appliance.process import (
     on_cpus,
     set_process_name,
 )
-from appliance.reload import Changes, Prepared, settings_text
+from appliance.reload import Changes, settings_text
 from appliance.ring import memory, port as port_memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -79,6 +80,17 @@ class RunOptions:
     watch_file: str = ""  # no further file is opened before this one exists
     strict: bool = False  # a failed output is an exit status
     resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A new configuration that was made ready, and only needs to be said and done: `words` by worker, `filters`
+    (programs of struct sock_filter) by source."""
+
+    plan: Plan
+    topology: Topology
+    words: Mapping[str, bytes]
+    filters: Mapping[str, bytes]
 
 
 @dataclass
@@ -352,6 +364,7 @@ class Wiring:
             wake_fd=self.meter_wake,
             settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
+            export_pages=self.plan.export_pages,
         )
 
     def monitor_parts(self) -> workers.monitor.MonitorParts:
@@ -377,20 +390,41 @@ class Wiring:
 
     def prepare_reload(self, changes: Changes) -> Prepared:
         """ApplianceError: something of it cannot be had. Nothing is taken up yet. No request may be with the opener."""
+        config = changes.config
+        plan = self.planned_anew(config)
+        topology = topology_of(plan, config, program_version())
         filters = {interface.label: interface.filter for interface in changes.interfaces}
         words = {}
-        for planned in self.plan.outputs:
-            output = changes.config.output(planned.output.name)
-            sources = [source for source in planned.sources if source.interface.label in filters]
-            if output in changes.outputs or sources:
-                texts = {source.label: filters[source.interface.label] for source in sources}
-                words[planned.worker] = workers.merge.RELOAD + settings_text(output, hook_argv(output), texts)
+        for planned in plan.outputs:
+            texts = {source.label: source.interface.filter for source in planned.sources}
+            texts = {label: text for label, text in texts.items() if label in filters}
+            if planned.output in changes.outputs or texts:
+                hook = hook_argv(planned.output)
+                words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
+        if topology != self.topology:
+            words["monitor"] = RELOAD + changes_text(topology)
         for worker, message in words.items():
             if len(message) > MESSAGE_BYTES:
-                raise ConfigError(
-                    f"{worker}: its changes have {len(message)} bytes, {MESSAGE_BYTES} at most can be told"
-                )
-        return Prepared(words, self.compile_filters(filters))
+                raise ConfigError(f"{worker}: changes of {len(message)} bytes; {MESSAGE_BYTES} can be told at most")
+        if changes.meter:
+            check_meter(config)
+            check_flow_directories(config)
+        return Prepared(plan, topology, words, self.compile_filters(filters))
+
+    def planned_anew(self, config: Config) -> Plan:
+        """What is planned, with what a reload can change of it."""
+        interfaces = {interface.label: interface for interface in config.interfaces}
+        sources = {source.label: with_filter(source, interfaces) for source in self.plan.sources}
+        outputs = tuple(
+            replace(
+                planned,
+                output=config.output(planned.output.name),
+                sources=tuple(sources[source.label] for source in planned.sources),
+            )
+            for planned in self.plan.outputs
+        )
+        plan = replace(self.plan, sources=tuple(sources.values()), outputs=outputs)
+        return with_exports(plan, config.meter.exports) if plan.meter is not None else plan
 
     def compile_filters(self, filters: Mapping[str, str]) -> dict[str, bytes]:
         """`filters`: by interface. Returns the programs by source."""
@@ -403,22 +437,13 @@ class Wiring:
                 programs[source.label] = self.opener.compile(request)
         return programs
 
-    def take_up(self, config: Config, filters: Mapping[str, bytes]) -> None:
+    def take_up(self, config: Config, prepared: Prepared) -> None:
         """From now on every worker and socket that is made gets its parts of this one; those that are there get new
         filters, each between two packets."""
-        self.config = config
-        interfaces = {interface.label: interface for interface in config.interfaces}
-        sources = {source.label: with_filter(source, interfaces) for source in self.plan.sources}
-        planned = tuple(
-            replace(
-                planned,
-                output=config.output(planned.output.name),
-                sources=tuple(sources[source.label] for source in planned.sources),
-            )
-            for planned in self.plan.outputs
-        )
-        self.plan = replace(self.plan, sources=tuple(sources.values()), outputs=planned)
-        for label, program in filters.items():
+        for name in set(prepared.plan.export_pages) - set(self.plan.export_pages):
+            self.pages[name].clear()
+        self.config, self.plan, self.topology = config, prepared.plan, prepared.topology
+        for label, program in prepared.filters.items():
             bpf.attach(self.opened[label].fd, program)
 
     # ---- sockets ----
@@ -591,6 +616,16 @@ def check_meter(config: Config) -> None:
             from appliance.meter.tls import client_context
 
             client_context(export)
+
+
+def check_flow_directories(config: Config) -> None:
+    """MissingPermissionError: flow files cannot be made by the user that this process is by now."""
+    for export in config.meter.exports:
+        if export.destination.scheme == "file":
+            directory = os.path.abspath(export.destination.path or config.flows_directory.parent)
+            there = os.path.dirname(missing[0]) if (missing := missing_parts(directory)) else directory
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise MissingPermissionError(f"{there}: may not be written by user {os.geteuid()}, for {export.uri}")
 
 
 def program_version() -> str:

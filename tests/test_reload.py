@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from appliance.config import Config, Interface, Meter, Monitor, Output, Service, expand_interfaces
+from appliance.config import Config, Interface, Meter, MeterExport, Monitor, Output, Service, expand_interfaces
+from appliance.errors import ConfigError
+from appliance.plan import make_plan, with_exports
 from appliance.reload import OUTPUT_KEYS, PresentInterface, changes_between, settings_text
 
 
@@ -67,6 +69,8 @@ def test_what_needs_a_restart_is_named_and_stays_while_the_rest_changes(key: str
     [
         ({"memory_bytes": 64 << 20}, "memory_bytes"),
         ({"meter": Meter(max_flows=64)}, "meter.max_flows"),
+        ({"meter": Meter(tunnels="inner")}, "meter.tunnels"),
+        ({"meter": Meter(enabled=False)}, "meter.enabled"),
         ({"monitor": Monitor(listen="127.0.0.1:1")}, "monitor.listen"),
         ({"service": Service(user="x")}, "service.user"),
         ({"interfaces": (Interface(uri="ring:a", snaplen=64),)}, "interface a: snaplen"),
@@ -98,6 +102,28 @@ def test_the_filter_of_a_ring_source_changes_and_that_of_another_source_does_not
     old, new = (with_parts(interfaces=(Interface(uri="pcap:a", filter=text),)) for text in ("", "udp"))
     changes = changes_between(old, new)
     assert (bool(changes), changes.refused) == (False, ("interface a: filter",))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"idle_timeout_s": 1}, {"active_timeout_s": 9}, {"exports": (MeterExport(uri="udp://h:1"),)}]
+)
+def test_the_meter_takes_up_time_outs_and_collectors_and_only_if_there_is_one(keys: dict[str, Any]) -> None:
+    changes = changes_between(with_parts(), with_parts(meter=Meter(**keys)))
+    assert changes.meter and changes.refused == () and changes.config.meter == Meter(**keys)
+    off = with_parts(meter=Meter(enabled=False))
+    assert not changes_between(off, with_parts(meter=Meter(enabled=False, **keys)))
+
+
+def test_a_collector_that_stays_keeps_its_page_and_a_new_one_gets_one_that_nobody_has() -> None:
+    a, b, c = (MeterExport(uri=f"udp://{name}:1") for name in "abc")
+    plan = make_plan(with_parts(meter=Meter(exports=(a, b))), machine_bytes=1 << 30)
+    assert plan.export_pages == ("export/0", "export/1")
+    plan = with_exports(plan, (c, b.model_copy(update={"domain": 7})))
+    assert plan.export_pages == ("export/2", "export/1")
+    plan = with_exports(plan, (b, a, b))
+    assert plan.export_pages == ("export/1", "export/0", "export/3")
+    with pytest.raises(ConfigError, match="a reload can add 16"):
+        with_exports(plan, [MeterExport(uri=f"udp://h:{port}") for port in range(1, 18)])
 
 
 def test_the_log_level_and_the_limits_of_restarts_change() -> None:

@@ -29,7 +29,7 @@ from appliance.merge.retention import Limits, Retention, published_name
 from appliance.merge.rotation import CLOCK_STEP, END, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
-from appliance.process import DRAIN, ROTATE, WorkerContext
+from appliance.process import DRAIN, RELOAD, ROTATE, WorkerContext
 from appliance.ring.ring import Consumer
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ SERVE_MS = 1000  # Python looks after the compiled loop at least this often
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
 DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
-
-RELOAD = b"reload "
 
 SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US, "erf": order.SINK_ERF}
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.collector import Collector
 from support.faults import lab_with_wires
 from support.frames import ETHERTYPE_NUMBERED
 from support.identities import Traffic, conclude
 from support.judges import check_numbered
 from support.lab import Lab, requires_root, requires_tool
-from support.service import Service
+from support.service import APPLIANCE, Service
 
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
 
@@ -202,3 +203,76 @@ def test_what_needs_a_restart_is_named_key_by_key_and_the_rest_is_taken_up(lab: 
     service.check(sent.sent_by_id)
     assert {sidecar["packets"] for sidecar in service.sidecars() if sidecar["closed_because"] == "packets"} == {100}
     assert all(path.name.endswith(".pcapng.lz4") for path in service.ready())
+
+
+# The meter -----------------------------------------------------------------------------------------------------------
+
+
+def metered(service: Service, packets: int) -> bool:
+    found = service.snapshot().meter
+    return found is not None and found.exported_packets == packets and found.active_flow_packets == 0
+
+
+def with_meter(service: Service, **keys: Any) -> dict[str, Any]:
+    return service.config | {"meter": service.config["meter"] | keys}
+
+
+def test_collectors_come_and_go_and_every_packet_is_in_the_flows_of_one_that_stays(lab: Lab, directory: Path) -> None:
+    traffic = Traffic(lab, lab_with_wires(lab, "a"))
+    kinds = {"tcp": 4739, "udp": 4740}
+    collectors = {kind: Collector(lab, directory, kind, port) for kind, port in kinds.items()}
+    stays, comes = ({"uri": f"{kind}://127.0.0.1:{port}"} for kind, port in kinds.items())
+    settings = {"enabled": True, "idle_timeout_s": 1, "active_timeout_s": 1, "export": [stays]}
+    service = Service(lab, directory, [{"uri": "ring:a"}], meter=settings)
+    pids = service.pids()
+    sender = traffic.start(rate=5_000, flows=20)
+    service.wait_until(lambda: service.interface("a").received_packets > 2000, "traffic")
+    reload(service, with_meter(service, export=[comes, stays]))
+    meter = service.wait_for_start("meter", pids["meter"])
+    service.wait_until(lambda: len(service.snapshot().exports) == 2, "the monitor shows the collector that came")
+    service.wait_until(lambda: service.snapshot().exports[0].flow_records > 0, "it gets flows")
+    reload(service, with_meter(service, export=[stays]))
+    service.wait_for_start("meter", meter)
+    service.wait_until(lambda: len(service.snapshot().exports) == 1, "it is gone again")
+    traffic.stop(sender)
+    service.wait_until(lambda: metered(service, traffic.each), "all flows are exported")
+    shown = service.snapshot()
+    assert (shown.service.restarts, shown.service.planned_restarts) == (0, 2)
+    assert {**service.pids(), "meter": 0} == {**pids, "meter": 0}
+    assert shown.exports[0].flow_records == shown.meter.exported_flows
+    assert shown.exports[0].not_sent_flows == 0
+    service.wait_until(lambda: collectors["tcp"].received().packets == traffic.each, "and received")
+    conclude(service, traffic, others=[collector.process.pid for collector in collectors.values()])
+    assert 0 < collectors["udp"].received().packets < traffic.each
+    assert all(collector.received().undescribed_sets == 0 for collector in collectors.values())
+
+
+def test_flow_time_outs_change_and_what_was_metered_is_exported_first(lab: Lab, directory: Path) -> None:
+    traffic = Traffic(lab, lab_with_wires(lab, "a"))
+    settings = {"enabled": True, "idle_timeout_s": 600, "export": [{"uri": "file:"}]}
+    service = Service(lab, directory, [{"uri": "ring:a"}], meter=settings)
+    killed = service.pids()["meter"]
+    traffic.send(500, flows=5)
+    service.wait_until(lambda: service.snapshot().meter.active_flows == 5, "the flows are in the table")
+    reload(service, with_meter(service, idle_timeout_s=1))
+    service.wait_for_start("meter", killed)
+    assert metered(service, 500)
+    traffic.send(500, flows=5)
+    service.wait_until(lambda: metered(service, 1000), "the new time-out ends the flows")
+    conclude(service, traffic)
+    records = 0
+    for path in sorted((directory / "flows").glob("*.ipfix")):
+        read = subprocess.run([*APPLIANCE, "ipfix", "read", path], capture_output=True, text=True, check=True)
+        records += sum("flowEndReason" in line for line in read.stdout.splitlines())
+    assert records == 10
+
+
+def test_a_collector_that_cannot_be_had_changes_nothing(lab: Lab, directory: Path) -> None:
+    lab.veth("a")
+    service = Service(lab, directory, [{"uri": "ring:a"}], meter={"enabled": True})
+    pids = service.pids()
+    export = {"uri": "tls://127.0.0.1:4740", "tls_ca": f"{directory}/none.pem"}
+    reload(service, with_meter(service, export=[export]), "the old configuration stays in force")
+    assert f"{directory}/none.pem: No such file or directory" in service.log
+    assert service.pids() == pids
+    assert service.stop() == 0
