@@ -218,6 +218,8 @@ class Supervisor:
                 self.hear_opener()  # its answers come in the order of the requests
             prepared = self.wired.prepare_reload(changes)
         except ApplianceError as error:
+            if isinstance(error, OpenerGoneError):
+                self.lose_opener(error)  # an answer that comes late would be taken for that to another request
             self.page.add("reload_failures")
             self.page["last_reload_ok"] = 0
             log.error("reload: the old configuration stays in force: %s", error)
@@ -458,10 +460,7 @@ class Supervisor:
         try:
             opened = opener.answer()
         except OpenerGoneError as error:
-            self.selector.unregister(opener.channel)
-            self.wired.close_opener()
-            self.reopening.clear()
-            log.error("%s: interfaces that come back cannot be opened again without a restart", error)
+            self.lose_opener(error)
             return
         except ApplianceError as error:
             log.warning("%s: %s", self.reopening.popleft(), error)
@@ -472,6 +471,13 @@ class Supervisor:
         if worker.channel is not None:
             with contextlib.suppress(OSError):  # it dies: its next life gets the socket at its start
                 send_opened(worker.channel, opened, socket.MSG_DONTWAIT)
+
+    def lose_opener(self, error: OpenerGoneError) -> None:
+        assert self.wired.opener is not None
+        self.selector.unregister(self.wired.opener.channel)
+        self.wired.close_opener()
+        self.reopening.clear()
+        log.error("%s: interfaces that come back cannot be opened again without a restart", error)
 
     # ---- telling ----
 

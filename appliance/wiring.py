@@ -396,8 +396,8 @@ class Wiring:
         filters = {interface.label: interface.filter for interface in changes.interfaces}
         words = {}
         for planned in plan.outputs:
-            texts = {source.label: source.interface.filter for source in planned.sources}
-            texts = {label: text for label, text in texts.items() if label in filters}
+            told = [source for source in planned.sources if source.interface.label in filters]
+            texts = {source.label: source.interface.filter for source in told}
             if planned.output in changes.outputs or texts:
                 hook = hook_argv(planned.output)
                 words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
@@ -432,7 +432,9 @@ class Wiring:
         for source in self.plan.sources:
             if source.interface.label in filters:
                 if self.opener is None:
-                    raise InputOutputError(f"interface {source.label}: filter: the opener process is gone")
+                    raise InputOutputError(
+                        f"interface {source.label}: filter: only the opener process could compile it"
+                    )
                 request = replace(self.open_request(source.worker), filter=filters[source.interface.label])
                 programs[source.label] = self.opener.compile(request)
         return programs

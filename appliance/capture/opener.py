@@ -46,6 +46,7 @@ LINKTYPE_RAW = 101
 LINKTYPE_RADIOTAP = 127
 LINKTYPE_LINUX_SLL2 = 276
 ARPHRD_LOOPBACK = 772
+COMPILE_TIMEOUT_S = 4.0
 FILTER_OF = "filter of"  # a request for the program alone
 # Hardware types (linux/if_arp.h) whose frames have a link type of their own; all others are captured cooked.
 LINKTYPES = {
@@ -257,7 +258,13 @@ class OpenerClient:
             self.channel.send(json.dumps({FILTER_OF: dataclasses.asdict(request)}).encode())
         except OSError:
             raise OpenerGoneError("the opener process is gone") from None
-        fields, _ = self._receive()
+        self.channel.settimeout(COMPILE_TIMEOUT_S)
+        try:
+            fields, _ = self._receive()
+        except TimeoutError:
+            raise OpenerGoneError(f"the opener process has not answered within {COMPILE_TIMEOUT_S:g} s") from None
+        finally:
+            self.channel.settimeout(None)
         return base64.b64decode(fields["filter"])
 
     def _receive(self) -> tuple[dict[str, Any], int]:

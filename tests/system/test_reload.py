@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -149,6 +150,21 @@ def test_an_interface_that_comes_back_has_the_new_filter(lab: Lab, directory: Pa
     time.sleep(0.3)
     assert service.interface("a").received_packets == 0
     assert service.stop() == 0
+
+
+def test_an_opener_that_does_not_answer_holds_nothing_up(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}])
+    os.kill(service.opener_pid(), signal.SIGSTOP)
+    for said in ("has not answered within 4 s", "only the opener process could compile it"):
+        reload(service, with_filter(service, NUMBERED), "the old configuration stays in force")
+        assert said in service.log
+    sent = lab.send([peer], frames=500, rate=5000)
+    service.wait_at_rest({"a": 500})
+    assert service.snapshot().service.restarts == 0
+    os.kill(service.opener_pid(), signal.SIGCONT)
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
 
 
 def test_a_filter_that_does_not_compile_changes_nothing(lab: Lab, directory: Path) -> None:
