@@ -7,13 +7,15 @@ A key that cannot change keeps its old value and is named; the others change all
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.config import Config, Interface, Output, expand_interfaces
 
-# The merge takes these up, from the next file on.
+TableT = TypeVar("TableT", Interface, Output)
+
+# The merge takes these up; those that say how a file is, from the next one on.
 OUTPUT_KEYS = (
     "rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms",
     "retain_bytes", "retain_seconds", "min_free_bytes",
@@ -59,8 +61,10 @@ def changes_between(old: Config, new: Config) -> Changes:
     """`old`: in force, expanded. `new`: as in its file; its `ring:*` stands for what it stood for at the start."""
     new = expand_interfaces(new, [PresentInterface(i.source.target) for i in old.interfaces if i.source.is_live])
     refused: list[str] = []
-    outputs = tuple(_outputs(old, new, refused))
-    interfaces = tuple(_interfaces(old, new, refused))
+    olds, news = ({output.name: output for output in config.outputs} for config in (old, new))
+    outputs = _merged("output", olds, news, lambda _: OUTPUT_KEYS, refused)
+    labelled, relabelled = ({interface.label: interface for interface in config.interfaces} for config in (old, new))
+    interfaces = _merged("interface", labelled, relabelled, _interface_keys, refused)
     keys = METER_KEYS if old.meter.enabled else ()
     meter = old.meter.model_copy(update={key: getattr(new.meter, key) for key in keys})
     refused += [f"meter.{key}" for key in differing(meter, new.meter)]
@@ -78,34 +82,29 @@ def changes_between(old: Config, new: Config) -> Changes:
     )
 
 
-def _outputs(old: Config, new: Config, refused: list[str]) -> Iterator[Output]:
-    """The old ones with what can change of the new ones, in the old order."""
-    theirs = {output.name: output for output in new.outputs}
-    for output in old.outputs:
-        other = theirs.pop(output.name, None)
+def _merged(
+    kind: str,
+    old: Mapping[str, TableT],
+    new: Mapping[str, TableT],
+    keys_of: Callable[[TableT], Sequence[str]],
+    refused: list[str],
+) -> tuple[TableT, ...]:
+    """The old tables, in their order, with what can change of the new ones of the same name."""
+    merged = []
+    for name, table in old.items():
+        other = new.get(name)
         if other is None:
-            refused.append(f"output {output.name}, which is gone,")
-            yield output
-            continue
-        merged = output.model_copy(update={key: getattr(other, key) for key in OUTPUT_KEYS})
-        refused += [f"output {output.name}: {key}" for key in differing(merged, other)]
-        yield merged
-    refused += [f"output {name}, which is new," for name in theirs]
+            refused.append(f"{kind} {name}, which is gone,")
+        else:
+            table = table.model_copy(update={key: getattr(other, key) for key in keys_of(table)})
+            refused += [f"{kind} {name}: {key}" for key in differing(table, other)]
+        merged.append(table)
+    refused += [f"{kind} {name}, which is new," for name in new if name not in old]
+    return tuple(merged)
 
 
-def _interfaces(old: Config, new: Config, refused: list[str]) -> Iterator[Interface]:
-    theirs = {interface.label: interface for interface in new.interfaces}
-    for interface in old.interfaces:
-        other = theirs.pop(interface.label, None)
-        if other is None:
-            refused.append(f"interface {interface.label}, which is gone,")
-            yield interface
-            continue
-        keys = INTERFACE_KEYS if interface.source.scheme == "ring" else ()
-        merged = interface.model_copy(update={key: getattr(other, key) for key in keys})
-        refused += [f"interface {interface.label}: {key}" for key in differing(merged, other)]
-        yield merged
-    refused += [f"interface {label}, which is new," for label in theirs]
+def _interface_keys(interface: Interface) -> Sequence[str]:
+    return INTERFACE_KEYS if interface.source.scheme == "ring" else ()
 
 
 def differing(one: Any, other: Any) -> list[str]:
