@@ -33,8 +33,8 @@ class Metering:
 
     The identities that hold after every call, in packets and from the start of this object:
     observed = metered + ignored + unsampled, and metered = exported + active + lost_unclean. `exported` have left the
-    table: for each exporter they are sent + not_sent + queued + lost_unclean, by its own page. What is lost_unclean
-    went with a killed predecessor; its successor counts it, before anything else.
+    table. By each exporter's own page, after `service`: taken = sent + not_sent + queued + lost_unclean. What is
+    lost_unclean went with a killed predecessor; its successor counts it, before anything else.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Metering:
         count = self.table.row_count
         if count:
             self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
-            self._publish_counters()  # first: what a death interrupts is exported, but not sent, and that can be told
+            self._publish_counters()  # first: what a death interrupts is taken, but not sent, and that can be told
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()
@@ -176,11 +176,13 @@ class Metering:
         for exporter in self.exporters:
             own = exporter.page
             gone = own["sent_packets"] + own["not_sent_packets"] + own["lost_unclean_packets"]
-            own.add("lost_unclean_packets", max(0, page["exported_packets"] - gone))
+            own.add("lost_unclean_packets", max(0, own["taken_packets"] - gone))
         self._publish_counters()
 
     def _publish_counters(self) -> None:
         counters = self.table.counters()
+        for exporter in self.exporters:
+            exporter.page.add("taken_packets", counters["exported_packets"] - self._counted["exported_packets"])
         for name, value in counters.items():
             if value != self._counted[name]:
                 self.page.add(name, value - self._counted[name])

@@ -330,7 +330,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda row: row.storage.oldest_file_s if row.storage else None,
     ),
     # Meter: observed = metered + ignored + unsampled; metered = exported + active + lost_unclean; of each collector:
-    # exported = sent + not sent + queued + lost_unclean.
+    # taken = sent + not sent + queued + lost_unclean.
     _METER.counter(
         "appliance_meter_observed_packets_total",
         "Packet headers that reached the meter.",
@@ -424,6 +424,11 @@ FAMILIES: tuple[Family, ...] = (
     _EXPORT.counter("appliance_ipfix_messages_total", "IPFIX messages sent.", lambda row: row.messages),
     _EXPORT.counter("appliance_ipfix_sent_bytes_total", "Bytes of IPFIX messages sent.", lambda row: row.bytes),
     _EXPORT.counter(
+        "appliance_ipfix_taken_packets_total",
+        "Packets of flow records that were made for this collector.",
+        lambda row: row.taken_packets,
+    ),
+    _EXPORT.counter(
         "appliance_ipfix_sent_packets_total", "Packets of flow records that were sent.", lambda row: row.sent_packets
     ),
     _EXPORT.counter("appliance_ipfix_send_errors_total", "IPFIX messages that failed.", lambda row: row.send_errors),
@@ -472,6 +477,11 @@ FAMILIES: tuple[Family, ...] = (
     # Service.
     _BUILD.gauge("appliance_build_info", "Version of the appliance and of Python.", lambda row: 1),
     _SERVICE.gauge("appliance_uptime_seconds", "Time since the start of the service.", lambda row: row.uptime_s),
+    _SERVICE.counter(
+        "appliance_planned_restarts_total",
+        "Workers that were ended and started again for new settings.",
+        lambda row: row.planned_restarts,
+    ),
     _SERVICE.counter(
         "appliance_config_reloads_total",
         "Reloads of the configuration, by result.",

@@ -37,7 +37,8 @@ class Pages:
         assert meter["metered_packets"] == sum(
             meter[name] for name in ("exported_packets", "active_flow_packets", "lost_unclean_packets")
         )
-        assert meter["exported_packets"] == sum(
+        assert meter["exported_packets"] == export["taken_packets"]
+        assert export["taken_packets"] == sum(
             export[f"{what}_packets"] for what in ("sent", "not_sent", "queued", "lost_unclean")
         )
 
@@ -124,7 +125,9 @@ def worker(pages: Pages, ring: int, directory: Path) -> MeterWorker:
     export = (ExportSettings("file:", directory=directory),)
     source = MeterSource("a", "capture/a", True, ring, os.eventfd(0, os.EFD_NONBLOCK))
     wake = os.eventfd(0, os.EFD_NONBLOCK)
-    parts = MeterParts((source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50)
+    parts = MeterParts(
+        (source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50, export_pages=("export/0",)
+    )
     channel, _ = socket.socketpair()
     context: Any = SimpleNamespace(pages=pages.all, page=pages.meter, channel=channel, messages=list)
     return MeterWorker(context, parts)
