@@ -595,6 +595,8 @@ def meter_settings(config: Config) -> MeterSettings:
                 uri=export.uri,
                 domain=export.domain,
                 biflow=export.biflow,
+                nanoseconds=export.nanoseconds,
+                tcp_analysis=export.tcp_analysis,
                 message_bytes=export.mtu_bytes,
                 template_refresh_s=export.template_refresh_s,
                 template_refresh_messages=export.template_refresh_messages,

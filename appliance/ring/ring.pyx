@@ -100,7 +100,7 @@ cdef class Mapping:
                 return 0
 
     def occupancy(self):
-        """(packets published ever, packets between tail and head): read while the consumer rests."""
+        """(packets or digests published ever, those between tail and head): read while the consumer rests."""
         cdef uint64_t published, head, at
         cdef uint64_t waiting = 0
         cdef uint32_t length
@@ -116,7 +116,7 @@ cdef class Mapping:
             length = record_check(record, head - at)
             if length == 0:
                 break
-            if record_u32(record) == RECORD_PACKET:
+            if record_u32(record) in (RECORD_PACKET, RECORD_DIGEST):  # a ring has one kind of them
                 waiting += 1
             at += length
         return published, waiting
