@@ -221,6 +221,17 @@ def test_what_needs_a_restart_is_named_key_by_key_and_the_rest_is_taken_up(lab: 
     assert all(path.name.endswith(".pcapng.lz4") for path in service.ready())
 
 
+def test_a_service_without_a_monitor_reloads_too(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], monitor={"control_socket": ""})
+    reload(service, with_output(service, rotate_packets=100, max_wait_ms=400))
+    sent = lab.send([peer], frames=3000, rate=1000)
+    service.wait_until(lambda: sum(sidecar["packets"] for sidecar in service.sidecars()) == 3000, "all are published")
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
+    assert any(sidecar["closed_because"] == "packets" for sidecar in service.sidecars())
+
+
 # The meter -----------------------------------------------------------------------------------------------------------
 
 
