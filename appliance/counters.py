@@ -167,8 +167,7 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "flow_records",
     "messages",
     "bytes",
-    "taken_packets",  # of flow records that left the table for it
-    "sent_packets",  # of the flow records sent
+    "sent_packets",  # of those flow records
     "send_errors",
     "tls_failures",  # handshakes that failed, and sessions that TLS ended
     "connects",
@@ -178,6 +177,8 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "queued_bytes",
     "queued_packets",  # of the flow records in them
     "lost_unclean_packets",  # of flow records that were gone with a killed meter's queue
+    "before_packets",  # of flow records from before there was this collector
+    "begun",  # 1: before_packets is known
     "up",
 )
 

@@ -401,7 +401,7 @@ class Wiring:
             if planned.output in changes.outputs or texts:
                 hook = hook_argv(planned.output)
                 words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
-        if topology != self.topology:
+        if plan.monitor and topology != self.topology:
             words["monitor"] = RELOAD + changes_text(topology)
         for worker, message in words.items():
             if len(message) > MESSAGE_BYTES:

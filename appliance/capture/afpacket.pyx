@@ -364,6 +364,7 @@ cdef class LiveCapture:
             ring_producer_sleeps(&self.digests.view, how)
 
     cdef bint ready(self) noexcept nogil:
+        """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
         return (
             LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
             or self.records.view.header.watermark_wanted != 0
@@ -443,11 +444,6 @@ cdef class LiveCapture:
     def is_drained(self):
         """Nothing waits in the kernel's ring, nothing is unpublished."""
         return self.kernel_is_empty() and self.tail.count == 0
-
-    @property
-    def is_ready(self):
-        """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
-        return self.ready()
 
     cdef bint differs(self, int64_t offset) noexcept nogil:
         cdef int64_t change = offset - self.clock_offset

@@ -33,8 +33,9 @@ class Metering:
 
     The identities that hold after every call, in packets and from the start of this object:
     observed = metered + ignored + unsampled, and metered = exported + active + lost_unclean. `exported` have left the
-    table. By each exporter's own page, after `service`: taken = sent + not_sent + queued + lost_unclean. What is
-    lost_unclean went with a killed predecessor; its successor counts it, before anything else.
+    table: for each exporter they are sent + not_sent + queued + lost_unclean + before, by its own page. What is
+    lost_unclean went with a killed predecessor; its successor counts it, before anything else. What is before was
+    exported when there was no such exporter yet.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Metering:
         count = self.table.row_count
         if count:
             self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
-            self._publish_counters()  # first: what a death interrupts is taken, but not sent, and that can be told
+            self._publish_counters()  # first: what a death interrupts is exported, but not sent, and that can be told
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()
@@ -175,14 +176,15 @@ class Metering:
             page.add("lost_unclean_flows", flows)
         for exporter in self.exporters:
             own = exporter.page
-            gone = own["sent_packets"] + own["not_sent_packets"] + own["lost_unclean_packets"]
-            own.add("lost_unclean_packets", max(0, own["taken_packets"] - gone))
+            if not own["begun"]:
+                own["before_packets"] = page["exported_packets"]
+                own["begun"] = 1
+            gone = sum(own[name] for name in ("sent_packets", "not_sent_packets", "lost_unclean_packets"))
+            own.add("lost_unclean_packets", max(0, page["exported_packets"] - own["before_packets"] - gone))
         self._publish_counters()
 
     def _publish_counters(self) -> None:
         counters = self.table.counters()
-        for exporter in self.exporters:
-            exporter.page.add("taken_packets", counters["exported_packets"] - self._counted["exported_packets"])
         for name, value in counters.items():
             if value != self._counted[name]:
                 self.page.add(name, value - self._counted[name])

@@ -330,7 +330,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda row: row.storage.oldest_file_s if row.storage else None,
     ),
     # Meter: observed = metered + ignored + unsampled; metered = exported + active + lost_unclean; of each collector:
-    # taken = sent + not sent + queued + lost_unclean.
+    # exported = before + sent + not sent + queued + lost_unclean.
     _METER.counter(
         "appliance_meter_observed_packets_total",
         "Packet headers that reached the meter.",
@@ -424,11 +424,6 @@ FAMILIES: tuple[Family, ...] = (
     _EXPORT.counter("appliance_ipfix_messages_total", "IPFIX messages sent.", lambda row: row.messages),
     _EXPORT.counter("appliance_ipfix_sent_bytes_total", "Bytes of IPFIX messages sent.", lambda row: row.bytes),
     _EXPORT.counter(
-        "appliance_ipfix_taken_packets_total",
-        "Packets of flow records that were made for this collector.",
-        lambda row: row.taken_packets,
-    ),
-    _EXPORT.counter(
         "appliance_ipfix_sent_packets_total", "Packets of flow records that were sent.", lambda row: row.sent_packets
     ),
     _EXPORT.counter("appliance_ipfix_send_errors_total", "IPFIX messages that failed.", lambda row: row.send_errors),
@@ -450,6 +445,11 @@ FAMILIES: tuple[Family, ...] = (
         "appliance_ipfix_lost_unclean_packets_total",
         "Packets of flow records that went with the queue of a killed meter.",
         lambda row: row.lost_unclean_packets,
+    ),
+    _EXPORT.gauge(
+        "appliance_ipfix_before_packets",
+        "Packets of flow records from before a reload brought this collector.",
+        lambda row: row.before_packets,
     ),
     _EXPORT.gauge("appliance_ipfix_queued_bytes", "Bytes waiting for the collector.", lambda row: row.queued_bytes),
     _EXPORT.gauge("appliance_ipfix_queued_packets", "Packets of flow records in them.", lambda row: row.queued_packets),

@@ -248,7 +248,6 @@ class ExportView:
     flow_records: int
     messages: int
     bytes: int
-    taken_packets: int
     sent_packets: int
     send_errors: int
     tls_failures: int
@@ -259,6 +258,7 @@ class ExportView:
     queued_bytes: int
     queued_packets: int
     lost_unclean_packets: int
+    before_packets: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,14 +222,6 @@ cdef class Consumer:
         self.ended = ended != 0
         return RING_OK
 
-    cdef void release_to(self, uint64_t position) noexcept nogil:
-        if ring_release(&self.view, position):
-            signal_eventfd(self.wake_fd)
-
-    cdef void want_watermark_now(self) noexcept nogil:
-        if ring_want_watermark(&self.view):
-            signal_eventfd(self.wake_fd)
-
     def refresh(self):
         if self.look() != RING_OK:
             raise ValueError("ring: the producer's position is impossible")
@@ -252,7 +244,8 @@ cdef class Consumer:
         return result
 
     def release(self):
-        self.release_to(self.view.position)
+        if ring_release(&self.view, self.view.position):
+            signal_eventfd(self.wake_fd)
 
     def skip_to_head(self):
         """Gives up everything that is published: the way on after a corrupt record. Returns the bytes given up."""
@@ -264,11 +257,12 @@ cdef class Consumer:
         self.view.position = head
         self.view.other = head
         self.corrupt = False
-        self.release_to(head)
+        self.release()
         return lost
 
     def want_watermark(self):
-        self.want_watermark_now()
+        if ring_want_watermark(&self.view):
+            signal_eventfd(self.wake_fd)
 
     def sleeps(self, bint sleeping):
         ring_consumer_sleeps(&self.view, sleeping)

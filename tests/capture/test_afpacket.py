@@ -332,9 +332,7 @@ def test_an_idle_interface_moves_its_watermark_when_it_is_asked(lab: Lab) -> Non
     for _ in range(3):
         before_ns = time.time_ns()
         bench.records.want_watermark()
-        assert bench.capture.is_ready
         bench.capture.pump()
-        assert not bench.capture.is_ready
         bench.records.refresh()
         # It keeps `reorder_us` behind the clock.
         assert before_ns - 1_000_000 <= bench.records.watermark_ns <= time.time_ns() - 1_000_000

@@ -37,9 +37,8 @@ class Pages:
         assert meter["metered_packets"] == sum(
             meter[name] for name in ("exported_packets", "active_flow_packets", "lost_unclean_packets")
         )
-        assert meter["exported_packets"] == export["taken_packets"]
-        assert export["taken_packets"] == sum(
-            export[f"{what}_packets"] for what in ("sent", "not_sent", "queued", "lost_unclean")
+        assert meter["exported_packets"] == sum(
+            export[f"{what}_packets"] for what in ("before", "sent", "not_sent", "queued", "lost_unclean")
         )
 
 
@@ -125,9 +124,7 @@ def worker(pages: Pages, ring: int, directory: Path) -> MeterWorker:
     export = (ExportSettings("file:", directory=directory),)
     source = MeterSource("a", "capture/a", True, ring, os.eventfd(0, os.EFD_NONBLOCK))
     wake = os.eventfd(0, os.EFD_NONBLOCK)
-    parts = MeterParts(
-        (source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50, export_pages=("export/0",)
-    )
+    parts = MeterParts((source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50)
     channel, _ = socket.socketpair()
     context: Any = SimpleNamespace(pages=pages.all, page=pages.meter, channel=channel, messages=list)
     return MeterWorker(context, parts)
@@ -181,3 +178,20 @@ def test_digests_that_a_meter_took_and_never_counted_are_lost_and_not_metered_ag
     meter = pages.meter
     assert (meter["observed_packets"], meter["metered_packets"], meter["lost_unclean_packets"]) == (10, 10, 10)
     pages.check()
+
+
+def test_what_was_exported_before_a_collector_came_is_not_lost_for_it(pages: Pages, tmp_path: Path) -> None:
+    first = metering(pages, "file:", tmp_path / "old")
+    feed(first, [Packet()] * 5)
+    first.finish()
+    pages.check()
+    pages.export.clear()  # as a reload leaves the page of a collector that is new
+    second = metering(pages, "file:", tmp_path / "new")
+    pages.check()
+    feed(second, [Packet()] * 3)
+    second.finish()
+    assert (pages.export["before_packets"], pages.export["sent_packets"]) == (5, 3)
+    pages.check()
+    third = metering(pages, "file:", tmp_path / "new")  # it is known from now on
+    third.finish()
+    assert (pages.export["before_packets"], pages.export["lost_unclean_packets"]) == (5, 0)

@@ -68,8 +68,12 @@ def of_meter(snapshot: Snapshot) -> list[str]:
         ),
     }
     for export in snapshot.exports:
-        equations[f"{export.uri}: taken = sent + not sent + queued + unclean"] = (
-            export.taken_packets,
-            export.sent_packets + export.not_sent_packets + export.queued_packets + export.lost_unclean_packets,
+        equations[f"{export.uri}: exported = before + sent + not sent + queued + unclean"] = (
+            meter.exported_packets,
+            export.before_packets
+            + export.sent_packets
+            + export.not_sent_packets
+            + export.queued_packets
+            + export.lost_unclean_packets,
         )
     return [f"meter: {name}: {a} != {b}" for name, (a, b) in equations.items() if a != b]
