@@ -31,7 +31,7 @@ from capture.crafted import (
     tcp,
     udp,
 )
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from appliance.capture import headers
 from appliance.counters import IGNORED_REASONS
