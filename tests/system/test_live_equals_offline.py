@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-import time
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import pytest
 from capture.crafted import ETHERNET, TUNNELS, ethernet, ipv4, ipv6, tag, udp
 from meter.flow_packets import ACK, FIN, RST, SYN, Decoder, number
 from support.lab import Lab, requires_root, requires_tool
-from support.replay import send_frames
 from support.service import APPLIANCE, Service
 
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
@@ -84,13 +83,30 @@ OTHERS = [
 ]
 
 
-def send_mixture(lab: Lab, out: str, back: str, directory: Path) -> dict[str, int]:
-    """Sends from the far ends of both directions' interfaces; the frames for each. It ends with one packet a flow that
+# One process for all: what belongs together is sent within milliseconds, however busy the machine is.
+SEND = """
+import socket, sys, time
+sockets = {}
+for name, interface in zip("ab", sys.argv[1:3]):
+    sockets[name] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sockets[name].bind((interface, 0))
+for line in open(sys.argv[3]):
+    what, value = line.split()
+    if what == "pause":
+        time.sleep(float(value))
+    else:
+        sockets[what].send(bytes.fromhex(value))
+        time.sleep(0.0005)
+"""
+
+
+def mixture() -> list[str]:
+    """Lines for SEND: a frame for the interface of either direction, or a pause. It ends with one packet of a flow that
     is over with it, long after all others' time-outs: so what is still waited for is the same, live and in a file."""
-    sent = Counter[str]()
+    lines: list[str] = []
 
     def send(outward: bool, frames: list[bytes]) -> None:
-        sent["a" if outward else "b"] += send_frames(lab, out if outward else back, frames, directory)
+        lines.extend(f"{'a' if outward else 'b'} {frame.hex()}" for frame in frames)
 
     plain, six, tagged = connection(), connection(six=1, port=1), connection(vlan=5, port=2)
     for steps in zip(plain, six, tagged, strict=True):
@@ -99,11 +115,19 @@ def send_mixture(lab: Lab, out: str, back: str, directory: Path) -> dict[str, in
     for _ in range(5):  # goes on for longer than the active time-out, and is never silent for the idle one
         send(True, [datagram(True, 20), echo(True), *OTHERS])
         send(False, [datagram(False, 200), echo(False)])
-        time.sleep(1)
-    time.sleep(IDLE_S)
+        lines.append("pause 1")
+    lines.append(f"pause {IDLE_S}")
     send(True, [segment(True, 5, 0, RST, port=9)])
     send(False, [segment(False, 5, 0, RST, port=10)])
-    return dict(sent)
+    return lines
+
+
+def send_mixture(lab: Lab, out: str, back: str, directory: Path) -> dict[str, int]:
+    """Sends from the far ends of both directions' interfaces; the frames for each."""
+    lines = mixture()
+    (directory / "mixture").write_text("\n".join(lines))
+    lab.run([sys.executable, "-c", SEND, out, back, str(directory / "mixture")])
+    return {name: sum(line.startswith(f"{name} ") for line in lines) for name in "ab"}
 
 
 def records_of(paths: list[Path], *, without: set[tuple[int, int]]) -> Counter[Record]:
