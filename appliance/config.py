@@ -481,6 +481,59 @@ class Meter(_Table):
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)
 
 
+class Traceflow(_Table):
+    """TCP flow traces of the running service: one file for each flow; see `appliance trace` for those of files."""
+
+    enabled: bool = Field(default=False, description="write each TCP flow into a file of its own as well")
+    directory: OptionalPath = Field(
+        default=None,
+        description='work/ and ready/ are made below it; "" = traces/ in the directory of the first [[output]]',
+    )
+    interfaces: tuple[str, ...] = Field(
+        default=(), strict=False, description="labels of the interfaces whose packets are traced; [] = all"
+    )
+    format: Literal["pcap", "json", "plist", "tree"] = Field(
+        default="pcap",
+        description='"pcap" (nanoseconds), or "json", "plist", "tree", which cost much more time for each packet',
+    )
+    bidirectional: bool = Field(default=False, description="both directions of a connection are one flow")
+    idle_timeout_s: Annotated[int, _between(0, 86400)] = Field(
+        default=300, description="a flow ends after this long without a packet; 0 = never"
+    )
+    linger_s: Annotated[int, _between(0, 86400)] = Field(
+        default=60, description="what comes this long behind FIN or RST is still the flow's; 0 = for ever"
+    )
+    max_flows: Annotated[int, _between(1, 10_000_000)] = Field(
+        default=100_000, description="flows in memory at once; beyond it the one longest without a packet ends early"
+    )
+    buffer_bytes: Annotated[int, _between(64 * KIB, 64 * GIB)] = Field(
+        default=64 * MIB, description="memory for packets that wait to be written, all flows together"
+    )
+    ring_bytes: RingBytes = Field(
+        default=0, description="shared memory between each output's merge and the traces; 0 = a share of memory_bytes"
+    )
+    max_flow_bytes: Annotated[int, _zero_or_between(KIB, 1 << 60)] = Field(
+        default=64 * MIB, description="a flow's file holds its first packets up to this size; 0 = all"
+    )
+    retain_bytes: Annotated[int, _between(MIB, 1 << 60)] = Field(
+        default=GIB, description="oldest files go when all together are larger, the unfinished ones included"
+    )
+    retain_files: Annotated[int, _between(1, 100_000_000)] = Field(
+        default=100_000, description="oldest files go when there are more"
+    )
+    retain_seconds: Annotated[int, _between(0, 1 << 40)] = Field(
+        default=0, description="files go so long after they were finished; 0 = unlimited"
+    )
+    min_free_bytes: Bytes = Field(
+        default=GIB,
+        description="oldest files go, then packets are left out, when the file system has less left; 0 = never",
+    )
+    tunnels: Literal["outer", "inner"] = Field(
+        default="outer", description='TCP in a tunnel: "outer" = not looked for, "inner" = of the innermost IP packet'
+    )
+    cpus: Cpus = Field(default=(), strict=False, description="CPUs that the traces' worker runs on; [] = any")
+
+
 class Monitor(_Table):
     """Metrics, status page, control socket."""
 
@@ -531,6 +584,7 @@ class Config(_Table):
         default=(Output(),), validation_alias="output", strict=False
     )
     meter: Meter = Meter()
+    traceflow: Traceflow = Traceflow()
     monitor: Monitor = Monitor()
     service: Service = Service()
 
@@ -571,6 +625,10 @@ class Config(_Table):
     def flows_directory(self) -> Path:
         """Where `file:` without a directory puts its flow files."""
         return (self.meter.directory or self.outputs[0].directory) / "flows"
+
+    @property
+    def traces_directory(self) -> Path:
+        return self.traceflow.directory or self.outputs[0].directory / "traces"
 
 
 def _derived_label(source: capture_uri.Uri) -> str:
@@ -655,6 +713,20 @@ def _a_meter_has_one_clock(config: Config) -> Iterator[Fault]:
         yield "meter.enabled", "files and live interfaces cannot be metered together: a file's clock is not the host's"
 
 
+def _traces_have_one_clock_and_their_interfaces(config: Config) -> Iterator[Fault]:
+    if not config.traceflow.enabled:
+        return
+    labels = [interface.label for interface in config.interfaces]
+    for i, label in enumerate(config.traceflow.interfaces):
+        if label not in labels and all(labels):
+            yield f"traceflow.interfaces[{i}]", f"no interface is called {label!r}, only {', '.join(labels)}"
+    if len({interface.source.is_live for interface in config.interfaces}) > 1:
+        yield (
+            "traceflow.enabled",
+            "files and live interfaces cannot be traced together: a file's clock is not the host's",
+        )
+
+
 def _keys_fit_the_kind_of_source(config: Config) -> Iterator[Fault]:
     for i, interface in enumerate(config.interfaces):
         if interface.fanout > 1 and interface.source.scheme != "ring":
@@ -700,6 +772,7 @@ _CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[Fault]]]
     (("interface.output", "output.name"), _every_output_exists_and_is_used),
     (("interface.uri", "interface.output"), _an_output_has_one_clock),
     (("interface.uri", "meter.enabled"), _a_meter_has_one_clock),
+    (("interface.uri", "interface.label", "traceflow"), _traces_have_one_clock_and_their_interfaces),
     (("interface.uri", "interface.fanout", "interface.speed", "interface.label"), _keys_fit_the_kind_of_source),
     (("interface.trigger", "interface.keep"), _criteria_have_their_filters),
     (("interface.uri",), _sources_can_be_taken_once),
@@ -845,6 +918,7 @@ _SECTIONS: dict[str, tuple[type[_Table], bool]] = {  # section: (its shape, whet
     "output": (Output, True),
     "meter": (Meter, False),
     "meter.export": (MeterExport, True),
+    "traceflow": (Traceflow, False),
     "monitor": (Monitor, False),
     "service": (Service, False),
 }
@@ -922,6 +996,7 @@ def expand_interfaces(config: Config, host_interfaces: Iterable[HostInterface]) 
         interfaces=tuple(expanded),
         outputs=config.outputs,
         meter=config.meter,
+        traceflow=config.traceflow,
         monitor=config.monitor,
         service=config.service,
     )

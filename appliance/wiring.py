@@ -41,7 +41,7 @@ from appliance.monitor.render import live_line
 from appliance.monitor.topology import topology_of
 from appliance.monitor.view import Snapshot, Topology, View
 from appliance.plan import Plan, PlannedOutput, Source, make_plan
-from appliance.prepare import Preparation, check_files, check_linktypes, check_output
+from appliance.prepare import Preparation, check_files, check_linktypes, check_output, check_traces
 from appliance.process import (
     CAP_NET_RAW,
     WorkerContext,
@@ -59,6 +59,7 @@ from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 if TYPE_CHECKING:
     import workers.meter
     import workers.monitor
+    import workers.traceflow
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ class Wiring:
     ports: dict[str, int] = field(default_factory=dict)  # label -> descriptor of its port's memory
     merge_wakes: dict[str, int] = field(default_factory=dict)
     meter_wake: int = -1
+    taps: dict[str, int] = field(default_factory=dict)  # output -> descriptor of its ring to the flow traces
+    traceflow_wake: int = -1
     listener: socket.socket | None = None
     control: socket.socket | None = None
     generation: int = field(default_factory=lambda: secrets.randbits(63))
@@ -139,6 +142,8 @@ class Wiring:
                 naming = options.naming(output) if options.naming else appliance_naming(output)
                 check_output(output, naming, preparation, config.service.user)
                 namings[output.name] = naming
+            if plan.traceflow is not None:
+                check_traces(config.traces_directory, preparation)
             if config.service.user:
                 preparation.hand_over(config.service.user)
         except BaseException:
@@ -191,6 +196,12 @@ class Wiring:
             self.merge_wakes[planned.output.name] = eventfd()
         if self.plan.meter is not None:
             self.meter_wake = eventfd()
+        if self.plan.traceflow is not None:
+            self.traceflow_wake = eventfd()
+        for planned in self.plan.outputs:
+            if planned.tap_ring_bytes:
+                name = f"traceflow-{planned.output.name}"
+                self.taps[planned.output.name] = self.new_ring(planned.tap_ring_bytes, name)
         for source in self.plan.sources:
             with on_cpus(source.interface.cpus):
                 ring_fd = self.new_ring(source.ring_bytes, source.label)
@@ -272,6 +283,8 @@ class Wiring:
             return workers.merge.main, self.merge_parts(planned, life > 1)
         if role == "meter":
             return workers.meter.main, self.meter_parts()
+        if role == "traceflow":
+            return workers.traceflow.main, self.traceflow_parts()
         return workers.monitor.main, self.monitor_parts()
 
     def cpus(self, name: str) -> tuple[int, ...]:
@@ -281,6 +294,8 @@ class Wiring:
             return self.source_of(name).interface.cpus
         if role == "merge":
             return self.output_of(name).cpus
+        if role == "traceflow":
+            return self.config.traceflow.cpus
         return self.config.meter.cpus if role == "meter" else ()
 
     def capture_parts(self, source: Source) -> workers.capture.CaptureParts:
@@ -310,6 +325,7 @@ class Wiring:
                 ring_fd=self.rings[source.label].ring_fd,
                 wake_fd=self.rings[source.label].wake_fd,
                 interfaces=self.described(source, is_successor),
+                traced=self.is_traced(source),
             )
             for source in planned.sources
         )
@@ -326,6 +342,8 @@ class Wiring:
             watch_file=self.options.watch_file,
             strict=self.options.strict,
             resolution_of_inputs=self.options.resolution_of_inputs,
+            tap_fd=self.taps.get(output.name, -1),
+            tap_wake_fd=self.traceflow_wake,
         )
 
     def described(self, source: Source, is_successor: bool) -> tuple[InterfaceDescription, ...]:
@@ -355,6 +373,20 @@ class Wiring:
             wake_fd=self.meter_wake,
             settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
+        )
+
+    def is_traced(self, source: Source) -> bool:
+        wanted = self.config.traceflow.interfaces
+        return source.output in self.taps and (not wanted or source.interface.label in wanted)
+
+    def traceflow_parts(self) -> workers.traceflow.TraceflowParts:
+        return workers.traceflow.TraceflowParts(
+            settings=self.config.traceflow,
+            directory=self.config.traces_directory,
+            ring_fds=tuple(self.taps.values()),
+            live=self.is_live,
+            generation=self.generation,
+            wake_fd=self.traceflow_wake,
         )
 
     def monitor_parts(self) -> workers.monitor.MonitorParts:
@@ -447,6 +479,7 @@ def all_cpus(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     for output in config.outputs:
         yield f"output {output.name}", output.cpus
     yield "meter", config.meter.cpus
+    yield "traceflow", config.traceflow.cpus
 
 
 def load_workers(plan: Plan) -> None:
@@ -454,6 +487,8 @@ def load_workers(plan: Plan) -> None:
     another one may not be able to read our files."""
     if plan.meter is not None:
         import_module("workers.meter")
+    if plan.traceflow is not None:
+        import_module("workers.traceflow")
     if plan.monitor:
         import_module("workers.monitor")
 
@@ -574,7 +609,7 @@ def reloadable_changes(old: Config, new: Config) -> ReloadableChanges:
             ignored += [f"output {output.name}: {key}" for key in differing(merged, other)]
         in_force.append(merged)
     service = old.service.model_copy(update={"log_level": new.service.log_level})
-    for part in ("memory_bytes", "interfaces", "meter", "monitor"):
+    for part in ("memory_bytes", "interfaces", "meter", "traceflow", "monitor"):
         if getattr(old, part) != getattr(new, part) and not (part == "interfaces" and needs_host(new)):
             ignored.append(part)
     config = old.model_copy(update={"outputs": tuple(in_force), "service": service})

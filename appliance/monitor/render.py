@@ -50,7 +50,7 @@ def identity_line(row: InterfaceView) -> str:
 
 def status_tables(now: Snapshot, before: Snapshot | None = None) -> list[Table]:
     """Everything an operator looks at, empty tables left out. With `before`, interfaces show their rates."""
-    tables = [_interfaces(now, before), _outputs(now), _meter(now), _exports(now), _workers(now)]
+    tables = [_interfaces(now, before), _outputs(now), _meter(now), _exports(now), _traceflow(now), _workers(now)]
     return [table for table in tables if table.rows]
 
 
@@ -122,6 +122,37 @@ def _exports(now: Snapshot) -> Table:
     ]
     marks = {i: "bad" for i, row in enumerate(now.exports) if not row.is_up or row.not_sent_flows}
     return Table("Flow collectors", columns, rows, marks)
+
+
+def _traceflow(now: Snapshot) -> Table:
+    columns = (
+        "observed",
+        "other",
+        "in files",
+        "held",
+        "missed",
+        "left out",
+        "lost",
+        "flows",
+        "active",
+        "files",
+        "bytes",
+    )
+    row = now.traceflow
+    if row is None:
+        return Table("Flow traces", columns, [])
+    left_out = sum(row.left_out.values())
+    held = row.held_packets + row.queued_packets
+    figures = (row.observed_packets, row.other_packets, row.published_packets, held, row.missed_packets, left_out)
+    cells = (
+        *figures,
+        row.lost_unclean_packets,
+        row.flows_created,
+        row.active_flows,
+        row.stored_files,
+        row.stored_bytes,
+    )
+    return Table("Flow traces", columns, [cells], {0: "warn"} if row.missed_packets or left_out else {})
 
 
 def _workers(now: Snapshot) -> Table:

@@ -24,6 +24,7 @@ from appliance.counters import (
     IGNORED_REASONS,
     PUBLISH_BUCKETS_MS,
     STATES,
+    TRACE_END_REASONS,
     CounterPages,
     page_name,
     restarts_field,
@@ -232,6 +233,38 @@ class MeterView:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceflowView:
+    """Flow traces, in packets: tapped = observed at rest, and observed = other + published + left out + lost + held +
+    queued. `left_out`: cut (max_flow_bytes), refused (no room), failed (not written)."""
+
+    tapped_packets: int
+    missed_packets: int  # their ring was full
+    observed_packets: int
+    other_packets: int  # no TCP
+    published_packets: int
+    left_out: dict[str, int]
+    lost_unclean_packets: int
+    held_packets: int  # of flows that are not over
+    queued_packets: int  # of flows that are, and are not published yet
+    late_packets: int
+    active_flows: int
+    flows_created: int
+    flows_ended: dict[str, int]
+    queued_flows: int
+    published_files: int
+    published_bytes: int
+    stored_files: int
+    stored_bytes: int
+    staged_bytes: int
+    buffered_bytes: int
+    expired_files: int
+    expired_bytes: int
+    leftover_files: int
+    write_errors: int
+    stream_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExportView:
     uri: str
     is_up: bool
@@ -286,6 +319,7 @@ class Snapshot:
     exports: list[ExportView]
     workers: list[WorkerView]
     problems: list[str]
+    traceflow: TraceflowView | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For json.dumps; `from_json` is its inverse."""
@@ -348,6 +382,7 @@ def take_snapshot(
         exports=[_export(pages, i, export) for i, export in enumerate(topology.exports)],
         workers=workers,
         problems=_problems(workers, outputs, topology, realtime_ns),
+        traceflow=_traceflow(pages, topology),
     )
 
 
@@ -498,6 +533,21 @@ def _meter(pages: CounterPages) -> MeterView | None:
         fragments_unmatched=page["fragments_unmatched"],
         fragments_overlapping=page["fragments_overlapping"],
         fragment_evictions=page["fragment_evictions"],
+    )
+
+
+def _traceflow(pages: CounterPages, topology: Topology) -> TraceflowView | None:
+    page = _read(pages, page_name("traceflow"))
+    if not page:
+        return None
+    merges = [pages[page_name("merge", output.name)].snapshot() for output in topology.outputs]
+    fields = TraceflowView.__dataclass_fields__
+    return TraceflowView(
+        tapped_packets=sum(merge["tapped_packets"] for merge in merges),
+        missed_packets=sum(merge["tap_dropped_packets"] for merge in merges),
+        left_out={why: page[f"{why}_packets"] for why in ("cut", "refused", "failed")},
+        flows_ended={reason: page[f"flows_{reason}"] for reason in TRACE_END_REASONS},
+        **{name: value for name, value in page.items() if name in fields},
     )
 
 
