@@ -28,7 +28,7 @@ from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
-from appliance.monitor.render import identity_line, live_line, systemd_status
+from appliance.monitor.render import identity_line, live_line, systemd_status, traceflow_line
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
 from appliance.wiring import RunOptions, Wiring
@@ -519,6 +519,8 @@ class Supervisor:
         snapshot: Snapshot = self.wired.view.snapshot()
         for row in snapshot.interfaces:
             log.info("%s", identity_line(row))
+        if snapshot.traceflow is not None:
+            log.info("%s", traceflow_line(snapshot.traceflow))
         if self.wired.options.figures:
             print(live_line(snapshot), flush=True)
         signal.set_wakeup_fd(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from appliance.console import Table, duration_text, rate_text, size_text
-from appliance.monitor.view import InterfaceView, Snapshot
+from appliance.monitor.view import InterfaceView, Snapshot, TraceflowView
 
 _NS = 1e9
 
@@ -46,6 +46,17 @@ def identity_line(row: InterfaceView) -> str:
     line = f"{row.label}: received {row.received_packets} = written {row.written_packets}"
     line += f" + dropped {dropped} + in flight {in_flight}"
     return line + (f" + unaccounted {row.unaccounted_packets}" if row.unaccounted_packets else "")
+
+
+def traceflow_line(row: TraceflowView) -> str:
+    """Where the packets are that the flow traces were given; what waits at the end of the service is in no file."""
+    left_out = row.left_out | {"unclean": row.lost_unclean_packets}
+    waiting = {"held": row.held_packets, "queued": row.queued_packets}
+    line = (
+        f"flow traces: observed {row.observed_packets} = no TCP {row.other_packets} + in files {row.published_packets}"
+    )
+    line += f" + left out {sum(left_out.values())}{_parts(left_out)} + waiting {sum(waiting.values())}{_parts(waiting)}"
+    return f"{line}; missed {row.missed_packets}"
 
 
 def status_tables(now: Snapshot, before: Snapshot | None = None) -> list[Table]:

@@ -132,6 +132,8 @@ def test_live_flows_are_those_of_tshark_and_of_the_recorded_file(
             for from_server in (False, True)
         }
     assert found == offline(service, directory / "offline", *(["--bidirectional"] if bidirectional else []))
+    tcp = sum(len(stream) for stream in streams.values())
+    assert f"in files {tcp} + left out 0 + waiting 0; missed 0" in service.log
     lines = index(service)
     assert {line["label"]: line["packets"] for line in lines} == {name: len(held) for name, held in found.items()}
     assert all(line["file"] == f"{line['label']}.pcap" for line in lines)
@@ -330,3 +332,79 @@ def test_files_open_in_capinfos_as_soon_as_they_can_be_seen(lab: Lab, directory:
     assert len(seen) == 10, service.log
     assert service.stop() == 0
     assert {path.stat().st_nlink for path in seen} == {1}
+
+
+def test_a_killed_merge_takes_no_flow_with_it_and_every_identity_holds(lab: Lab, directory: Path) -> None:
+    talk = Talk(lab)
+    traffic = Traffic(lab, {"b": lab.veth("b")[1]})
+    service = Service(lab, directory, [{"uri": "ring:a"}, {"uri": "ring:b"}], output=PLAIN, traceflow={"enabled": True})
+    sender = traffic.start(rate=5000)
+    talk.connect(10)
+    service.wait_until(lambda: traceflow(service).flows_created >= 20, "flows are traced")
+    killed = service.pids()["merge/main"]
+    os.kill(killed, signal.SIGKILL)
+    service.wait_for_start("merge/main", killed)
+    talk.connect(10)
+    traffic.stop(sender)
+    last = wait_for_rest(service)
+    view = last.traceflow
+    assert view is not None
+    assert (view.missed_packets, view.lost_unclean_packets) == (0, 0)
+    # What the merge held when it died is lost to both; what it had published in its tap may be lost to the files alone.
+    lost = sum(row.lost_packets for row in last.interfaces)
+    written = sum(row.written_packets for row in last.interfaces)
+    assert written <= view.tapped_packets + lost
+    assert view.tapped_packets <= written + lost
+    assert service.stop() == 0, service.log
+    assert len(traces(directory / "traces" / "ready")) >= 38
+
+
+def test_live_outputs_are_traced_together_in_the_order_of_time(lab: Lab, directory: Path) -> None:
+    """Both directions of each connection cross both ends of one wire, and each end has an output of its own."""
+    talk = Talk(lab)
+    lab.ip("link", "add", "name", "mirror", "type", "veth", "peer", "name", "mirrorp")
+    for end in ("mirror", "mirrorp"):
+        lab.ip("link", "set", "dev", end, "up")
+    outputs = [{"name": name, "directory": str(directory / name)} | PLAIN for name in ("one", "two")]
+    interfaces = [{"uri": "ring:a", "output": "one"}, {"uri": "ring:mirror", "output": "two"}]
+    service = Service(
+        lab, directory, interfaces, output=outputs, traceflow={"enabled": True, "bidirectional": True, "linger_s": 1}
+    )
+    talk.connect(8)
+    service.wait_until(lambda: traceflow(service).published_files == 8, "the idle output holds nothing back for long")
+    last = wait_for_rest(service)
+    assert last.traceflow is not None
+    assert last.traceflow.late_packets == 0
+    assert service.stop() == 0, service.log
+    assert len(traces(directory / "one" / "traces" / "ready")) == 8
+
+
+@requires_tool("promtool")
+def test_every_count_is_a_metric_that_promtool_takes(lab: Lab, directory: Path) -> None:
+    talk = Talk(lab)
+    service = Service(
+        lab,
+        directory,
+        [{"uri": "ring:a"}],
+        traceflow={"enabled": True},
+        monitor={"listen": "127.0.0.1:9751"},
+    )
+    talk.connect(3)
+    wait_for_rest(service)
+    fetch = (
+        "import sys, urllib.request as u; sys.stdout.write(u.urlopen('http://127.0.0.1:9751/metrics').read().decode())"
+    )
+    told = lab.run([sys.executable, "-c", fetch]).stdout
+    checked = subprocess.run(["promtool", "check", "metrics"], input=told, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    figures = {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in told.splitlines()
+        if line.startswith("appliance_traceflow_")
+    }
+    view = traceflow(service)
+    assert figures["appliance_traceflow_observed_packets_total"] == view.observed_packets > 0
+    assert figures["appliance_traceflow_active_flows"] == 6
+    assert figures['appliance_traceflow_waiting_packets{place="held"}'] == view.held_packets
+    assert len(figures) >= 25
+    assert service.stop() == 0, service.log
