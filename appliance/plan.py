@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from appliance import counters
@@ -25,6 +25,11 @@ FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
 TAP_SHARE, TAP_MAX_BYTES = 8, 16 << 20  # of memory_bytes, one part for all rings of the flow traces
+MORE_EXPORTS = 16  # that a reload can add
+# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
+# room for what is open for a moment only.
+BASE_OPEN_FILES = 64
+OPEN_FILES_A_WORKER = 10
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Plan:
     outputs: tuple[PlannedOutput, ...]
     meter: Meter | None
     exports: tuple[MeterExport, ...]
+    export_pages: tuple[str, ...]  # the counter page of each
     monitor: bool
     memory_bytes: int
     pages: tuple[tuple[str, Sequence[str]], ...]
@@ -78,6 +84,10 @@ class Plan:
     @property
     def workers(self) -> tuple[str, ...]:
         return worker_names(self.sources, self.outputs, self.meter, self.monitor, self.traceflow)
+
+    @property
+    def open_files(self) -> int:
+        return BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(self.workers)
 
 
 def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
@@ -117,7 +127,8 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     traceflow = config.traceflow if traced else None
     monitor = config.monitor.address is not None or config.monitor.control_socket is not None
     pages = tuple(counter_pages(sources, outputs, meter, exports, monitor, traceflow))
-    return Plan(tuple(sources), outputs, meter, exports, monitor, used, pages, traceflow)
+    export_pages = tuple(page_name("export", str(i)) for i in range(len(exports)))
+    return Plan(tuple(sources), outputs, meter, exports, export_pages, monitor, used, pages, traceflow)
 
 
 def is_traced(config: Config, output: Output) -> bool:
@@ -131,6 +142,23 @@ def plan_tap(traceflow: Traceflow, memory_bytes: int, rings: int) -> int:
     """Bytes of each ring between a merge and the flow traces."""
     share = min(TAP_MAX_BYTES, memory_bytes // TAP_SHARE) // max(1, rings)
     return max(ring_capacity(traceflow.ring_bytes or share), 2 * RECORD_MAX_BYTES)
+
+
+def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
+    """The same with other exports. One to the same collector keeps its page, and so its counters; a new one gets a page
+    that nobody has. ConfigError: there are not enough."""
+    own: list[str] = []
+    before = list(zip(plan.exports, plan.export_pages, strict=True))
+    for export in exports:
+        kept = next((pair for pair in before if pair[0].uri == export.uri), None)
+        if kept is not None:
+            before.remove(kept)
+        own.append(kept[1] if kept is not None else "")
+    pages = [name for name, _ in plan.pages if name.startswith(page_name("export", ""))]
+    free = [name for name in pages if name not in plan.export_pages]  # the meter that ends may write to the others yet
+    if own.count("") > len(free):
+        raise ConfigError(f"meter.export: {own.count('')} collectors are new; a reload can add {len(free)}")
+    return replace(plan, exports=tuple(exports), export_pages=tuple(name or free.pop(0) for name in own))
 
 
 def with_block_timeout(interface: Interface, outputs: Sequence[Output], workers: int) -> Interface:
@@ -193,7 +221,7 @@ def counter_pages(
         ]
     if meter:
         pages.append(("meter", counters.METER_FIELDS))
-        pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports))]
+        pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports) + MORE_EXPORTS)]
     if traceflow:
         pages.append(("traceflow", counters.TRACEFLOW_FIELDS))
     if monitor:
