@@ -69,7 +69,7 @@ class TraceflowWorker:
         self.take_over([consumer.mapping.occupancy() for consumer in consumers])
         self.merge = order.Merge(
             consumers,
-            [parts.live] * len(consumers),
+            [True] * len(consumers),  # also of recorded files: a tap does not wait, so none may hold another one up
             sink=order.SINK_RECORDS,
             max_wait_ms=MAX_WAIT_MS,
             out_bytes=OUT_BYTES,

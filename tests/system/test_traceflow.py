@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.captures import write_capture
 from support.equations import imbalances
 from support.identities import Traffic, conclude
 from support.judges import capinfos, packet_count, packets
@@ -58,6 +61,12 @@ class Talk:
         command = self.command("connect", "--connections", str(connections), *words)
         done = self.lab.run(command, env=self.environment)
         assert done.stdout == f"{connections}\n", done.stderr
+
+
+def tcp_frame(port: int) -> bytes:
+    """A segment of one of many flows."""
+    ip = struct.pack("!BBHHHBB2x4s4s", 0x45, 0, 40, 1, 0, 64, 6, bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2]))
+    return bytes(12) + b"\x08\x00" + ip + struct.pack("!HHIIBB6x", 1024 + port, 80, 1, 1, 0x50, 0x10)
 
 
 def traceflow(service: Service) -> TraceflowView:
@@ -408,3 +417,33 @@ def test_every_count_is_a_metric_that_promtool_takes(lab: Lab, directory: Path) 
     assert figures['appliance_traceflow_waiting_packets{place="held"}'] == view.held_packets
     assert len(figures) >= 25
     assert service.stop() == 0, service.log
+
+
+def test_an_output_of_files_holds_no_other_one_up_and_every_packet_is_traced_or_missed(
+    lab: Lab, directory: Path
+) -> None:
+    """One output has 40,000 packets, the other a single one; the ring between holds a part of them."""
+    frames = [(i * 1000, tcp_frame(i % 50)) for i in range(40_000)]
+    sources = [
+        write_capture(directory / "long", "nsecpcap", frames),
+        write_capture(directory / "short", "pcap", frames[:1]),
+    ]
+    outputs = [{"name": name, "directory": str(directory / name)} | PLAIN for name in ("long", "short")]
+    interfaces = [
+        {"uri": f"pcapfile:{path}", "label": name, "output": name}
+        for path, name in zip(sources, ("long", "short"), strict=True)
+    ]
+    service = Service(
+        lab, directory, interfaces, wait=False, output=outputs, traceflow={"enabled": True, "ring_bytes": 2 << 20}
+    )
+    assert service.wait() == 0, service.log
+    (said,) = [line for line in service.log.splitlines() if "flow traces: observed" in line]
+    observed, in_files, missed = (
+        int(found[1])
+        for word in ("observed", "in files", "missed")
+        if (found := re.search(rf"{word} (\d+)", said)) is not None
+    )
+    assert observed == in_files
+    assert observed + missed == 40_001
+    held = traces(directory / "long" / "traces" / "ready")
+    assert sum(len(packets_of_flow) for packets_of_flow in held.values()) == in_files > 0
