@@ -175,7 +175,7 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "up",
 )
 
-# Flow traces. Packets: observed = other + published + cut + refused + failed + unclean + held + queued.
+# Flow traces. Packets: observed = other + published + cut + refused + failed + unpublished + unclean + held + queued.
 TRACEFLOW_FIELDS = COMMON_FIELDS + (
     "observed_packets",  # taken out of the taps' rings
     "other_packets",  # no TCP
@@ -193,7 +193,8 @@ TRACEFLOW_FIELDS = COMMON_FIELDS + (
     "published_bytes",
     "cut_packets",  # beyond max_flow_bytes of a flow
     "refused_packets",  # no room: retain_bytes, min_free_bytes
-    "failed_packets",  # could not be written or published
+    "failed_packets",  # could not be written
+    "unpublished_packets",  # in a file that could not be published
     "write_errors",
     "lost_unclean_packets",  # gone with a killed worker
     "leftover_files",  # unfinished ones of a killed worker, removed at the next start

@@ -101,7 +101,7 @@ class TraceflowWorker:
         settle_with_the_dead(page, str(self.parts.directory / "ready"))
         remove_leftovers(self.parts.directory / "work", page)
         page["observed_packets"] = sum(published - waiting for published, waiting in occupancies)
-        known = ("other", "published", "cut", "refused", "failed", "lost_unclean")
+        known = ("other", "published", "unpublished", "cut", "refused", "failed", "lost_unclean")
         lost = page["observed_packets"] - sum(page[f"{name}_packets"] for name in known)
         if lost:
             log.warning("the flow traces have lost %d packets with the worker that ended; they are recorded", lost)

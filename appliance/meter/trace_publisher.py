@@ -1,6 +1,6 @@
 """The thread that publishes finished flow traces, and keeps as many as the limits allow, newest first.
 
-It alone writes the published, stored, expired and settling fields of the page. A file's rename and its count cannot be
+It alone writes the published, unpublished, stored, expired and settling fields of the page. A file's rename and its count cannot be
 parted by a death: before the rename the page names the file's inode (`settle_with_the_dead`).
 """
 
@@ -182,7 +182,7 @@ class Publisher:
             name = move_new(flow.path, self._ready)
         except OSError as error:
             self._page["settling_inode"] = 0
-            self._page.add("failed_packets", flow.packets)
+            self._page.add("unpublished_packets", flow.packets)
             log.error("%s: a flow's trace is not published: %s", flow.path, error.strerror)
             with contextlib.suppress(OSError):
                 os.unlink(flow.path)

@@ -547,7 +547,11 @@ def _traceflow(pages: CounterPages, topology: Topology) -> TraceflowView | None:
     return TraceflowView(
         tapped_packets=sum(merge["tapped_packets"] for merge in merges),
         missed_packets=sum(merge["tap_dropped_packets"] for merge in merges),
-        left_out={why: page[f"{why}_packets"] for why in ("cut", "refused", "failed")},
+        left_out={
+            "cut": page["cut_packets"],
+            "refused": page["refused_packets"],
+            "failed": page["failed_packets"] + page["unpublished_packets"],
+        },
         flows_ended={reason: page[f"flows_{reason}"] for reason in TRACE_END_REASONS},
         **{name: value for name, value in page.items() if name in fields},
     )

@@ -229,4 +229,4 @@ def test_what_cannot_be_synced_is_not_published(bench: Bench, monkeypatch: pytes
     monkeypatch.undo()
     bench.files.close()
     assert bench.names() == []
-    assert (bench.page["failed_packets"], bench.page["published_packets"]) == (4, 0)
+    assert (bench.page["unpublished_packets"], bench.page["published_packets"]) == (4, 0)
