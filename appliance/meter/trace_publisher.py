@@ -1,7 +1,7 @@
 """The thread that publishes finished flow traces, and keeps as many as the limits allow, newest first.
 
-It alone writes the published, unpublished, stored, expired and settling fields of the page. A file's rename and its count cannot be
-parted by a death: before the rename the page names the file's inode (`settle_with_the_dead`).
+It alone writes the published, unpublished, stored, expired and settling fields of the page. A file's rename and its
+count cannot be parted by a death: before the rename the page names the file's inode (`settle_with_the_dead`).
 """
 
 from __future__ import annotations

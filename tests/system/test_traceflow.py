@@ -77,7 +77,7 @@ def traceflow(service: Service) -> TraceflowView:
 
 def wait_for_rest(service: Service) -> Snapshot:
     """Until every packet that was recorded is accounted for in the traces too."""
-    service.wait_until(lambda: not imbalances(service.snapshot(), meter_died=True), "the identities hold")
+    service.wait_until(lambda: not imbalances(service.snapshot()), "the identities hold")
     return service.snapshot()
 
 
