@@ -227,6 +227,7 @@ def _plan_tables(plan: Plan) -> list[Table]:
             planned.output.rotate_seconds,
             planned.output.rotate_bytes,
             planned.output.max_wait_ms,
+            planned.tap_ring_bytes or None,
         )
         for planned in plan.outputs
     ]
@@ -238,7 +239,16 @@ def _plan_tables(plan: Plan) -> list[Table]:
         ),
         Table(
             "Outputs",
-            ("name", "directory", "format", "compressor", "rotate_seconds", "rotate_bytes", "max_wait_ms"),
+            (
+                "name",
+                "directory",
+                "format",
+                "compressor",
+                "rotate_seconds",
+                "rotate_bytes",
+                "max_wait_ms",
+                "tap_ring_bytes",
+            ),
             outputs,
         ),
         Table("Exports", ("uri",), [(export.uri,) for export in plan.exports]),

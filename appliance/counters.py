@@ -99,6 +99,8 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "publish_ns",  # sum of the times from a segment's close to its publication
     *(f"publish_{bound_ms}_ms" for bound_ms in PUBLISH_BUCKETS_MS),  # how many of them fell below this bound only
     "publish_slower",  # and above the last one; see publish_bucket
+    "tapped_packets",  # handed on to the flow traces
+    "tap_dropped_packets",  # that the flow traces missed: their ring was full
 )
 
 # One page per source of an output, written by the merge.
@@ -116,6 +118,8 @@ MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "closed_packets",  # written, in files that have left work/ for ready/ or quarantine/
     "settling_packets",  # what closed_packets becomes with the file of settling_inode
 )
+
+TRACE_END_REASONS = ("idle", "closed", "reused", "evicted", "end")  # in the order of meter/traceflow_table.pyi
 
 # Upper bounds of the histogram of the time from a flow's end, by its time-out, to its record.
 EXPORT_DELAY_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
@@ -180,6 +184,38 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "before_packets",  # of flow records from before there was this collector
     "begun",  # 1: before_packets is known
     "up",
+)
+
+# Flow traces. Packets: observed = other + published + cut + refused + failed + unpublished + unclean + held + queued.
+TRACEFLOW_FIELDS = COMMON_FIELDS + (
+    "observed_packets",  # taken out of the taps' rings
+    "other_packets",  # no TCP
+    "late_packets",
+    "active_flows",
+    "held_packets",  # of flows in the table
+    "buffered_bytes",  # memory of what waits to be written
+    "staged_bytes",  # in files of flows that are not over
+    "flows_created",
+    *(f"flows_{reason}" for reason in TRACE_END_REASONS),  # ended, by why
+    "queued_flows",  # over, not yet published
+    "queued_packets",
+    "published_files",
+    "published_packets",
+    "published_bytes",
+    "cut_packets",  # beyond max_flow_bytes of a flow
+    "refused_packets",  # no room: retain_bytes, min_free_bytes
+    "failed_packets",  # could not be written
+    "unpublished_packets",  # in a file that could not be published
+    "write_errors",
+    "lost_unclean_packets",  # gone with a killed worker
+    "leftover_files",  # unfinished ones of a killed worker, removed at the next start
+    "stored_files",  # published, and still there as far as is known
+    "stored_bytes",
+    "expired_files",
+    "expired_bytes",
+    "settling_inode",  # of the file that is being published; 0: none
+    "settling_packets",
+    "stream_time_ns",
 )
 
 OPENER_FIELDS = COMMON_FIELDS + ("opened", "failed")

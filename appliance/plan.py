@@ -13,7 +13,7 @@ from pathlib import Path
 
 from appliance import counters
 from appliance.capture import uri as capture_uri
-from appliance.config import ERF_SNAPLEN, Config, Interface, Meter, MeterExport, Output
+from appliance.config import ERF_SNAPLEN, Config, Interface, Meter, MeterExport, Output, Traceflow
 from appliance.counters import page_name
 from appliance.errors import ConfigError
 from appliance.ring.memory import ring_capacity
@@ -24,6 +24,7 @@ BLOCK_TIMEOUT_MS, BLOCK_TIMEOUT_MAX_MS = 8, 24
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
+TAP_SHARE, TAP_MAX_BYTES = 8, 16 << 20  # of memory_bytes, one part for all rings of the flow traces
 MORE_EXPORTS = 16  # that a reload can add
 # What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
 # room for what is open for a moment only.
@@ -55,6 +56,7 @@ class PlannedOutput:
 
     output: Output
     sources: tuple[Source, ...]
+    tap_ring_bytes: int = 0  # 0: none of its packets are traced
 
     @property
     def worker(self) -> str:
@@ -73,6 +75,7 @@ class Plan:
     monitor: bool
     memory_bytes: int
     pages: tuple[tuple[str, Sequence[str]], ...]
+    traceflow: Traceflow | None = None
 
     @property
     def live_sources(self) -> tuple[Source, ...]:
@@ -80,7 +83,7 @@ class Plan:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        return worker_names(self.sources, self.outputs, self.meter, self.monitor)
+        return worker_names(self.sources, self.outputs, self.meter, self.monitor, self.traceflow)
 
     @property
     def open_files(self) -> int:
@@ -95,7 +98,9 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     memory_bytes = config.memory_bytes or default_memory_bytes(machine_bytes or available_memory_bytes())
     members = [(interface, member) for interface in config.interfaces for member in range(interface.fanout)]
     members = [(with_block_timeout(interface, config.outputs, len(members)), member) for interface, member in members]
-    share = memory_bytes // max(1, len(members))
+    traced = [output.name for output in config.outputs if is_traced(config, output)]
+    tap_ring_bytes = plan_tap(config.traceflow, memory_bytes, len(traced))
+    share = (memory_bytes - len(traced) * tap_ring_bytes) // max(1, len(members))
     metered = config.meter.enabled
     sources = []
     for index, (interface, member) in enumerate(members):
@@ -103,22 +108,40 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
             interface = interface.model_copy(update={"snaplen": min(interface.snaplen, ERF_SNAPLEN)})
         label = interface.label if member == 0 else f"{interface.label}.{member}"
         sources.append(plan_source(interface, index, label, share, metered))
-    used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources)
+    used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources) + len(traced) * tap_ring_bytes
     if config.memory_bytes and used > config.memory_bytes:
         raise ConfigError(
             f"memory_bytes: the rings need {used} bytes together, memory_bytes allows {config.memory_bytes}; "
-            "raise it, or lower interface.ring_bytes"
+            "raise it, or lower interface.ring_bytes (or traceflow.ring_bytes)"
         )
     outputs = tuple(
-        PlannedOutput(output, tuple(source for source in sources if source.output == output.name))
+        PlannedOutput(
+            output,
+            tuple(source for source in sources if source.output == output.name),
+            tap_ring_bytes if output.name in traced else 0,
+        )
         for output in config.outputs
     )
     meter = config.meter if metered else None
     exports = config.meter.exports if metered else ()
+    traceflow = config.traceflow if traced else None
     monitor = config.monitor.address is not None or config.monitor.control_socket is not None
-    pages = tuple(counter_pages(sources, outputs, meter, exports, monitor))
+    pages = tuple(counter_pages(sources, outputs, meter, exports, monitor, traceflow))
     export_pages = tuple(page_name("export", str(i)) for i in range(len(exports)))
-    return Plan(tuple(sources), outputs, meter, exports, export_pages, monitor, used, pages)
+    return Plan(tuple(sources), outputs, meter, exports, export_pages, monitor, used, pages, traceflow)
+
+
+def is_traced(config: Config, output: Output) -> bool:
+    """Whether some of an output's packets go into flow traces."""
+    wanted = config.traceflow.interfaces
+    labels = {interface.label for interface in config.interfaces_of(output)}
+    return config.traceflow.enabled and (not wanted or not labels.isdisjoint(wanted))
+
+
+def plan_tap(traceflow: Traceflow, memory_bytes: int, rings: int) -> int:
+    """Bytes of each ring between a merge and the flow traces."""
+    share = min(TAP_MAX_BYTES, memory_bytes // TAP_SHARE) // max(1, rings)
+    return max(ring_capacity(traceflow.ring_bytes or share), 2 * RECORD_MAX_BYTES)
 
 
 def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
@@ -149,11 +172,16 @@ def with_block_timeout(interface: Interface, outputs: Sequence[Output], workers:
 
 
 def worker_names(
-    sources: Sequence[Source], outputs: Sequence[PlannedOutput], meter: Meter | None, monitor: bool
+    sources: Sequence[Source],
+    outputs: Sequence[PlannedOutput],
+    meter: Meter | None,
+    monitor: bool,
+    traceflow: Traceflow | None = None,
 ) -> tuple[str, ...]:
     """Names of the worker processes, which are those of their pages, in the order of the data."""
     names = [source.worker for source in sources] + [output.worker for output in outputs]
-    return tuple(names + (["meter"] if meter else []) + (["monitor"] if monitor else []))
+    names += [name for name, runs in (("meter", meter), ("traceflow", traceflow), ("monitor", monitor)) if runs]
+    return tuple(names)
 
 
 def plan_source(interface: Interface, index: int, label: str, share: int, metered: bool) -> Source:
@@ -177,8 +205,9 @@ def counter_pages(
     meter: Meter | None,
     exports: Sequence[MeterExport],
     monitor: bool,
+    traceflow: Traceflow | None = None,
 ) -> list[tuple[str, Sequence[str]]]:
-    workers = worker_names(sources, outputs, meter, monitor)
+    workers = worker_names(sources, outputs, meter, monitor, traceflow)
     pages: list[tuple[str, Sequence[str]]] = [
         ("supervisor", counters.supervisor_fields(workers)),
         ("opener", counters.OPENER_FIELDS),
@@ -193,6 +222,8 @@ def counter_pages(
     if meter:
         pages.append(("meter", counters.METER_FIELDS))
         pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports) + MORE_EXPORTS)]
+    if traceflow:
+        pages.append(("traceflow", counters.TRACEFLOW_FIELDS))
     if monitor:
         pages.append(("monitor", counters.MONITOR_FIELDS))
     return pages

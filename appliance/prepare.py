@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from appliance.capture import bpf, opener
 from appliance.capture.gate import check_rules
@@ -58,11 +59,11 @@ class Preparation:
                 f"{first} and {second} are on different file systems; files are renamed between them"
             )
 
-    def make_parents(self, path: str) -> None:
+    def make_parents(self, path: str, mode: int = 0o755) -> None:
         """The directories above `path`."""
         for directory in missing_parts(os.path.dirname(path)):
             try:
-                os.mkdir(directory, 0o755)
+                os.mkdir(directory, mode)
             except OSError as error:
                 raise CannotCreateError(f"{directory}: cannot be made: {error.strerror}") from error
             self._directories.append(directory)
@@ -125,6 +126,7 @@ def check_all_cpus(config: Config) -> None:
             *((f"interface {interface.label or interface.uri}", interface.cpus) for interface in config.interfaces),
             *((f"output {output.name}", output.cpus) for output in config.outputs),
             ("meter", config.meter.cpus),
+            ("traceflow", config.traceflow.cpus),
         ]
     )
 
@@ -235,6 +237,20 @@ def is_locked(path: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def check_traces(directory: Path, preparation: Preparation) -> None:
+    """The directories of the flow traces: one service's, on one file system, and no links."""
+    root = os.path.abspath(directory)
+    below = [os.path.join(root, name) for name in ("work", "ready")]
+    refuse_links(below)
+    for path in below:
+        preparation.make_parents(os.path.join(path, ""), 0o750)
+        if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+            raise CannotCreateError(f"{path}: flow traces cannot be written there; it must be a directory of ours")
+    if len({os.stat(path).st_dev for path in below}) > 1:
+        raise CannotCreateError(f"{root}: work and ready are on different file systems; files are renamed between them")
+    preparation.lock(os.path.join(root, ".lock"))
 
 
 def refuse_links(paths: Sequence[str]) -> None:

@@ -68,6 +68,7 @@ def changes_between(old: Config, new: Config) -> Changes:
     keys = METER_KEYS if old.meter.enabled else ()
     meter = old.meter.model_copy(update={key: getattr(new.meter, key) for key in keys})
     refused += [f"meter.{key}" for key in differing(meter, new.meter)]
+    refused += [f"traceflow.{key}" for key in differing(old.traceflow, new.traceflow)]
     refused += [f"monitor.{key}" for key in differing(old.monitor, new.monitor)]
     service = old.service.model_copy(update={key: getattr(new.service, key) for key in SERVICE_KEYS})
     refused += [f"service.{key}" for key in differing(service, new.service)]

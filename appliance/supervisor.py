@@ -28,7 +28,7 @@ from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
-from appliance.monitor.render import identity_line, live_line, systemd_status
+from appliance.monitor.render import identity_line, live_line, systemd_status, traceflow_line
 from appliance.monitor.view import Snapshot
 from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, RENEW, ROTATE, WorkerContext, drop_privileges, run_worker
 from appliance.reload import Changes, changes_between
@@ -127,7 +127,7 @@ class Supervisor:
         self.handler = handler
         self.page = wired.pages["supervisor"]
         # The consumers first: a producer must find somebody to wake.
-        order = {"merge": 0, "meter": 1, "monitor": 2, "capture": 3}
+        order = {"traceflow": 0, "merge": 1, "meter": 2, "monitor": 3, "capture": 4}
         names = sorted(wired.plan.workers, key=lambda name: order[name.partition("/")[0]])
         self.workers = {name: Worker(name) for name in names}
         self.selector = selectors.DefaultSelector()
@@ -337,7 +337,9 @@ class Supervisor:
         elif status is not None and status > 0 and status != EXIT_CRASHED:
             worker.ended = True
             self.status = self.status or status
-            if not (worker.role == "capture" and status == EXIT_IO) and self.stopping_since is None:
+            if worker.role == "traceflow":
+                log.error("%s cannot go on; the recording does without it", worker.name)
+            elif not (worker.role == "capture" and status == EXIT_IO) and self.stopping_since is None:
                 self.stop(f"{worker.name} cannot go on")
         else:
             self.crashed(worker, status)
@@ -361,7 +363,8 @@ class Supervisor:
             )
             self.abandon(worker)
             self.status = EXIT_GAVE_UP
-            self.stop(f"{worker.name} fails again and again")
+            if worker.role != "traceflow":  # the recording does without it, and counts what it misses
+                self.stop(f"{worker.name} fails again and again")
             return
         delay = backoff_s(len(worker.deaths))
         worker.start_at = now + delay
@@ -548,6 +551,8 @@ class Supervisor:
         snapshot: Snapshot = self.wired.view.snapshot()
         for row in snapshot.interfaces:
             log.info("%s", identity_line(row))
+        if snapshot.traceflow is not None:
+            log.info("%s", traceflow_line(snapshot.traceflow))
         if self.wired.options.figures:
             print(live_line(snapshot), flush=True)
         signal.set_wakeup_fd(-1)

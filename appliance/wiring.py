@@ -43,7 +43,15 @@ from appliance.monitor.render import live_line
 from appliance.monitor.topology import changes_text, topology_of
 from appliance.monitor.view import Snapshot, Topology, View
 from appliance.plan import Plan, PlannedOutput, Source, make_plan, with_exports
-from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output, missing_parts
+from appliance.prepare import (
+    Preparation,
+    check_all_cpus,
+    check_files,
+    check_linktypes,
+    check_output,
+    check_traces,
+    missing_parts,
+)
 from appliance.process import (
     CAP_NET_RAW,
     MESSAGE_BYTES,
@@ -63,6 +71,7 @@ from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 if TYPE_CHECKING:
     import workers.meter
     import workers.monitor
+    import workers.traceflow
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +131,8 @@ class Wiring:
     ports: dict[str, int] = field(default_factory=dict)  # label -> descriptor of its port's memory
     merge_wakes: dict[str, int] = field(default_factory=dict)
     meter_wake: int = -1
+    taps: dict[str, int] = field(default_factory=dict)  # output -> descriptor of its ring to the flow traces
+    traceflow_wake: int = -1
     listener: socket.socket | None = None
     control: socket.socket | None = None
     generation: int = field(default_factory=lambda: secrets.randbits(63))
@@ -148,6 +159,8 @@ class Wiring:
                 naming = options.naming(output) if options.naming else appliance_naming(output)
                 check_output(output, naming, preparation, config.service.user)
                 namings[output.name] = naming
+            if plan.traceflow is not None:
+                check_traces(config.traces_directory, preparation)
             if config.service.user:
                 preparation.hand_over(config.service.user)
         except BaseException:
@@ -200,6 +213,12 @@ class Wiring:
             self.merge_wakes[planned.output.name] = eventfd()
         if self.plan.meter is not None:
             self.meter_wake = eventfd()
+        if self.plan.traceflow is not None:
+            self.traceflow_wake = eventfd()
+        for planned in self.plan.outputs:
+            if planned.tap_ring_bytes:
+                name = f"traceflow-{planned.output.name}"
+                self.taps[planned.output.name] = self.new_ring(planned.tap_ring_bytes, name)
         for source in self.plan.sources:
             with on_cpus(source.interface.cpus):
                 ring_fd = self.new_ring(source.ring_bytes, source.label)
@@ -281,6 +300,8 @@ class Wiring:
             return workers.merge.main, self.merge_parts(planned, life > 1)
         if role == "meter":
             return workers.meter.main, self.meter_parts()
+        if role == "traceflow":
+            return workers.traceflow.main, self.traceflow_parts()
         return workers.monitor.main, self.monitor_parts()
 
     def cpus(self, name: str) -> tuple[int, ...]:
@@ -290,6 +311,8 @@ class Wiring:
             return self.source_of(name).interface.cpus
         if role == "merge":
             return self.output_of(name).cpus
+        if role == "traceflow":
+            return self.config.traceflow.cpus
         return self.config.meter.cpus if role == "meter" else ()
 
     def capture_parts(self, source: Source) -> workers.capture.CaptureParts:
@@ -319,6 +342,7 @@ class Wiring:
                 ring_fd=self.rings[source.label].ring_fd,
                 wake_fd=self.rings[source.label].wake_fd,
                 interfaces=self.described(source, is_successor),
+                traced=self.is_traced(source),
             )
             for source in planned.sources
         )
@@ -335,6 +359,8 @@ class Wiring:
             watch_file=self.options.watch_file,
             strict=self.options.strict,
             resolution_of_inputs=self.options.resolution_of_inputs,
+            tap_fd=self.taps.get(output.name, -1),
+            tap_wake_fd=self.traceflow_wake,
         )
 
     def described(self, source: Source, is_successor: bool) -> tuple[InterfaceDescription, ...]:
@@ -365,6 +391,20 @@ class Wiring:
             settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
             export_pages=self.plan.export_pages,
+        )
+
+    def is_traced(self, source: Source) -> bool:
+        wanted = self.config.traceflow.interfaces
+        return source.output in self.taps and (not wanted or source.interface.label in wanted)
+
+    def traceflow_parts(self) -> workers.traceflow.TraceflowParts:
+        return workers.traceflow.TraceflowParts(
+            settings=self.config.traceflow,
+            directory=self.config.traces_directory,
+            ring_fds=tuple(self.taps.values()),
+            live=self.is_live,
+            generation=self.generation,
+            wake_fd=self.traceflow_wake,
         )
 
     def monitor_parts(self) -> workers.monitor.MonitorParts:
@@ -517,6 +557,8 @@ def load_workers(plan: Plan) -> None:
     another one may not be able to read our files."""
     if plan.meter is not None:
         import_module("workers.meter")
+    if plan.traceflow is not None:
+        import_module("workers.traceflow")
     if plan.monitor:
         import_module("workers.monitor")
 

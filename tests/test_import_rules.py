@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workers.capture": {"appliance.capture"},
     "workers.merge": {"appliance.merge"},
     "workers.meter": {"appliance.meter", "appliance.merge.order"},
+    "workers.traceflow": {"appliance.meter", "appliance.merge.order", "appliance.capture.pairs"},
     "workers.monitor": {"appliance.monitor"},
     "workers.compress": set(),
     # What plans, starts and asks knows counters, never packets.

@@ -29,6 +29,7 @@ from appliance.merge.retention import Limits, Retention, published_name
 from appliance.merge.rotation import CLOCK_STEP, END, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
+from appliance.merge.tap import Tap
 from appliance.process import DRAIN, RELOAD, ROTATE, WorkerContext
 from appliance.ring.ring import Consumer
 
@@ -53,6 +54,7 @@ class MergeSource:
     ring_fd: int
     wake_fd: int  # the producer's eventfd
     interfaces: tuple[InterfaceDescription, ...]
+    traced: bool = False  # its packets go into flow traces too
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ class MergeParts:
     watch_file: str = ""
     strict: bool = False  # an output that failed is an exit status
     resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
+    tap_fd: int = -1  # a ring to the flow traces
+    tap_wake_fd: int = -1
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return (self.wake_fd, *(fd for source in self.sources for fd in (source.ring_fd, source.wake_fd)))
+        taps = (fd for fd in (self.tap_fd, self.tap_wake_fd) if fd >= 0)
+        return (self.wake_fd, *taps, *(fd for source in self.sources for fd in (source.ring_fd, source.wake_fd)))
 
 
 def main(context: WorkerContext) -> int:
@@ -109,6 +114,7 @@ class MergeWorker:
             out_bytes=OUT_BYTES,
             start_grace_ms=START_GRACE_MS,
         )
+        self.tap = self.make_tap()
         ledger = Ledger(context.page, self.labels, self.source_pages)
         self.hook = Hook(parts.hook, output.hook_timeout_s, lambda: context.page.add("hook_failures"))
         self.announcer = self.make_announcer(mode)
@@ -160,6 +166,7 @@ class MergeWorker:
             self.may_open,
             self.recovery.unsettled,
             parts.is_successor,
+            [source.traced for source in parts.sources],
         )
         self.pump = Pump(
             self.merge,
@@ -170,6 +177,13 @@ class MergeWorker:
             max_wait_ms=output.max_wait_ms,
         )
         self.is_recovering = True
+
+    def make_tap(self) -> Tap | None:
+        if self.parts.tap_fd < 0:
+            return None
+        tap = Tap(self.parts.tap_fd, self.parts.generation, self.parts.tap_wake_fd, self.context.page)
+        self.merge.use_tap(tap)
+        return tap
 
     def make_retention(self) -> Retention | None:
         """Only for files that have sidecars: others are the user's own, under names of the user's own."""
@@ -218,6 +232,8 @@ class MergeWorker:
             self.open(time.time_ns())
 
     def finish(self, reason: str) -> None:
+        if self.tap is not None:
+            self.tap.end()  # first: the files may take a while
         self.stream.finish(reason)
         self.stream.books.note_consumed()
 

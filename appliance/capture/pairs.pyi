@@ -8,9 +8,9 @@ DIGEST_BYTES: int
 class DigestPairs:
     """Digests of at most 4096 packets at a time, and where each comes from."""
 
-    def __init__(self, packets_before: int = 0, *, inner: bool = False) -> None:
+    def __init__(self, packets_before: int = 0, *, inner: bool = False, by_linktype: bool = False) -> None:
         """`packets_before`: where the numbers of the packets go on. `inner`: the digests are of the innermost IP packet
-        of a tunnel."""
+        of a tunnel. `by_linktype`: the records have their link types in the place of interfaces' numbers."""
 
     count: int
     """Pairs of the last call."""

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Digests beside the records that they were made of, for who needs both a packet and what its headers say."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_REASON_COUNT, LinkTypes, digest_packet
@@ -26,12 +26,14 @@ cdef class DigestPairs:
     cdef LinkTypes linktypes
     cdef uint64_t[IGNORED_COUNTS] ignored_counts
     cdef bint inner
+    cdef bint by_linktype
     cdef readonly uint64_t packets
     cdef readonly uint64_t consumed_bytes
     cdef readonly uint32_t count
 
-    def __cinit__(self, uint64_t packets_before=0, *, bint inner=False):
+    def __cinit__(self, uint64_t packets_before=0, *, bint inner=False, bint by_linktype=False):
         self.inner = inner
+        self.by_linktype = by_linktype
         self.packets = packets_before
         self.linktypes = LinkTypes()
         self.digests = <uint8_t *> malloc(<size_t> AT_ONCE * DIGEST_MAX_BYTES)
@@ -67,7 +69,7 @@ cdef class DigestPairs:
     cdef bint walk(self, const uint8_t *records, uint64_t record_bytes) noexcept nogil:
         """False: damaged framing at consumed_bytes."""
         cdef uint64_t at = 0
-        cdef uint32_t length, captured, interface, digest_bytes
+        cdef uint32_t length, captured, interface, linktype, digest_bytes
         cdef uint32_t *origin
         self.count = 0
         while at < record_bytes and self.count < AT_ONCE:
@@ -78,19 +80,25 @@ cdef class DigestPairs:
             if record_u32(records + at) == RECORD_PACKET:
                 captured = record_u32(records + at + 20)
                 interface = record_u32(records + at + 8)
-                if captured > length - RECORD_PACKET_MIN or interface >= self.linktypes.count:
+                if captured > length - RECORD_PACKET_MIN:
+                    return False
+                if self.by_linktype:
+                    linktype = interface
+                elif interface < self.linktypes.count:
+                    linktype = self.linktypes.types[interface]
+                else:
                     return False
                 self.packets += 1
                 digest_bytes = digest_packet(
                     records + at + RECORD_PACKET_DATA, captured, record_u32(records + at + 24),
-                    self.linktypes.types[interface], interface, record_timestamp_ns(records + at), 0,
+                    <uint16_t> linktype, interface, record_timestamp_ns(records + at), 0,
                     self.inner,
                     self.digests + <size_t> self.count * DIGEST_MAX_BYTES, self.ignored_counts,
                 )
                 if digest_bytes:
                     origin = self.origins + self.count * WORDS
                     origin[0] = <uint32_t> at
-                    origin[1] = self.linktypes.types[interface]
+                    origin[1] = linktype
                     origin[2] = <uint32_t> (self.packets >> 32)
                     origin[3] = <uint32_t> self.packets
                     self.count += 1

@@ -33,6 +33,7 @@ from appliance.config.keys import Key, keys
 from appliance.config.meter import Meter, MeterExport
 from appliance.config.output import ERF_SNAPLEN, Output
 from appliance.config.service import Monitor, Service
+from appliance.config.traceflow import Traceflow
 from appliance.config.values import GIB, KIB, MAX_LABEL_CHARACTERS, MIB, TIB
 from appliance.config.whole import Config
 from appliance.errors import ConfigError, MissingInputError, MissingPermissionError
@@ -61,6 +62,7 @@ __all__ = [
     "RecordingKeep",
     "RecordingTrigger",
     "Service",
+    "Traceflow",
     "expand_interfaces",
     "keys",
     "load",

@@ -76,6 +76,20 @@ def _a_meter_has_one_clock(config: Config) -> Iterator[Fault]:
         yield "meter.enabled", "files and live interfaces cannot be metered together: a file's clock is not the host's"
 
 
+def _traces_have_one_clock_and_their_interfaces(config: Config) -> Iterator[Fault]:
+    if not config.traceflow.enabled:
+        return
+    labels = [interface.label for interface in config.interfaces]
+    for i, label in enumerate(config.traceflow.interfaces):
+        if label not in labels and all(labels):
+            yield f"traceflow.interfaces[{i}]", f"no interface is called {label!r}, only {', '.join(labels)}"
+    if len({interface.source.is_live for interface in config.interfaces}) > 1:
+        yield (
+            "traceflow.enabled",
+            "files and live interfaces cannot be traced together: a file's clock is not the host's",
+        )
+
+
 def _keys_fit_the_kind_of_source(config: Config) -> Iterator[Fault]:
     for i, interface in enumerate(config.interfaces):
         if interface.fanout > 1 and interface.source.scheme != "ring":
@@ -121,6 +135,7 @@ CROSS_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[Fault]]],
     (("interface.output", "output.name"), _every_output_exists_and_is_used),
     (("interface.uri", "interface.output"), _an_output_has_one_clock),
     (("interface.uri", "meter.enabled"), _a_meter_has_one_clock),
+    (("interface.uri", "interface.label", "traceflow"), _traces_have_one_clock_and_their_interfaces),
     (("interface.uri", "interface.fanout", "interface.speed", "interface.label"), _keys_fit_the_kind_of_source),
     (("interface.trigger", "interface.keep"), _criteria_have_their_filters),
     (("interface.uri",), _sources_can_be_taken_once),

@@ -47,6 +47,7 @@ def expand_interfaces(config: Config, host_interfaces: Iterable[HostInterface]) 
         interfaces=tuple(expanded),
         outputs=config.outputs,
         meter=config.meter,
+        traceflow=config.traceflow,
         monitor=config.monitor,
         service=config.service,
     )

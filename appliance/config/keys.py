@@ -9,6 +9,7 @@ from appliance.config.interface import Interface, RecordingKeep, RecordingTrigge
 from appliance.config.meter import Meter, MeterExport
 from appliance.config.output import Output
 from appliance.config.service import Monitor, Service
+from appliance.config.traceflow import Traceflow
 from appliance.config.values import Table
 from appliance.config.whole import Config
 
@@ -20,6 +21,7 @@ SECTIONS: dict[str, tuple[type[Table], bool]] = {  # section: (its shape, whethe
     "output": (Output, True),
     "meter": (Meter, False),
     "meter.export": (MeterExport, True),
+    "traceflow": (Traceflow, False),
     "monitor": (Monitor, False),
     "service": (Service, False),
 }

@@ -15,6 +15,7 @@ from appliance.config.interface import Interface
 from appliance.config.meter import Meter
 from appliance.config.output import Output
 from appliance.config.service import Monitor, Service
+from appliance.config.traceflow import Traceflow
 from appliance.config.values import MAX_LABEL_CHARACTERS, MIB, TIB, Table, at_least_one, zero_or_between
 
 _FILE_ENDINGS = re.compile(r"(\.(gz|lz4|zst|xz|bz2|pcap|pcapng|cap|ntar|dmp|erf))+$", re.IGNORECASE)
@@ -33,6 +34,7 @@ class Config(Table):
         default=(Output(),), validation_alias="output", strict=False
     )
     meter: Meter = Meter()
+    traceflow: Traceflow = Traceflow()
     monitor: Monitor = Monitor()
     service: Service = Service()
 
@@ -76,6 +78,10 @@ class Config(Table):
     def flows_directory(self) -> Path:
         """Where `file:` without a directory puts its flow files."""
         return (self.meter.directory or self.outputs[0].directory) / "flows"
+
+    @property
+    def traces_directory(self) -> Path:
+        return self.traceflow.directory or self.outputs[0].directory / "traces"
 
 
 def _derived_label(source: capture_uri.Uri) -> str:

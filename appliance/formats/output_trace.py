@@ -116,27 +116,13 @@ class plt_exc_libtrace(ValueError):  # noqa: N801, N818  the original's name
     """A configuration, a start or a write failed; the message says of what, and why."""
 
 
-def output_trace(uri: str) -> OutputTrace:
+class OutputTrace:
     """An output for packets. Files: `pcapfile:` `pcap:` (nanosecond times), `pcapng:`, `erf:` and `rawerf:`, with a
     path, or `-` for standard output; `int:`, `ring:` and `pcapint:` send on an interface.
 
-    plt_exc_libtrace: the URI is none of these.
+    First `conf_*`, then `start_output`, then any number of packets, then `close_output`; as a context manager it starts
+    and closes itself. It is not for several threads at once. plt_exc_libtrace: the URI is none of these.
     """
-    return OutputTrace(uri)
-
-
-def input_trace(uri: str) -> InputTrace:
-    """An input of packets: every URI that the appliance reads, or a bare name, guessed by its content. An interface
-    never ends; reading waits until packets come.
-
-    plt_exc_libtrace: the URI is none of these.
-    """
-    return InputTrace(uri)
-
-
-class OutputTrace:
-    """See `output_trace`. First `conf_*`, then `start_output`, then any number of packets, then `close_output`; as a
-    context manager it starts and closes itself. It is not for several threads at once."""
 
     def __init__(self, uri: str) -> None:
         try:
@@ -267,7 +253,12 @@ class OutputTrace:
 
 
 class InputTrace:
-    """See `input_trace`. Iterating over it gives `Packet`s, `read_batch` lists of them, `batches` records."""
+    """An input of packets: every URI that the appliance reads, or a bare name, guessed by its content. An interface
+    never ends; reading waits until packets come.
+
+    Iterating over it gives `Packet`s, `read_batch` lists of them, `batches` records. plt_exc_libtrace: the URI is none
+    of these.
+    """
 
     def __init__(self, uri: str) -> None:
         try:
@@ -362,6 +353,11 @@ class InputTrace:
         if self._reader is None:
             raise plt_exc_libtrace(f"{self.uri}: InputTrace {'is closed' if self._closed else 'not started'}")
         return self._reader
+
+
+# As the originals' documentation has it: `output_trace(uri)`, and `output_trace.new(uri)`.
+output_trace = OutputTrace
+input_trace = InputTrace
 
 
 class _Appended:

@@ -2,6 +2,7 @@
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport ring_view
 
 cdef enum:
@@ -19,6 +20,7 @@ cdef enum:
     TO_PCAP_US
     TO_DIGESTS
     TO_ERF
+    TO_RECORDS
 
 cdef enum:
     HAS_RECORD = 0
@@ -44,6 +46,8 @@ cdef struct merge_source:
     uint64_t asked_ns            # CLOCK_MONOTONIC of the last request for a watermark
     uint32_t *interface_map
     uint32_t interface_count
+    uint32_t *tap_linktypes      # by interface; UNMAPPED: not tapped
+    uint32_t tap_count
     mark marks[MARKS]
     uint32_t first_mark
     uint32_t mark_count
@@ -76,6 +80,8 @@ cdef class Merge:
     cdef public int sink
     cdef uint64_t max_wait_ns
     cdef uint64_t last_ns
+    cdef Tap tap
+    cdef bint has_tap
     cdef int64_t epoch_offset
     cdef bint epoch_known
     cdef readonly uint32_t control_source
@@ -137,6 +143,9 @@ cdef class Merge:
     cdef uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil
     cdef bint emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
                    uint64_t stamp) noexcept nogil
+    cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
+                       uint32_t captured) noexcept nogil
+    cdef void publish_tap(self) noexcept nogil
     cdef void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
                           uint32_t interface) noexcept nogil
     cdef void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil

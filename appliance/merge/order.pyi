@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from appliance.merge.tap import Tap
 from appliance.ring.ring import Consumer
 
 IDLE: int
@@ -24,13 +25,14 @@ SINK_PCAP_NS: int
 SINK_PCAP_US: int
 SINK_DIGESTS: int
 SINK_ERF: int
+SINK_RECORDS: int
 
 class Merge:
     """Merges the rings of `consumers`. `live` says which are live (bounded by watermarks) and which are files.
 
     `sink`: what is written into the output buffer: Enhanced Packet Blocks with the output's interface numbers, pcap
-    packets, ERF records, or digests with the number of their source. For ERF the output's interface number is the port
-    and, from bit 8 on, the link type. The buffer holds `out_bytes` and one record more.
+    packets, ERF records, digests with the number of their source, or packets as they came. For ERF the output's
+    interface number is the port and, from bit 8 on, the link type. The buffer holds `out_bytes` and one record more.
     For `start_grace_ms` after the start, max_wait does not count while a live source has made no promise yet: its
     worker is only starting.
     """
@@ -94,6 +96,9 @@ class Merge:
     def map_interface(self, index: int, local: int, interface: int) -> None:
         """Packets of source `index`, interface `local`, go out with the number `interface`. Unmapped ones are dropped
         and counted."""
+    def use_tap(self, tap: Tap) -> None:
+        """What is emitted from interfaces that `tap_interface` names goes there too, as far as there is room."""
+    def tap_interface(self, index: int, local: int, linktype: int) -> None: ...
     def next_epoch(self) -> None: ...
     def begin_segment(self, boundary_ns: int, packets: int, length: int) -> None:
         """Limits of the next segment. What is in the output buffer already counts as part of it."""

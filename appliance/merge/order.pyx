@@ -13,18 +13,19 @@ The rings' memory is hostile: positions are checked when they are loaded (ring.h
 what a check allowed is what is written, whatever the producer makes of its record meanwhile.
 """
 cimport cython
-from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
+from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer, signal_eventfd
 
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
-SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF = range(5)
+SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF, SINK_RECORDS = range(6)
 
 cdef enum:
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
@@ -32,6 +33,23 @@ cdef enum:
 # Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
 cdef uint32_t UNMAPPED = 0xFFFFFFFF
 cdef int64_t SAME_EPOCH_NS = 25000000
+
+
+cdef uint32_t *with_room(uint32_t *numbers, uint32_t *count, uint32_t index) except NULL:
+    """The array, with room for `index`; new places are UNMAPPED."""
+    cdef uint32_t *larger
+    cdef uint32_t i
+    if index >= 1 << 20:
+        raise ValueError(f"interface number {index} is too large")
+    if index < count[0]:
+        return numbers
+    larger = <uint32_t *>realloc(numbers, (index + 1) * sizeof(uint32_t))
+    if larger == NULL:
+        raise MemoryError
+    for i in range(count[0], index + 1):
+        larger[i] = UNMAPPED
+    count[0] = index + 1
+    return larger
 
 
 cdef uint64_t monotonic_ns() noexcept nogil:
@@ -72,6 +90,7 @@ cdef class Merge:
         if self.sources != NULL:
             for i in range(self.source_count):
                 free(self.sources[i].interface_map)
+                free(self.sources[i].tap_linktypes)
         free(self.sources)
         free(self.fronts)
         free(self.out)
@@ -496,6 +515,13 @@ cdef class Merge:
         source.consumed += 1
         if self.sink == TO_DIGESTS:
             self.copy_record(target, record, RECORD_DIGEST, length, index)
+        elif self.sink == TO_RECORDS:
+            captured = record_u32(record + 20)
+            if captured > length - RECORD_PACKET_MIN:
+                source.dropped += 1
+                return False
+            self.copy_record(target, record, RECORD_PACKET, length, record_u32(record + 8))
+            record_set_u32(target + 20, captured)
         else:
             interface = record_u32(record + 8)
             captured = record_u32(record + 20)
@@ -518,11 +544,22 @@ cdef class Merge:
                 self.out_bytes += pcap_packet_at(target, stamp, captured, record_u32(record + 24),
                                                  record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)
             source.pending_bytes += captured
+            if self.has_tap:
+                self.feed_tap(source, record, length, interface, captured)
         self.out_packets += 1
         self.segment_packets += 1
         source.pending_packets += 1
         self.note_time(source, stamp)
         return True
+
+    cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
+                       uint32_t captured) noexcept nogil:
+        if interface < source.tap_count and source.tap_linktypes[interface] != UNMAPPED:
+            self.tap.put(record, length, captured, source.tap_linktypes[interface])
+
+    cdef void publish_tap(self) noexcept nogil:
+        if self.has_tap:
+            self.tap.publish(<int64_t>self.watermark_or_last())
 
     cdef void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
                           uint32_t interface) noexcept nogil:
@@ -595,19 +632,18 @@ cdef class Merge:
     def map_interface(self, uint32_t index, uint32_t local, uint32_t interface):
         """Packets of a source's interface `local` go out under the number `interface`."""
         cdef merge_source *source = &self.sources[index]
-        cdef uint32_t *larger
-        cdef uint32_t i
-        if local >= 1 << 20:
-            raise ValueError(f"interface number {local} is too large")
-        if local >= source.interface_count:
-            larger = <uint32_t *>realloc(source.interface_map, (local + 1) * sizeof(uint32_t))
-            if larger == NULL:
-                raise MemoryError
-            for i in range(source.interface_count, local + 1):
-                larger[i] = UNMAPPED
-            source.interface_map = larger
-            source.interface_count = local + 1
+        source.interface_map = with_room(source.interface_map, &source.interface_count, local)
         source.interface_map[local] = interface
+
+    def use_tap(self, Tap tap not None):
+        """What is emitted from interfaces that `tap_interface` names goes there too."""
+        self.tap = tap
+        self.has_tap = True
+
+    def tap_interface(self, uint32_t index, uint32_t local, uint16_t linktype):
+        cdef merge_source *source = &self.sources[index]
+        source.tap_linktypes = with_room(source.tap_linktypes, &source.tap_count, local)
+        source.tap_linktypes[local] = linktype
 
     def next_epoch(self):
         """All sources (or all that answered in time) saw the clock step: their records of the new epoch may come."""
@@ -619,6 +655,8 @@ cdef class Merge:
                     self.epoch_offset = self.sources[i].epoch_offset
                     self.epoch_known = True
                     chosen = True
+                    if self.has_tap:
+                        self.tap.next_epoch(self.epoch_offset)
                 if self.same_epoch(self.sources[i].epoch_offset):
                     self.sources[i].state = IS_EMPTY
         self.last_ns = 0

@@ -81,6 +81,7 @@ cdef class Pump:
         self.merge.refresh_all()
         status = self.merge.run()
         self.merge.give_back()
+        self.merge.publish_tap()
         return status
 
     cdef int serve_until(self, int fd, uint64_t until_ns) noexcept nogil:
@@ -156,6 +157,8 @@ cdef class Pump:
         cdef int64_t timeout_ms = HEARTBEAT_MS
         cdef int64_t hold_ms
         self.books.consumed()
+        if self.merge.has_tap:
+            self.merge.ask_all()  # its consumer's time must move although no packet comes
         if self.merge.ask_who_holds():
             timeout_ms = self.quarter_of_max_wait()
         hold_ms = self.merge.hold_left_ms()

@@ -48,7 +48,8 @@ class StreamSettings:
 
 class OutputStream:
     """One output's files. `labels`: the sources' names; `source_pages`: their pages of MERGE_SOURCE_FIELDS.
-    `unsettled`: per source, packets of a predecessor that are still being looked for, and count as held.
+    `unsettled`: per source, packets of a predecessor that are still being looked for, and count as held. `traced`: per
+    source, whether its packets go to the merge's tap too.
 
     A live output outlives its failures: they are counted, and tried again. Recorded inputs do not run away, so there a
     failure ends the run: InputOutputError or CannotCreateError. The same where the output is one stream, which cannot
@@ -68,6 +69,7 @@ class OutputStream:
         may_open: Callable[[], bool],
         unsettled: Sequence[int] = (),
         is_successor: bool = False,
+        traced: Sequence[bool] = (),
     ) -> None:
         self.has_opened = False
         self.segment: Segment | None = None
@@ -82,6 +84,7 @@ class OutputStream:
         self._beat = beat
         self._may_open = may_open
         self._unsettled = unsettled or [0] * len(labels)
+        self._traced = traced or [False] * len(labels)
         self._interfaces: list[OutputInterface] = []
         self._announced = [0] * len(labels)
         # What no file has told yet begins here. A source's counters began with its first life: a successor's first file
@@ -114,6 +117,8 @@ class OutputStream:
             self._check_linktype(interface)
             number = 0
         self._merge.map_interface(source, local, number)
+        if self._traced[source]:
+            self._merge.tap_interface(source, local, description.linktype)
         self._interfaces.append(interface)
         if self.segment is not None and self._settings.format.is_pcapng:
             block = self._settings.format.interface_block(interface)

@@ -13,7 +13,8 @@ The repairs are made in the package itself, so that its own names stay the ones 
 - templates may begin with a field of variable length; options templates are withdrawn in 4 octets; withdrawals,
   padding and sets of impossible length are read for what they are;
 - every domain has a sequence of its own, modulo 2^32, also domain 0; a message has no empty set and keeps to its MTU;
-- a writer needs no `set_domain`, writes nothing when there is nothing, and `DatagramWriter` repeats templates over UDP.
+- a writer needs no `set_domain`, writes nothing when there is nothing, and `DatagramWriter` repeats templates over UDP;
+  a reader has the documented `records_as_dict` and `records_as_tuple`.
 """
 
 from __future__ import annotations
@@ -517,8 +518,15 @@ def _repair_writers() -> None:
     ipfix.writer.to_stream = Writer
 
 
+def _repair_readers() -> None:
+    """The documentation's names of what 0.9.7 calls namedict_iterator and tuple_iterator."""
+    reader = ipfix.reader.MessageStreamReader
+    reader.records_as_dict, reader.records_as_tuple = reader.namedict_iterator, reader.tuple_iterator
+
+
 _repair_times()
 _repair_elements()
 _repair_templates()
 _repair_messages()
 _repair_writers()
+_repair_readers()

@@ -37,6 +37,7 @@ __all__ = ["Buffer", "BufferID", "Dumper", "FormatWarning", "Index", "Packet", "
 
 S = 1_000_000_000
 FILE_MODE = 0o640
+REASONS = ("idle", "closed", "reused", "evicted", "end")  # of traceflow_table: IDLE and so on
 MAX_NAMES = 1_000_000  # of one label: more flows than that never begin at one moment
 
 Address = str | ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -361,9 +362,7 @@ class FlowDirectory:
     files: int = 0
     _paths: dict[int, tuple[str, str]] = field(default_factory=dict)
 
-    REASONS: ClassVar = ("idle", "closed", "reused", "evicted", "end")
-
-    def write(self, slot: int, description: Description | None, entries: bytes) -> None:
+    def write(self, slot: int, description: Description | None, entries: bytes, packets: int) -> None:
         linktype = 0
         if description is not None:
             linktype = description.linktype
@@ -381,20 +380,25 @@ class FlowDirectory:
 
     def ended(self, slot: int, description: Description, reason: int) -> None:
         label, path = self._paths.pop(slot, (description_label(description), ""))
-        self.note({
-            "label": label,
-            "file": os.path.basename(path) or None,
-            "src": str(ipaddress.ip_address(description.source)),
-            "srcport": description.source_port,
-            "dst": str(ipaddress.ip_address(description.destination)),
-            "dstport": description.destination_port,
-            "packets": description.packets,
-            "octets": description.octets,
-            "first_ns": description.first_ns,
-            "last_ns": description.last_ns,
-            "ended": self.REASONS[reason],
-            **({"frames": description.frames} if description.frames else {}),
-        })  # fmt: skip
+        self.note(index_entry(label, os.path.basename(path), description, reason))
+
+
+def index_entry(label: str, file: str, description: Description, reason: int) -> dict[str, Any]:
+    """A flow's line in an index. `file`: its name, "" when it has none."""
+    return {
+        "label": label,
+        "file": file or None,
+        "src": str(ipaddress.ip_address(description.source)),
+        "srcport": description.source_port,
+        "dst": str(ipaddress.ip_address(description.destination)),
+        "dstport": description.destination_port,
+        "packets": description.packets,
+        "octets": description.octets,
+        "first_ns": description.first_ns,
+        "last_ns": description.last_ns,
+        "ended": REASONS[reason],
+        **({"frames": description.frames} if description.frames else {}),
+    }
 
 
 def put(fd: int, format: FlowFormat, entries: bytes, header: Callable[[], bytes]) -> None:

@@ -32,6 +32,7 @@ class Description(NamedTuple):
     octets: int  # on the wire
     is_closed: bool  # by FIN or RST
     frames: tuple[int, ...]  # the packets' numbers, when they are kept
+    cut_packets: int = 0  # the last ones, left out of its file
 
 
 @dataclass(frozen=True)

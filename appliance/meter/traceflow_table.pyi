@@ -28,13 +28,14 @@ END: int
 """Why a flow is over."""
 
 class FlowFiles:
-    """`write(slot, description, data)` appends to a flow's file; the description is there the first time, else None.
+    """`write(slot, description, data, packets)` appends the entries of so many packets to a flow's file; the
+    description is there the first time, else None.
     `ended(slot, description, reason)` comes after the last write; the slot may then be another flow's."""
 
     def __init__(
         self,
         *,
-        write: Callable[[int, Description | None, bytes], None],
+        write: Callable[[int, Description | None, bytes, int], None],
         ended: Callable[[int, Description, int], None],
         content: int,
         encode: Callable[..., bytes] | None = None,
@@ -43,10 +44,12 @@ class FlowFiles:
         linger_ns: int = 0,
         max_flows: int = 1_000_000,
         buffer_bytes: int = ...,
+        flow_bytes: int = 0,
         keep_frames: bool = False,
     ) -> None:
         """`encode` gets number, time, link type, wire length, data, source, destination, ports, TCP flags, sequence,
-        acknowledgement and window of a packet."""
+        acknowledgement and window of a packet. `flow_bytes`: entries of a flow beyond so many bytes are left out, and
+        counted (`cut_packets` of its description); 0 = none are."""
 
     flow_count: int
     """In the table, closed ones included."""
@@ -56,6 +59,8 @@ class FlowFiles:
     tcp_packets: int
     evicted_flows: int
     """Open flows that had to go because of `max_flows`."""
+    held_packets: int
+    """Of the flows in the table."""
     last_slot: int
 
     def feed(self, records: int, digests: int, digest_bytes: int, origins: int, count: int) -> None:
@@ -78,6 +83,10 @@ class FlowFiles:
         only when the last one was closed. ValueError: the addresses are of no or of different versions."""
 
     def describe(self, slot: int) -> Description: ...
+    def advance(self, time_ns: int) -> None:
+        """Ends what is due, where no packet comes that would: no later packet is older than `time_ns`."""
+    def begin_anew(self) -> None:
+        """The clock was set: every flow ends, and the next packet may be of any time."""
     def finish_all(self) -> None:
         """Ends every flow, in the order of their first packets."""
 

@@ -68,6 +68,9 @@ cdef struct flow:
     uint8_t *data
     uint32_t data_bytes
     uint32_t data_capacity
+    uint32_t waiting_packets  # in `data`
+    uint64_t content_bytes  # in `data` and in its file
+    uint64_t cut_packets  # beyond flow_bytes
     uint64_t *frames
     uint32_t frame_count
     uint32_t frame_capacity
@@ -113,6 +116,7 @@ cdef class FlowFiles:
     cdef int64_t now_ns
     cdef uint64_t max_flows
     cdef uint64_t buffer_bytes
+    cdef uint64_t flow_bytes
     cdef object write
     cdef object ended
     cdef object encode
@@ -121,11 +125,12 @@ cdef class FlowFiles:
     cdef readonly uint64_t total_flows
     cdef readonly uint64_t tcp_packets
     cdef readonly uint64_t evicted_flows
+    cdef readonly uint64_t held_packets
     cdef readonly int32_t last_slot
 
     def __cinit__(self, *, write, ended, int content, encode=None, bint bidirectional=False,
                   int64_t idle_timeout_ns=0, int64_t linger_ns=0, uint64_t max_flows=1000000,
-                  uint64_t buffer_bytes=64 << 20, bint keep_frames=False):
+                  uint64_t buffer_bytes=64 << 20, uint64_t flow_bytes=0, bint keep_frames=False):
         self.write = write
         self.ended = ended
         self.encode = encode
@@ -135,6 +140,7 @@ cdef class FlowFiles:
         self.linger_ns = linger_ns
         self.max_flows = max(<uint64_t> 1, min(max_flows, <uint64_t> 1 << 30))
         self.buffer_bytes = buffer_bytes
+        self.flow_bytes = flow_bytes
         self.keeps_frames = keep_frames
         self.free_flow = NOTHING
         self.newest[0] = self.newest[1] = self.oldest[0] = self.oldest[1] = NOTHING
@@ -245,6 +251,7 @@ cdef class FlowFiles:
         one = &self.flows[slot]
         one.packets += 1
         one.octets += packet.original
+        self.held_packets += 1
         one.last_ns = max(one.last_ns, packet.timestamp_ns)
         if self.keeps_frames:
             self.note_frame(one, packet.number)
@@ -267,10 +274,27 @@ cdef class FlowFiles:
 
     cdef int append_pcap(self, int32_t slot, const seen *packet, const uint8_t *record) except -1 nogil:
         cdef uint32_t captured = record_u32(record + 20)
-        cdef uint8_t *out = self.room(slot, PCAP_PACKET_HEADER_BYTES + captured)
-        cdef size_t written = pcap_packet_at(out, packet.timestamp_ns, captured, packet.original,
-                                             record + RECORD_PACKET_DATA, self.content == WITH_PCAP_NS)
-        self.flows[slot].data_bytes += <uint32_t> written
+        cdef uint8_t *out
+        cdef size_t written
+        if self.is_cut(slot, PCAP_PACKET_HEADER_BYTES + captured):
+            return 0
+        out = self.room(slot, PCAP_PACKET_HEADER_BYTES + captured)
+        written = pcap_packet_at(out, packet.timestamp_ns, captured, packet.original,
+                                 record + RECORD_PACKET_DATA, self.content == WITH_PCAP_NS)
+        return self.appended(slot, <uint32_t> written)
+
+    cdef bint is_cut(self, int32_t slot, uint32_t length) noexcept nogil:
+        """Whether a flow's file has had its share: it holds the flow's first packets, and none behind a missing one."""
+        cdef flow *one = &self.flows[slot]
+        if one.cut_packets == 0 and (self.flow_bytes == 0 or one.content_bytes + length <= self.flow_bytes):
+            return False
+        one.cut_packets += 1
+        return True
+
+    cdef int appended(self, int32_t slot, uint32_t length) except -1 nogil:
+        self.flows[slot].data_bytes += length
+        self.flows[slot].content_bytes += length
+        self.flows[slot].waiting_packets += 1
         return self.write_what_is_too_much(slot)
 
     cdef int append_text(self, int32_t slot, const seen *packet, const digest *entry,
@@ -279,6 +303,7 @@ cdef class FlowFiles:
         cdef uint8_t *out
         cdef uint32_t length
         cdef uint32_t address_bytes = 4 if entry.ip_version == 4 else 16
+        cdef bint cut = False
         with gil:
             text = self.encode(
                 packet.number, packet.timestamp_ns, packet.key.linktype, packet.original,
@@ -290,10 +315,11 @@ cdef class FlowFiles:
             )
             text_at = <const uint8_t *> (<bytes> text)
             length = <uint32_t> len(<bytes> text)
-            out = self.room(slot, length)
-            memcpy(out, text_at, length)
-        self.flows[slot].data_bytes += length
-        return self.write_what_is_too_much(slot)
+            cut = self.is_cut(slot, length)
+            if not cut:
+                out = self.room(slot, length)
+                memcpy(out, text_at, length)
+        return 0 if cut else self.appended(slot, length)
 
     cdef uint8_t *room(self, int32_t slot, uint32_t length) except NULL nogil:
         """Where the next `length` bytes of a flow's file go."""
@@ -333,8 +359,9 @@ cdef class FlowFiles:
             return 0
         with gil:
             self.write(slot, None if one.is_begun else self.describe(slot),
-                       (<const char *> one.data)[:one.data_bytes])
+                       (<const char *> one.data)[:one.data_bytes], one.waiting_packets)
         one.is_begun = 1
+        one.waiting_packets = 0
         self.buffered_bytes -= one.data_capacity
         one.data_bytes = one.data_capacity = 0
         free(one.data)
@@ -389,6 +416,7 @@ cdef class FlowFiles:
         cdef flow *one = &self.flows[slot]
         cdef int32_t *at = &self.slots[one.hash & self.slot_mask]
         self.flush(slot)
+        self.held_packets -= one.packets
         while at[0] != slot:
             at = &self.flows[at[0]].next_of_hash
         at[0] = one.next_of_hash
@@ -402,6 +430,18 @@ cdef class FlowFiles:
         self.free_flow = slot
         self.flow_count -= 1
         return 0
+
+    def advance(self, int64_t time_ns):
+        """No packet that is still to come is older than this."""
+        with nogil:
+            if time_ns > self.now_ns:
+                self.now_ns = time_ns
+            self.expire()
+
+    def begin_anew(self):
+        """Every flow ends, and time may begin anywhere."""
+        self.finish_all()
+        self.now_ns = 0
 
     def finish_all(self):
         """Every flow ends, in the order of their first packets."""
@@ -427,7 +467,7 @@ cdef class FlowFiles:
         source, destination = (high, low) if one.swapped else (low, high)
         return Description(
             one.serial, *source, *destination, one.key.linktype, one.first_ns, one.last_ns, one.packets, one.octets,
-            one.list == LIST_CLOSED, tuple([one.frames[i] for i in range(one.frame_count)]),
+            one.list == LIST_CLOSED, tuple([one.frames[i] for i in range(one.frame_count)]), one.cut_packets,
         )
 
     cdef int note_frame(self, flow *one, uint64_t number) except -1 nogil:

@@ -22,6 +22,7 @@ from appliance.monitor.view import (
     OutputView,
     ServiceView,
     Snapshot,
+    TraceflowView,
     WorkerView,
 )
 
@@ -118,6 +119,9 @@ _OUTPUT_NOW = _Rows[_Moment](
     ("output",), lambda snapshot: ((snapshot, row) for row in snapshot.outputs), lambda row: (row[1].name,)
 )
 _METER = _Rows[MeterView]((), lambda snapshot: [snapshot.meter] if snapshot.meter else [], lambda row: ())
+_TRACEFLOW = _Rows[TraceflowView](
+    (), lambda snapshot: [snapshot.traceflow] if snapshot.traceflow else [], lambda row: ()
+)
 _EXPORT = _Rows[ExportView](("collector",), lambda snapshot: snapshot.exports, lambda row: (row.uri,))
 _WORKER = _Rows[WorkerView](("role", "worker"), lambda snapshot: snapshot.workers, lambda row: (row.role, row.name))
 _SERVICE = _Rows[ServiceView]((), lambda snapshot: [snapshot.service], lambda row: ())
@@ -413,6 +417,98 @@ FAMILIES: tuple[Family, ...] = (
     _METER.gauge(
         "appliance_meter_stream_timestamp_seconds",
         "The moment up to which the meter has seen the stream.",
+        lambda row: _time(row.stream_time_ns),
+    ),
+    # Flow traces: tapped = observed; observed = other + published + left out + lost + held + queued.
+    _TRACEFLOW.counter(
+        "appliance_traceflow_tapped_packets_total",
+        "Packets that the merges handed to the flow traces.",
+        lambda row: row.tapped_packets,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_missed_packets_total",
+        "Packets that the flow traces missed because they were behind; the packets are written.",
+        lambda row: row.missed_packets,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_observed_packets_total",
+        "Packets that reached the flow traces.",
+        lambda row: row.observed_packets,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_other_packets_total", "Packets that are no TCP.", lambda row: row.other_packets
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_published_packets_total",
+        "Packets in published files of flows.",
+        lambda row: row.published_packets,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_left_out_packets_total",
+        "Packets of flows that are in no file of theirs: cut (max_flow_bytes), refused (retain_bytes, min_free_bytes), "
+        "failed (not written), unclean (gone with a killed worker).",
+        lambda row: row.left_out | {"unclean": row.lost_unclean_packets},
+        by="reason",
+    ),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_waiting_packets",
+        "Packets of flows that are not published: not over yet (held), over (queued).",
+        lambda row: {"held": row.held_packets, "queued": row.queued_packets},
+        by="place",
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_late_packets_total",
+        "Packets that reached the flow traces after later ones.",
+        lambda row: row.late_packets,
+    ),
+    _TRACEFLOW.gauge("appliance_traceflow_active_flows", "Flows in memory.", lambda row: row.active_flows),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_queued_flows", "Flows that are over and not yet published.", lambda row: row.queued_flows
+    ),
+    _TRACEFLOW.counter("appliance_traceflow_flows_total", "Flows begun.", lambda row: row.flows_created),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_flows_ended_total",
+        "Flows that are over, by why (evicted: max_flows; end: the service's, or the clock was set).",
+        lambda row: row.flows_ended,
+        by="reason",
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_published_files_total", "Files of flows published.", lambda row: row.published_files
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_published_bytes_total", "Bytes of those files.", lambda row: row.published_bytes
+    ),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_stored_files", "Published files that are kept.", lambda row: row.stored_files
+    ),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_stored_bytes",
+        "Bytes on disk: of published files, of unfinished ones.",
+        lambda row: {"published": row.stored_bytes, "unfinished": row.staged_bytes},
+        by="state",
+    ),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_buffered_bytes",
+        "Memory of packets that wait to be written.",
+        lambda row: row.buffered_bytes,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_expired_files_total", "Files deleted by retention.", lambda row: row.expired_files
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_expired_bytes_total", "Bytes deleted by retention.", lambda row: row.expired_bytes
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_leftover_files_total",
+        "Unfinished files of a killed worker, deleted at the next start.",
+        lambda row: row.leftover_files,
+    ),
+    _TRACEFLOW.counter(
+        "appliance_traceflow_write_errors_total", "Writes of flows' files that failed.", lambda row: row.write_errors
+    ),
+    _TRACEFLOW.gauge(
+        "appliance_traceflow_stream_timestamp_seconds",
+        "The moment up to which the flow traces have seen the stream.",
         lambda row: _time(row.stream_time_ns),
     ),
     # Collectors.

@@ -187,6 +187,20 @@ const EXPORTS = [
   ["errors", (row) => number(row.send_errors), "", (row) => row.send_errors > 0],
   ["flows not sent", (row) => number(row.not_sent_flows), "", (row) => row.not_sent_flows > 0],
 ];
+const TRACEFLOW = [
+  ["observed", (row) => number(row.observed_packets)],
+  ["= no TCP", (row) => number(row.other_packets)],
+  ["+ in files", (row) => number(row.published_packets)],
+  ["+ held", (row) => number(row.held_packets + row.queued_packets)],
+  ["+ left out", (row) => number(sum(Object.values(row.left_out), (count) => count)), "",
+   (row) => sum(Object.values(row.left_out), (count) => count) > 0],
+  ["+ lost", (row) => number(row.lost_unclean_packets), "", (row) => row.lost_unclean_packets > 0],
+  ["missed", (row) => number(row.missed_packets), "", (row) => row.missed_packets > 0],
+  ["flows", (row) => number(row.flows_created)],
+  ["active", (row) => number(row.active_flows)],
+  ["kept", (row) => `${number(row.stored_files)} files`],
+  ["size", (row) => size(row.stored_bytes + row.staged_bytes)],
+];
 const WORKERS = [
   ["process", (row) => row.name, "text"],
   ["pid", (row) => row.pid || NONE],
@@ -216,6 +230,7 @@ function show(now) {
   table("interfaces", INTERFACES(now), now.interfaces);
   table("outputs", OUTPUTS(now), now.outputs);
   table("exports", EXPORTS, now.exports);
+  table("traceflow", TRACEFLOW, now.traceflow ? [now.traceflow] : []);
   table("workers", WORKERS, now.workers);
   before = now;
 }
@@ -243,6 +258,7 @@ aria-label="Packets by stage, from interface to published files; the tables belo
 <section hidden><h2>Interfaces</h2><div class="scroll"><table id="interfaces"></table></div></section>
 <section hidden><h2>Outputs</h2><div class="scroll"><table id="outputs"></table></div></section>
 <section hidden><h2>Flow collectors</h2><div class="scroll"><table id="exports"></table></div></section>
+<section hidden><h2>Flow traces</h2><div class="scroll"><table id="traceflow"></table></div></section>
 <section hidden><h2>Processes</h2><div class="scroll"><table id="workers"></table></div></section>
 <footer class="soft"><a href="metrics">metrics</a> · <a href="healthz">healthz</a> ·
 <a href="status.json">status.json</a></footer>

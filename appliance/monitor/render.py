@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from appliance.console import Table, duration_text, rate_text, size_text
-from appliance.monitor.view import InterfaceView, Snapshot
+from appliance.monitor.view import InterfaceView, Snapshot, TraceflowView
 
 _NS = 1e9
 
@@ -48,9 +48,20 @@ def identity_line(row: InterfaceView) -> str:
     return line + (f" + unaccounted {row.unaccounted_packets}" if row.unaccounted_packets else "")
 
 
+def traceflow_line(row: TraceflowView) -> str:
+    """Where the packets are that the flow traces were given; what waits at the end of the service is in no file."""
+    left_out = row.left_out | {"unclean": row.lost_unclean_packets}
+    waiting = {"held": row.held_packets, "queued": row.queued_packets}
+    line = (
+        f"flow traces: observed {row.observed_packets} = no TCP {row.other_packets} + in files {row.published_packets}"
+    )
+    line += f" + left out {sum(left_out.values())}{_parts(left_out)} + waiting {sum(waiting.values())}{_parts(waiting)}"
+    return f"{line}; missed {row.missed_packets}"
+
+
 def status_tables(now: Snapshot, before: Snapshot | None = None) -> list[Table]:
     """Everything an operator looks at, empty tables left out. With `before`, interfaces show their rates."""
-    tables = [_interfaces(now, before), _outputs(now), _meter(now), _exports(now), _workers(now)]
+    tables = [_interfaces(now, before), _outputs(now), _meter(now), _exports(now), _traceflow(now), _workers(now)]
     return [table for table in tables if table.rows]
 
 
@@ -123,6 +134,37 @@ def _exports(now: Snapshot) -> Table:
     ]
     marks = {i: "bad" for i, row in enumerate(now.exports) if not row.is_up or row.not_sent_flows}
     return Table("Flow collectors", columns, rows, marks)
+
+
+def _traceflow(now: Snapshot) -> Table:
+    columns = (
+        "observed",
+        "other",
+        "in files",
+        "held",
+        "missed",
+        "left out",
+        "lost",
+        "flows",
+        "active",
+        "files",
+        "bytes",
+    )
+    row = now.traceflow
+    if row is None:
+        return Table("Flow traces", columns, [])
+    left_out = sum(row.left_out.values())
+    held = row.held_packets + row.queued_packets
+    figures = (row.observed_packets, row.other_packets, row.published_packets, held, row.missed_packets, left_out)
+    cells = (
+        *figures,
+        row.lost_unclean_packets,
+        row.flows_created,
+        row.active_flows,
+        row.stored_files,
+        row.stored_bytes,
+    )
+    return Table("Flow traces", columns, [cells], {0: "warn"} if row.missed_packets or left_out else {})
 
 
 def _workers(now: Snapshot) -> Table:

@@ -24,6 +24,7 @@ from appliance.counters import (
     IGNORED_REASONS,
     PUBLISH_BUCKETS_MS,
     STATES,
+    TRACE_END_REASONS,
     CounterPages,
     page_name,
     restarts_field,
@@ -241,6 +242,38 @@ class MeterView:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceflowView:
+    """Flow traces, in packets: tapped = observed at rest, and observed = other + published + left out + lost + held +
+    queued. `left_out`: cut (max_flow_bytes), refused (no room), failed (not written)."""
+
+    tapped_packets: int
+    missed_packets: int  # their ring was full
+    observed_packets: int
+    other_packets: int  # no TCP
+    published_packets: int
+    left_out: dict[str, int]
+    lost_unclean_packets: int
+    held_packets: int  # of flows that are not over
+    queued_packets: int  # of flows that are, and are not published yet
+    late_packets: int
+    active_flows: int
+    flows_created: int
+    flows_ended: dict[str, int]
+    queued_flows: int
+    published_files: int
+    published_bytes: int
+    stored_files: int
+    stored_bytes: int
+    staged_bytes: int
+    buffered_bytes: int
+    expired_files: int
+    expired_bytes: int
+    leftover_files: int
+    write_errors: int
+    stream_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExportView:
     uri: str
     is_up: bool
@@ -300,6 +333,7 @@ class Snapshot:
     exports: list[ExportView]
     workers: list[WorkerView]
     problems: list[str]
+    traceflow: TraceflowView | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For json.dumps; `from_json` is its inverse."""
@@ -362,6 +396,7 @@ def take_snapshot(
         exports=[_export(pages, export) for export in topology.exports],
         workers=workers,
         problems=_problems(workers, outputs, topology, realtime_ns),
+        traceflow=_traceflow(pages, topology),
     )
 
 
@@ -485,6 +520,25 @@ def _meter(pages: CounterPages) -> MeterView | None:
             str(bound_ms / 1000): page[f"export_delay_{bound_ms}_ms"] for bound_ms in EXPORT_DELAY_BUCKETS_MS
         }
         | {"+Inf": page["export_delay_longer"]},
+    )
+
+
+def _traceflow(pages: CounterPages, topology: Topology) -> TraceflowView | None:
+    page = _read(pages, page_name("traceflow"))
+    if not page:
+        return None
+    merges = [pages[page_name("merge", output.name)].snapshot() for output in topology.outputs]
+    fields = TraceflowView.__dataclass_fields__
+    return TraceflowView(
+        tapped_packets=sum(merge["tapped_packets"] for merge in merges),
+        missed_packets=sum(merge["tap_dropped_packets"] for merge in merges),
+        left_out={
+            "cut": page["cut_packets"],
+            "refused": page["refused_packets"],
+            "failed": page["failed_packets"] + page["unpublished_packets"],
+        },
+        flows_ended={reason: page[f"flows_{reason}"] for reason in TRACE_END_REASONS},
+        **{name: value for name, value in page.items() if name in fields},
     )
 
 

@@ -405,6 +405,28 @@ def test_plt_output_trace_uri_makes_an_output_trace(tmp_path: Path) -> None:
     assert isinstance(InputTrace.new("pcapfile:-"), InputTrace)
 
 
+def test_plt_output_trace_new_uri_is_the_same(tmp_path: Path) -> None:
+    trace = output_trace.new(f"pcapfile:{tmp_path / 'a'}")
+    trace.start()
+    trace.write_packet(some_packets(1)[0])
+    trace.close_output()
+    assert capinfos(tmp_path / "a").packets == 1
+    assert isinstance(input_trace.new("pcapfile:-"), InputTrace)
+
+
+def test_plt_exc_libtrace_is_thrown_by_conf_start_and_write_that_fail(tmp_path: Path) -> None:
+    fails = [
+        lambda: output_trace(f"pcapfile:{tmp_path}/a").conf_compress_type(10),
+        lambda: output_trace(f"pcapfile:{tmp_path}/missing/a").start_output(),
+        lambda: output_trace(f"pcapfile:{tmp_path}/a").write_packet(some_packets(1)[0]),
+    ]
+    for fail in fails:
+        with pytest.raises(plt_exc_libtrace):
+            fail()
+        with pytest.raises(ValueError, match=r".+"):  # the other habit of the original
+            fail()
+
+
 def test_plt_conf_start_write_close_all_return_none(tmp_path: Path) -> None:
     trace = output_trace(f"pcapfile:{tmp_path / 'a'}")
     results = [

@@ -135,3 +135,35 @@ def test_addresses_of_two_versions_are_no_packet() -> None:
     flows = table.FlowFiles(write=lambda *_: None, ended=lambda *_: None, content=table.NONE)
     with pytest.raises(ValueError, match="not both IPv4 or both IPv6"):
         flows.observe(bytes(4), bytes(16), 1, 2, 0, 0, None, 1, 60, 1)
+
+
+def test_time_without_packets_ends_flows_and_a_clock_that_was_set_ends_all() -> None:
+    ended: list[tuple[int, int]] = []
+    flows = table.FlowFiles(
+        write=lambda *_: None,
+        ended=lambda _slot, flow, reason: ended.append((flow.serial, reason)),
+        content=table.NONE,
+        idle_timeout_ns=IDLE_NS,
+        linger_ns=LINGER_NS,
+    )
+
+    def packet(port: int, time_ns: int, flags: int = ACK) -> None:
+        flows.observe(bytes(4), bytes(4), port, 80, time_ns, flags, 1, 1, 60, 1)
+
+    packet(1, 1000)
+    packet(2, 1000, FIN)
+    assert flows.held_packets == 2
+    flows.advance(1000 + LINGER_NS)
+    assert ended == []
+    flows.advance(1001 + LINGER_NS)
+    assert ended == [(2, table.CLOSED)]
+    flows.advance(1001 + IDLE_NS)
+    flows.advance(5)  # time does not go back by itself
+    assert ended == [(2, table.CLOSED), (1, table.IDLE)]
+    packet(3, 2000)
+    flows.begin_anew()
+    assert ended[2:] == [(3, table.END)]
+    assert (flows.held_packets, flows.flow_count) == (0, 0)
+    packet(4, 50)
+    packet(4, 60)
+    assert (flows.flow_count, flows.held_packets) == (1, 2)

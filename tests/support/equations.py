@@ -10,7 +10,7 @@ def imbalances(snapshot: Snapshot) -> list[str]:
     found = [fault for view in snapshot.interfaces for fault in of_interface(view)]
     for output in snapshot.outputs:
         found += of_output(output, [view for view in snapshot.interfaces if view.output == output.name])
-    return found + of_meter(snapshot)
+    return found + of_meter(snapshot) + of_traceflow(snapshot)
 
 
 def of_interface(view: InterfaceView) -> list[str]:
@@ -50,6 +50,23 @@ def of_output(output: OutputView, views: list[InterfaceView]) -> list[str]:
             f"{output.quarantined_packets} + open {output.open_packets} + of recovered {output.recovered_packets}"
         )
     return found
+
+
+def of_traceflow(snapshot: Snapshot) -> list[str]:
+    """These hold whoever died: the counts of a tap are in its ring, and what a worker took with it is counted."""
+    view = snapshot.traceflow
+    if view is None:
+        return []
+    gone = sum(view.left_out.values()) + view.lost_unclean_packets
+    waits = view.held_packets + view.queued_packets
+    equations = {
+        "tapped = observed": (view.tapped_packets, view.observed_packets),
+        "observed = other + in files + left out + lost + waiting": (
+            view.observed_packets,
+            view.other_packets + view.published_packets + gone + waits,
+        ),
+    }
+    return [f"flow traces: {name}: {a} != {b}" for name, (a, b) in equations.items() if a != b]
 
 
 def of_meter(snapshot: Snapshot) -> list[str]:
