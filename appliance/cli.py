@@ -484,6 +484,17 @@ def flows(
         Literal["field", "frame"],
         typer.Option(help="IP octets of a packet whose length field is 0: 0 (IPv6: 40), or what its frame held."),
     ] = "field",
+    applications: Annotated[
+        bool,
+        typer.Option(
+            "--applications",
+            help="Look into payloads for each flow's application and its names: TLS and QUIC server name and ALPN, DNS "
+            "question, HTTP host, SSH versions.",
+        ),
+    ] = False,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Measure the entropy of each direction's first payload.")
+    ] = False,
     as_json: AsJson = False,
     file_format: Annotated[
         str | None,
@@ -511,6 +522,8 @@ def flows(
         zero_length,
         as_json,
         file_format,
+        applications,
+        entropy,
     )
 
 

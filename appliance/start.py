@@ -82,14 +82,15 @@ def plain_flows(arguments: list[str]) -> dict[str, Any] | None:
     names |= {"--active-timeout-s": "active_timeout_s", "--max-flows": "max_flows"}
     names |= {"--tunnels": "tunnels", "--max-fragmented": "max_fragmented", "--zero-length": "zero_length"}
     names["--format"] = "file_format"
+    switches = {"--json": "as_json", "--applications": "applications", "--entropy": "entropy"}
     kinds: dict[str, Callable[[str], Any]] = {"output": str, "max_flows": int, "max_fragmented": int}
     kinds |= {"tunnels": str, "zero_length": str, "file_format": str}
     found: dict[str, Any] = {"files": [], "as_json": False}
     words = iter(arguments)
     try:
         for word in words:
-            if word == "--json":
-                found["as_json"] = True
+            if word in switches:
+                found[switches[word]] = True
             elif word in names:
                 found[names[word]] = kinds.get(names[word], float)(next(words))
             elif word and (word == "-" or not word.startswith("-")):
@@ -121,6 +122,8 @@ def flows(
     zero_length: str = ZERO_LENGTH[0],
     as_json: bool = False,
     file_format: str | None = None,
+    applications: bool = False,
+    entropy: bool = False,
 ) -> int:
     """The command `flows`; returns its exit status. `file_format`: one of FILE_FORMATS; None: by the output's name."""
     from appliance.console import joined, print_json, progress
@@ -137,6 +140,8 @@ def flows(
         tunnels=tunnels,
         max_fragmented=max_fragmented,
         zero_length=zero_length,
+        applications=applications,
+        entropy=entropy,
     )
     file_format = file_format or FORMAT_ENDINGS.get(os.path.splitext(output)[1].lower(), "ipfix")
     with progress("metering", "packets") as advance:

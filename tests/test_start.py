@@ -28,6 +28,8 @@ PLAIN = [
     (["a", "--tunnels", "inner", "-o", "out"], {"files": ["a"], "output": "out", "tunnels": "inner"}),
     (["a", "--max-fragmented", "0", "-o", "out"], {"files": ["a"], "output": "out", "max_fragmented": 0}),
     (["a", "--zero-length", "frame", "-o", "out"], {"files": ["a"], "output": "out", "zero_length": "frame"}),
+    (["a", "--applications", "-o", "out"], {"files": ["a"], "output": "out", "applications": True}),
+    (["a", "-o", "out", "--entropy"], {"files": ["a"], "output": "out", "entropy": True}),
 ]
 NOT_PLAIN = [
     [],
@@ -75,8 +77,10 @@ def test_plain_arguments_mean_what_they_mean_in_the_command_line(
         "zero_length",
         "as_json",
         "file_format",
+        "applications",
+        "entropy",
     )
-    defaults |= {"as_json": False, "file_format": None}
+    defaults |= {"as_json": False, "file_format": None, "applications": False, "entropy": False}
     assert dict(zip(names, called[0], strict=True)) == defaults | expected
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
+from appliance.capture.application import Inspector
 from appliance.capture.filesource import FileCapture
 from appliance.capture.gate import make_gate
 from appliance.capture.opener import OpenedInterface
@@ -58,6 +59,8 @@ class CaptureParts:
     opened: OpenedInterface | None
     socket_serial: int
     inner: bool  # tunnels are metered by their innermost IP header
+    applications: bool = False  # payloads are looked at for names
+    entropy: bool = False  # and for their entropy
     port_fd: int = -1  # -1: no port capture
 
     @property
@@ -80,6 +83,12 @@ def main(context: WorkerContext) -> int:
     return FileWorker(context, parts, records, digests).run()
 
 
+def make_inspector(parts: CaptureParts) -> Inspector | None:
+    if parts.digest_fd < 0 or not (parts.applications or parts.entropy):
+        return None
+    return Inspector(applications=parts.applications, entropy=parts.entropy)
+
+
 class LiveWorker:
     """A `ring:` source: sleeps until the kernel hands over a block or a consumer wants a watermark."""
 
@@ -94,6 +103,7 @@ class LiveWorker:
         self.is_gone = False
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
+        self.inspector = make_inspector(parts)
         self.port = PortTap(parts.port_fd, parts.generation) if parts.port_fd >= 0 else None
         assert parts.opened is not None
         self.use(parts.opened)
@@ -116,6 +126,7 @@ class LiveWorker:
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
             inner=self.parts.inner,
+            inspector=self.inspector,
             port=self.port,
             gate=make_gate(self.parts.interface, opened.linktype),
         )
@@ -257,7 +268,9 @@ class LibpcapWorker:
         self.parts = parts
         self.records = records
         self.digests = digests
-        self.capture = PcapCapture(parts.interface, records, digests, context.page, inner=parts.inner)
+        self.capture = PcapCapture(
+            parts.interface, records, digests, context.page, inner=parts.inner, inspector=make_inspector(parts)
+        )
         set_capabilities(())
         self.poller = select.poll()
         self.poller.register(self.capture.fileno(), select.POLLIN)
@@ -313,7 +326,12 @@ class FileWorker:
         status = 0
         try:
             capture = FileCapture(
-                self.parts.interface, self.records, self.digests, self.context.page, inner=self.parts.inner
+                self.parts.interface,
+                self.records,
+                self.digests,
+                self.context.page,
+                inner=self.parts.inner,
+                inspector=make_inspector(self.parts),
             )
             while not capture.ended:
                 self.context.beat()
