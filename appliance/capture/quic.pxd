@@ -68,11 +68,14 @@ cdef extern from *:
                                                   0x9a, 0xe6, 0xa4, 0xc8, 0x0c, 0xad, 0xcc, 0xbb, 0x7f, 0x0a};
     static const unsigned char QUIC_SALT_2[20] = {0x0d, 0xed, 0xe3, 0xde, 0xf7, 0x00, 0xa6, 0xdb, 0x81, 0x93,
                                                   0x81, 0xbe, 0x6e, 0x26, 0x9d, 0xcb, 0xf9, 0xbd, 0x2e, 0xd9};
+    static const unsigned char QUIC_SALT_23[20] = {0xc3, 0xee, 0xf7, 0x12, 0xc7, 0x2e, 0xbb, 0x5a, 0x11, 0xa7,
+                                                   0xd2, 0x43, 0x2b, 0xb4, 0x63, 0x65, 0xbe, 0xf9, 0xf5, 0x02};
     static const unsigned char QUIC_SALT_29[20] = {0xaf, 0xbf, 0xec, 0x28, 0x99, 0x93, 0xd2, 0x4c, 0x9e, 0x97,
                                                    0x86, 0xf1, 0x9c, 0x61, 0x11, 0xe0, 0x43, 0x90, 0xa8, 0x99};
     """
     const uint8_t* QUIC_SALT_1
     const uint8_t* QUIC_SALT_2
+    const uint8_t* QUIC_SALT_23
     const uint8_t* QUIC_SALT_29
 
 # What is known of an Initial packet before its protection is taken away.
@@ -104,8 +107,8 @@ cdef inline bint known_version(uint32_t number, Version* version) noexcept nogil
         version.initial_type = 1
         version.salt = QUIC_SALT_2
         version.label = "quicv2 "
-    elif number >> 8 == 0xFF0000 and 29 <= number & 0xFF <= 34:  # drafts
-        version.salt = QUIC_SALT_29 if number & 0xFF <= 32 else QUIC_SALT_1
+    elif number >> 8 == 0xFF0000 and 23 <= number & 0xFF <= 34:  # drafts
+        version.salt = QUIC_SALT_23 if number & 0xFF < 29 else QUIC_SALT_29 if number & 0xFF < 33 else QUIC_SALT_1
     else:
         return False
     return True
