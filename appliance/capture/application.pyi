@@ -35,3 +35,6 @@ def findings(extension: Buffer) -> dict[str, Any]:
     """A digest's extension as a dictionary: `application`, `partial`, `entropy` (None: not measured), and the fields
     that it has (`server_name`, `alpn`, `dns_name`, `dns_type`, `http_host`, `http_method`, `ssh_version`). For tests.
     """
+
+def crypto_findings(*packets: Buffer) -> dict[str, Any]:
+    """What the CRYPTO frames in the payloads of a client's Initial packets say, once they are decrypted. For tests."""

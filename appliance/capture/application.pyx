@@ -392,3 +392,18 @@ def findings(const unsigned char[::1] extension not None):
         found[name] = int.from_bytes(value, "big") if name == "dns_type" else value.decode("ascii")
         at += 2 + octets[at + 1]
     return found
+
+
+def crypto_findings(*packets):
+    """See application.pyi."""
+    cdef Pieces pieces
+    cdef Findings f
+    cdef const unsigned char[::1] octets
+    memset(&pieces, 0, sizeof(pieces))
+    memset(&f, 0, sizeof(f))
+    for packet in packets:
+        octets = packet
+        if octets.shape[0]:
+            take_crypto(&octets[0], octets.shape[0], &pieces)
+    read_hello(pieces.octets, whole_octets(&pieces), &f)
+    return findings(bytes((APPLICATION_QUIC, f.flags, 0, 0)) + (<const char*>f.fields)[: f.used])

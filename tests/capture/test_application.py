@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import struct
 from collections import Counter
 
 import pytest
@@ -26,7 +28,7 @@ from capture.payloads import (
 )
 from formats.craft import Packet
 
-from appliance.capture.application import Inspector
+from appliance.capture.application import Inspector, crypto_findings
 
 
 def test_a_client_hello_says_server_name_and_protocols() -> None:
@@ -264,3 +266,43 @@ def test_no_octet_behind_the_capture_matters(name: str) -> None:
 def test_the_application_is_that_of_the_message(name: str) -> None:
     (one,) = look(MESSAGES[name])
     assert one is not None and one["application"] == name
+
+
+def varint(value: int) -> bytes:
+    return struct.pack(">H", 0x4000 | value)
+
+
+def crypto(message: bytes, start: int, end: int) -> bytes:
+    piece = message[start:end]
+    return b"\x06" + varint(start) + varint(len(piece)) + piece
+
+
+def test_crypto_frames_in_any_order_between_pings_and_padding_are_put_together() -> None:
+    hello = handshake(server_name(b"quic.example") + alpn(b"h3"))
+    cuts = [0, 3, 10, 40, 41, 60, len(hello)]
+    frames = [crypto(hello, start, end) for start, end in itertools.pairwise(cuts)]
+    random.Random(5).shuffle(frames)
+    whole = found("quic", server_name="quic.example", alpn="h3")
+    assert crypto_findings(b"\0\0\x01".join(frames) + bytes(50)) == whole
+    assert crypto_findings(*frames) == whole  # in as many packets
+
+
+def test_crypto_frames_with_a_gap_say_what_stands_before_it() -> None:
+    hello = handshake(server_name(b"quic.example") + extension(21, bytes(200)) + alpn(b"h3"))
+    before, behind = crypto(hello, 0, 100), crypto(hello, 150, len(hello))
+    assert crypto_findings(behind + before) == found("quic", partial=True, server_name="quic.example")
+
+
+def test_acknowledgements_are_passed_over_and_unknown_frames_end_the_packet() -> None:
+    frame = crypto(handshake(server_name(b"a")), 0, 1000)
+    ack, ack_ecn = b"\x02\5\0\1\0\0\0", b"\x03\5\0\0\0\1\2\3"
+    assert crypto_findings(ack + ack_ecn + frame)["server_name"] == "a"
+    for wrong in (b"\x1f" + frame, b"\x02\5", b"\x06\0\x7f\xff", b"\x06\x80\0\0\0\x40\x01a" + b"\xff"):
+        assert "server_name" not in crypto_findings(wrong)
+
+
+def test_crypto_frames_beyond_the_room_are_cut_off() -> None:
+    hello = handshake(server_name(b"a") + extension(21, bytes(5000)) + alpn(b"h3"))
+    assert crypto_findings(*(crypto(hello, at, at + 1000) for at in range(0, len(hello), 1000))) == found(
+        "quic", partial=True, server_name="a"
+    )

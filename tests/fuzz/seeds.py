@@ -11,6 +11,16 @@ from pathlib import Path
 
 import lz4.frame
 import zstandard
+from capture.payloads import (
+    INITIAL_1,
+    alpn,
+    client_hello,
+    extension,
+    handshake,
+    question,
+    record as tls_record,
+    server_name,
+)
 from formats.craft import Packet, block, enhanced, interface, pcap_file, section
 from merge.rings import DIGEST, PACKET, record
 from support.frames import Shape, numbered_frame
@@ -75,7 +85,26 @@ def flow_files() -> list[bytes]:
     return [message, message * 3, message + message[:20]]
 
 
+def conversations() -> list[bytes]:
+    """Payloads of one connection, each with its length before it, behind an octet that says over what."""
+
+    def of(kind: int, *payloads: bytes) -> bytes:
+        return bytes([kind]) + b"".join(len(one).to_bytes(2, "big") + one for one in payloads)
+
+    hello = client_hello()
+    names = tls_record(handshake(server_name(b"a.example") + alpn(b"h2", b"http/1.1") + extension(21, bytes(400))))
+    frames = b"\x06\x00\x40\xff" + hello[5:260] + b"\x00\x01\x02\x05\x00\x01\x00\x00"
+    return [
+        of(1, hello), of(1, names), of(1, hello[:100], hello[100:300], hello[300:]), of(0, INITIAL_1), of(0, frames),
+        of(2, question("www.example.org")), of(3, b"\x00\x21" + question("www.example.org")),
+        of(7, b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"), of(7, b"HTTP/1.1 200 OK\r\n\r\n"),
+        of(1, b"SSH-2.0-OpenSSH_9.2\r\n"),
+    ]  # fmt: skip
+
+
 def seeds(target: str) -> list[bytes]:
+    if target == "payload":
+        return conversations()
     if target == "headers":
         return [bytes([LINKTYPES.index(1)]) + packet for packet in packets()] + [
             bytes([number]) + packet[14:] for number in range(len(LINKTYPES)) for packet in packets()

@@ -14,7 +14,8 @@ from fuzz.engine import mutate
 from fuzz.seeds import packets, seeds, shared
 from fuzz.targets import LINKTYPES, TARGETS, fuzz_headers, silence
 
-INPUTS = {"headers": 20000, "reader": 2000, "salvage": 600, "ring": 1500, "table": 8000, "ipfix": 8000, "config": 500}
+INPUTS = {"headers": 20000, "payload": 3000, "reader": 2000, "salvage": 600, "ring": 1500, "table": 8000}
+INPUTS |= {"ipfix": 8000, "config": 500}
 FOUND = Path(__file__).parent / "found"
 CAPTURED_BYTES_MAX = 200
 
