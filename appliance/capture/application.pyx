@@ -51,8 +51,7 @@ cdef struct Inspection:
     Hello* hellos
     Measured* measured
     double* entropy_terms  # n log2 n, for n up to ENTROPY_BYTES
-    EVP_CIPHER_CTX* ecb
-    EVP_CIPHER_CTX* gcm
+    Crypto crypto
     uint64_t quic_second  # of the newest packet that was decrypted
     uint32_t quic_count  # of decryptions in it
     uint8_t[QUIC_PACKET_MAX] plain
@@ -217,7 +216,7 @@ cdef void look_into_initials(Inspection* s, const digest* d, const uint8_t* p, u
         if not may_decrypt(s, time_of(d)):
             f.flags |= EXTENSION_PARTIAL
             break
-        if not open_initial(s.ecb, s.gcm, p + at, &packet, s.plain, &plain_bytes):
+        if not open_initial(&s.crypto, p + at, &packet, s.plain, &plain_bytes):
             break
         hello = hello_place(s, d, True)
         take_crypto(s.plain, plain_bytes, &hello.pieces)
@@ -347,10 +346,8 @@ cdef class Inspector:
         s.entropy = entropy
         if applications:
             s.hellos = <Hello*>calloc(HELLOS, sizeof(Hello))
-            s.ecb = EVP_CIPHER_CTX_new()
-            s.gcm = EVP_CIPHER_CTX_new()
-            if s.hellos == NULL or s.ecb == NULL or s.gcm == NULL:
-                raise MemoryError
+            if s.hellos == NULL or not open_crypto(&s.crypto):
+                raise MemoryError("no room for what inspects payloads, or libcrypto lacks SHA-256 or AES-128")
         if entropy:
             s.measured = <Measured*>calloc(MEASURED, sizeof(Measured))
             s.entropy_terms = <double*>malloc((ENTROPY_BYTES + 1) * sizeof(double))
@@ -367,8 +364,7 @@ cdef class Inspector:
         free(s.hellos)
         free(s.measured)
         free(s.entropy_terms)
-        EVP_CIPHER_CTX_free(s.ecb)
-        EVP_CIPHER_CTX_free(s.gcm)
+        close_crypto(&s.crypto)
         free(s)
 
 

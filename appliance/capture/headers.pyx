@@ -912,7 +912,8 @@ def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=
     if records.shape[0] == 0:
         return b"", dict.fromkeys(IGNORED, 0)
     whole = digest_records(
-        &records[0], records.shape[0], table, count, inner, inspection_of(inspector), &room[0], room.shape[0], ignored, &batch
+        &records[0], records.shape[0], table, count, inner, inspection_of(inspector), &room[0], room.shape[0], ignored,
+        &batch,
     )
     if not whole:
         raise ValueError(f"damaged record at offset {batch.consumed_bytes}")

@@ -16,9 +16,17 @@ cdef extern from "openssl/evp.h" nogil:
         pass
     EVP_CIPHER_CTX* EVP_CIPHER_CTX_new()
     void EVP_CIPHER_CTX_free(EVP_CIPHER_CTX* context)
-    const EVP_CIPHER* EVP_aes_128_ecb()
-    const EVP_CIPHER* EVP_aes_128_gcm()
-    const EVP_MD* EVP_sha256()
+    ctypedef struct EVP_MD_CTX:
+        pass
+    EVP_MD_CTX* EVP_MD_CTX_new()
+    void EVP_MD_CTX_free(EVP_MD_CTX* context)
+    EVP_CIPHER* EVP_CIPHER_fetch(void* library, const char* name, const char* properties)
+    void EVP_CIPHER_free(EVP_CIPHER* kind)
+    EVP_MD* EVP_MD_fetch(void* library, const char* name, const char* properties)
+    void EVP_MD_free(EVP_MD* kind)
+    int EVP_DigestInit_ex(EVP_MD_CTX* context, const EVP_MD* kind, void* engine)
+    int EVP_DigestUpdate(EVP_MD_CTX* context, const void* data, size_t length)
+    int EVP_DigestFinal_ex(EVP_MD_CTX* context, uint8_t* out, unsigned int* length)
     int EVP_EncryptInit_ex(
         EVP_CIPHER_CTX* context, const EVP_CIPHER* kind, void* engine, const uint8_t* key, const uint8_t* iv)
     int EVP_EncryptUpdate(EVP_CIPHER_CTX* context, uint8_t* out, int* written, const uint8_t* data, int length)
@@ -30,11 +38,6 @@ cdef extern from "openssl/evp.h" nogil:
     enum:
         EVP_CTRL_GCM_SET_TAG
 
-cdef extern from "openssl/hmac.h" nogil:
-    uint8_t* HMAC(
-        const EVP_MD* digest, const void* key, int key_bytes, const uint8_t* data, size_t length, uint8_t* out,
-        unsigned int* out_bytes)
-
 cdef enum:
     QUIC_CONNECTION_ID_MAX = 20
     QUIC_CLIENT_ID_MIN = 8  # RFC 9000, 7.2: of the destination that a client makes up
@@ -45,6 +48,7 @@ cdef enum:
     QUIC_PACKET_MAX = 2048
     QUIC_PACKETS_MAX = 4  # in one datagram
     SECRET_BYTES = 32
+    HASH_BLOCK_BYTES = 64  # of SHA-256
     SALT_BYTES = 20
     HELLO_BYTES_MAX = 4096
     HAVE_BYTES = 512
@@ -85,6 +89,15 @@ cdef struct Initial:
     uint32_t id_bytes
     uint32_t number_at  # of the packet number; the packet begins at 0
     uint32_t end
+
+# What libcrypto needs, looked up once: to look it up again takes longer than the arithmetic.
+cdef struct Crypto:
+    EVP_MD* sha256
+    EVP_MD_CTX* hash
+    EVP_CIPHER* ecb_kind
+    EVP_CIPHER_CTX* ecb
+    EVP_CIPHER* gcm_kind
+    EVP_CIPHER_CTX* gcm
 
 cdef struct Keys:
     uint8_t[16] key
@@ -154,6 +167,56 @@ cdef inline bint read_initial(const uint8_t* p, uint32_t length, Initial* packet
     return value >= QUIC_NUMBER_BYTES_MAX + QUIC_SAMPLE_BYTES
 
 
+cdef inline bint open_crypto(Crypto* c) noexcept:
+    """False: libcrypto lacks memory or an algorithm. close_crypto gives back what there is."""
+    c.sha256 = EVP_MD_fetch(NULL, "SHA256", NULL)
+    c.hash = EVP_MD_CTX_new()
+    c.ecb_kind = EVP_CIPHER_fetch(NULL, "AES-128-ECB", NULL)
+    c.ecb = EVP_CIPHER_CTX_new()
+    c.gcm_kind = EVP_CIPHER_fetch(NULL, "AES-128-GCM", NULL)
+    c.gcm = EVP_CIPHER_CTX_new()
+    return (
+        c.sha256 != NULL and c.hash != NULL and c.ecb_kind != NULL and c.ecb != NULL and c.gcm_kind != NULL
+        and c.gcm != NULL
+    )
+
+
+cdef inline void close_crypto(Crypto* c) noexcept:
+    EVP_MD_CTX_free(c.hash)
+    EVP_MD_free(c.sha256)
+    EVP_CIPHER_CTX_free(c.ecb)
+    EVP_CIPHER_free(c.ecb_kind)
+    EVP_CIPHER_CTX_free(c.gcm)
+    EVP_CIPHER_free(c.gcm_kind)
+
+
+cdef inline bint hash_two(Crypto* c, const uint8_t* first, uint32_t first_bytes, const uint8_t* second,
+                          uint32_t second_bytes, uint8_t* out) noexcept nogil:
+    return (
+        EVP_DigestInit_ex(c.hash, c.sha256, NULL) == 1
+        and EVP_DigestUpdate(c.hash, first, first_bytes) == 1
+        and EVP_DigestUpdate(c.hash, second, second_bytes) == 1
+        and EVP_DigestFinal_ex(c.hash, out, NULL) == 1
+    )
+
+
+cdef inline bint hmac_sha256(Crypto* c, const uint8_t* key, uint32_t key_bytes, const uint8_t* data, uint32_t length,
+                             uint8_t* out) noexcept nogil:
+    """RFC 2104, with a key of at most 64 octets; 32 octets to `out`."""
+    cdef uint8_t[HASH_BLOCK_BYTES] inner
+    cdef uint8_t[HASH_BLOCK_BYTES] outer
+    cdef uint32_t i
+    memset(inner, 0x36, HASH_BLOCK_BYTES)
+    memset(outer, 0x5C, HASH_BLOCK_BYTES)
+    for i in range(key_bytes):
+        inner[i] ^= key[i]
+        outer[i] ^= key[i]
+    return (
+        hash_two(c, inner, HASH_BLOCK_BYTES, data, length, out)
+        and hash_two(c, outer, HASH_BLOCK_BYTES, out, SECRET_BYTES, out)
+    )
+
+
 cdef inline uint32_t add_characters(uint8_t* out, uint32_t at, const char* text) noexcept nogil:
     """Returns the place behind them; three of our own labels never fill the 64 octets."""
     while text[0] != 0 and at < 60:
@@ -163,7 +226,7 @@ cdef inline uint32_t add_characters(uint8_t* out, uint32_t at, const char* text)
     return at
 
 
-cdef inline bint expand_label(const uint8_t* secret, const char* prefix, const char* label, uint8_t* out,
+cdef inline bint expand_label(Crypto* c, const uint8_t* secret, const char* prefix, const char* label, uint8_t* out,
                               uint32_t bytes) noexcept nogil:
     """HKDF-Expand-Label (RFC 8446, 7.1) with an empty context, for at most 32 octets."""
     cdef uint8_t[64] info
@@ -175,27 +238,27 @@ cdef inline bint expand_label(const uint8_t* secret, const char* prefix, const c
     info[2] = <uint8_t>(at - 3)
     info[at] = 0
     info[at + 1] = 1
-    if HMAC(EVP_sha256(), secret, SECRET_BYTES, info, at + 2, block, NULL) == NULL:
+    if not hmac_sha256(c, secret, SECRET_BYTES, info, at + 2, block):
         return False
     memcpy(out, block, bytes)
     return True
 
 
-cdef inline bint client_keys(const Initial* packet, Keys* keys) noexcept nogil:
+cdef inline bint client_keys(Crypto* c, const Initial* packet, Keys* keys) noexcept nogil:
     """RFC 9001, 5.2: out of the version's salt and the destination connection ID."""
     cdef uint8_t[SECRET_BYTES] initial
     cdef uint8_t[SECRET_BYTES] client
     return (
-        HMAC(EVP_sha256(), packet.version.salt, SALT_BYTES, packet.id, packet.id_bytes, initial, NULL) != NULL
-        and expand_label(initial, "", "client in", client, SECRET_BYTES)
-        and expand_label(client, packet.version.label, "key", keys.key, 16)
-        and expand_label(client, packet.version.label, "iv", keys.iv, 12)
-        and expand_label(client, packet.version.label, "hp", keys.header, 16)
+        hmac_sha256(c, packet.version.salt, SALT_BYTES, packet.id, packet.id_bytes, initial)
+        and expand_label(c, initial, "", "client in", client, SECRET_BYTES)
+        and expand_label(c, client, packet.version.label, "key", keys.key, 16)
+        and expand_label(c, client, packet.version.label, "iv", keys.iv, 12)
+        and expand_label(c, client, packet.version.label, "hp", keys.header, 16)
     )
 
 
-cdef inline bint open_initial(EVP_CIPHER_CTX* ecb, EVP_CIPHER_CTX* gcm, const uint8_t* p, const Initial* packet,
-                              uint8_t* plain, uint32_t* plain_bytes) noexcept nogil:
+cdef inline bint open_initial(Crypto* c, const uint8_t* p, const Initial* packet, uint8_t* plain,
+                              uint32_t* plain_bytes) noexcept nogil:
     """Takes away the protection of header and payload (RFC 9001, 5.3 and 5.4). `plain`: QUIC_PACKET_MAX octets.
     False: this is not the client's, or it was changed."""
     cdef Keys keys
@@ -205,12 +268,12 @@ cdef inline bint open_initial(EVP_CIPHER_CTX* ecb, EVP_CIPHER_CTX* gcm, const ui
     cdef const uint8_t* sample
     cdef const uint8_t* tag
     cdef int written = 0
-    if packet.end > QUIC_PACKET_MAX or not client_keys(packet, &keys):
+    if packet.end > QUIC_PACKET_MAX or not client_keys(c, packet, &keys):
         return False
-    if EVP_EncryptInit_ex(ecb, EVP_aes_128_ecb(), NULL, keys.header, NULL) != 1:
+    if EVP_EncryptInit_ex(c.ecb, c.ecb_kind, NULL, keys.header, NULL) != 1:
         return False
     sample = p + packet.number_at + QUIC_NUMBER_BYTES_MAX
-    if EVP_EncryptUpdate(ecb, mask, &written, sample, QUIC_SAMPLE_BYTES) != 1 or written != 16:
+    if EVP_EncryptUpdate(c.ecb, mask, &written, sample, QUIC_SAMPLE_BYTES) != 1 or written != 16:
         return False
     number_bytes = ((p[0] ^ mask[0]) & 3) + 1
     header_bytes = packet.number_at + number_bytes
@@ -220,17 +283,17 @@ cdef inline bint open_initial(EVP_CIPHER_CTX* ecb, EVP_CIPHER_CTX* gcm, const ui
     for i in range(number_bytes):
         header[packet.number_at + i] ^= mask[1 + i]
         keys.iv[12 - number_bytes + i] ^= header[packet.number_at + i]
-    if EVP_DecryptInit_ex(gcm, EVP_aes_128_gcm(), NULL, keys.key, keys.iv) != 1:
+    if EVP_DecryptInit_ex(c.gcm, c.gcm_kind, NULL, keys.key, keys.iv) != 1:
         return False
-    if EVP_DecryptUpdate(gcm, NULL, &written, header, <int>header_bytes) != 1:
+    if EVP_DecryptUpdate(c.gcm, NULL, &written, header, <int>header_bytes) != 1:
         return False
-    if EVP_DecryptUpdate(gcm, plain, &written, p + header_bytes, <int>payload_bytes) != 1:
+    if EVP_DecryptUpdate(c.gcm, plain, &written, p + header_bytes, <int>payload_bytes) != 1:
         return False
     plain_bytes[0] = payload_bytes
     tag = p + packet.end - QUIC_TAG_BYTES
-    if EVP_CIPHER_CTX_ctrl(gcm, EVP_CTRL_GCM_SET_TAG, QUIC_TAG_BYTES, <void*>tag) != 1:
+    if EVP_CIPHER_CTX_ctrl(c.gcm, EVP_CTRL_GCM_SET_TAG, QUIC_TAG_BYTES, <void*>tag) != 1:
         return False
-    return EVP_DecryptFinal_ex(gcm, mask, &written) == 1
+    return EVP_DecryptFinal_ex(c.gcm, mask, &written) == 1
 
 
 cdef inline void add_piece(Pieces* pieces, uint64_t offset, const uint8_t* p, uint32_t length) noexcept nogil:

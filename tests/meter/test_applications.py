@@ -1,4 +1,4 @@
-"""Applications and names in flows and records: what the table keeps, what collectors read, and agreement with tshark."""
+"""Applications and names in flows and records: what the table keeps, what collectors read, what tshark finds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from capture.payloads import INITIAL_1, START, client_hello, digests, handshake, question, record, server_name, tcp, udp
 from formats.craft import Packet, pcap_file
-from meter.flow_packets import NO_SHARED, SECOND, SHARED, Memory, make_table, take_rows
+from meter.flow_packets import NO_SHARED, SECOND, SHARED, Decoder, Memory, flow_records, make_table, take_rows
 from support.judges import tshark_fields
+from support.service import APPLIANCE
 
 from appliance.capture.application import Inspector
 from appliance.errors import ApplianceError
-from appliance.meter.settings import MeterSettings
+from appliance.meter.pack import Packer
+from appliance.meter.settings import ExportSettings, MeterSettings
+from appliance.meter.templates import TemplateSet
 from appliance.offline import meter_files
 
 TEXTS = ("application", "server_name", "alpn", "dns_name", "http_host", "http_method", "ssh", "reverse_ssh")
@@ -177,6 +180,15 @@ def test_json_and_csv_have_the_names_and_nothing_that_steers_a_terminal(tmp_path
     assert sorted(tuple(row[name] for name in NAMES if row.get(name)) for row in by_column) == found
 
 
+def test_the_table_for_people_ends_with_application_and_name(tmp_path: Path) -> None:
+    out = records(tmp_path, "ipfix")
+    command = [*APPLIANCE, "ipfix", "read", str(out), "--format", "table"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ends = [line.split("  ")[-1] for line in lines if " TCP " in line or " UDP " in line]
+    assert "forced ssh SSH-2.0-client" in ends and "forced dns www.example.net" in ends
+    assert not any("\x1b" in line for line in lines)
+
+
 def test_ipfix_dump_reads_the_names_by_the_types_that_the_file_tells(tmp_path: Path) -> None:
     out = records(tmp_path, "ipfix")
     done = subprocess.run(["ipfixDump", "--rfc5610", "--in", out], capture_output=True, text=True, check=True)
@@ -205,11 +217,6 @@ def test_tshark_reads_every_record_whole(tmp_path: Path) -> None:
 
 
 def test_in_the_shortest_messages_names_are_cut_and_records_stay_whole(tmp_path: Path) -> None:
-    from appliance.meter.pack import Packer
-    from appliance.meter.settings import ExportSettings
-    from appliance.meter.templates import TemplateSet
-    from meter.flow_packets import Decoder, flow_records
-
     templates = TemplateSet(MeterSettings(applications=True, entropy=True), ExportSettings("udp://127.0.0.1:1"))
     table = metered([tcp(record(handshake(server_name(b"a" * 254)))), tcp(b"SSH-2.0-" + b"b" * 240 + b"\r\n", 2)])
     assert table.flush()

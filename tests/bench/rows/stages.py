@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from appliance.capture import headers
+from appliance.capture.application import Inspector
 from appliance.capture.digestfile import DigestFile
 from appliance.capture.filesource import FileCapture
 from appliance.config import Interface
@@ -40,6 +41,10 @@ EXTRAS: dict[str, dict[str, Any]] = {  # of the flow table
     ", TCP analysis": {"tcp_analysis": True},
     ", first 10 packets": {"packet_sequence": 10},
     ", both": {"tcp_analysis": True, "packet_sequence": 10},
+}
+INSPECTIONS = {  # of payloads
+    "applications": {"applications": True},
+    "entropy": {"applications": False, "entropy": True},
 }
 TCP_SEQUENCE = 76 // 4  # in a digest (appliance/ring/digest.h)
 OUT_BYTES = 1 << 20
@@ -103,6 +108,8 @@ def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) 
         times["header digest (the difference)"] = {name: difference}
     note("file to digests alone", _best(lambda: _digest_file_ns(path)))
     note("file to digests alone, inner flow key", _best(lambda: _digest_file_ns(path, inner=True)))
+    for stage, settings in INSPECTIONS.items():
+        note(f"file to digests alone, {stage}", _best(lambda s=settings: _digest_file_ns(path, inspection=s)))
     for count in MERGES:
         stage = f"merge of {count}, pcapng"
         note(stage, _best(lambda count=count: _merge_ns(directory, count, size, packets, order.SINK_PCAPNG)))
@@ -176,10 +183,11 @@ def _capture_ns(path: Path, with_digests: bool) -> float:
             os.close(fd)
 
 
-def _digest_file_ns(path: Path, *, inner: bool = False) -> float:
+def _digest_file_ns(path: Path, *, inner: bool = False, inspection: dict[str, bool] | None = None) -> float:
     """As `appliance flows` reads a file."""
+    inspector = Inspector(**inspection) if inspection else None
     buffer = Buffer(DIGEST_BATCH_BYTES)
-    file = DigestFile(path, inner=inner)
+    file = DigestFile(path, inner=inner, inspector=inspector)
     try:
         begun = time.perf_counter_ns()
         while not file.ended:
