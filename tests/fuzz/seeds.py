@@ -15,16 +15,20 @@ from capture.payloads import (
     INITIAL_1,
     alpn,
     client_hello,
+    digests,
     extension,
     handshake,
     question,
     record as tls_record,
     server_name,
+    tcp,
+    udp,
 )
 from formats.craft import Packet, block, enhanced, interface, pcap_file, section
 from merge.rings import DIGEST, PACKET, record
 from support.frames import Shape, numbered_frame
 
+from appliance.capture.application import Inspector
 from fuzz.targets import LINKTYPES
 
 PROJECT = Path(__file__).parents[2]
@@ -74,8 +78,8 @@ def shared() -> list[bytes]:
 
 def rings() -> list[bytes]:
     records = b"".join(record(PACKET, struct.pack("=II", 20, 20) + bytes(20), at) for at in range(4))
-    digests = b"".join(record(DIGEST, bytes(96), at) for at in range(4))
-    return [bytes([0, 0, 0, 0]) + bytes(8) + records, bytes([2, 1, 0, 9]) + bytes(8) + digests, bytes(64)]
+    empty = b"".join(record(DIGEST, bytes(96), at) for at in range(4))
+    return [bytes([0, 0, 0, 0]) + bytes(8) + records, bytes([2, 1, 0, 9]) + bytes(8) + empty, bytes(64)]
 
 
 def flow_files() -> list[bytes]:
@@ -111,7 +115,10 @@ def seeds(target: str) -> list[bytes]:
         ]
     if target in ("reader", "salvage"):
         return captures()
-    if target in ("ring", "table"):
+    if target == "table":
+        messages = [tcp(client_hello()), udp(question("a.example"), 999, 53), tcp(b"SSH-2.0-a\r\n")]
+        return [*rings(), b"".join(digests(messages, Inspector(entropy=True)))]
+    if target == "ring":
         return rings()
     if target == "ipfix":
         return flow_files()

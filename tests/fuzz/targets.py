@@ -142,7 +142,8 @@ def fuzz_table(data: bytes) -> None:
         return
     buffer = ctypes.create_string_buffer(data[:length] + bytes(8))
     base = ctypes.addressof(buffer)
-    table = FlowTable(max_flows=64, idle_timeout_ns=10**9, active_timeout_ns=10**10, tcp_linger_ns=10**9)
+    timeouts = {"idle_timeout_ns": 10**9, "active_timeout_ns": 10**10, "tcp_linger_ns": 10**9}
+    table = FlowTable(max_flows=64, **timeouts, entropy=True, name_bytes=2048)
     done = 0
     with contextlib.suppress(ValueError):
         while done < length:
