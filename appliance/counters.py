@@ -179,7 +179,13 @@ EXPORT_FIELDS = COMMON_FIELDS + (
 
 OPENER_FIELDS = COMMON_FIELDS + ("opened", "failed")
 MONITOR_FIELDS = COMMON_FIELDS + ("scrapes", "control_requests", "rejected_connections")
-SUPERVISOR_FIELDS = COMMON_FIELDS + ("restarts", "reloads", "reload_failures", "last_reload_ok")
+SUPERVISOR_FIELDS = COMMON_FIELDS + (
+    "restarts",
+    "planned_restarts",  # for new settings
+    "reloads",
+    "reload_failures",
+    "last_reload_ok",
+)
 
 
 def supervisor_fields(workers: Iterable[str]) -> tuple[str, ...]:
@@ -223,6 +229,11 @@ class CounterPage:
 
     def index(self, name: str) -> int:
         return self._index[name]
+
+    def clear(self) -> None:
+        """For another owner."""
+        for name in self.snapshot():
+            self[name] = 0
 
     def snapshot(self) -> dict[str, int]:
         """All fields at once, as `{name: value}`."""

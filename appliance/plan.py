@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from appliance import counters
@@ -24,6 +24,11 @@ BLOCK_TIMEOUT_MS, BLOCK_TIMEOUT_MAX_MS = 8, 24
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
+MORE_EXPORTS = 16  # that a reload can add
+# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
+# room for what is open for a moment only.
+BASE_OPEN_FILES = 64
+OPEN_FILES_A_WORKER = 10
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Plan:
     outputs: tuple[PlannedOutput, ...]
     meter: Meter | None
     exports: tuple[MeterExport, ...]
+    export_pages: tuple[str, ...]  # the counter page of each
     monitor: bool
     memory_bytes: int
     pages: tuple[tuple[str, Sequence[str]], ...]
@@ -75,6 +81,10 @@ class Plan:
     @property
     def workers(self) -> tuple[str, ...]:
         return worker_names(self.sources, self.outputs, self.meter, self.monitor)
+
+    @property
+    def open_files(self) -> int:
+        return BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(self.workers)
 
 
 def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
@@ -107,7 +117,25 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     exports = config.meter.exports if metered else ()
     monitor = config.monitor.address is not None or config.monitor.control_socket is not None
     pages = tuple(counter_pages(sources, outputs, meter, exports, monitor))
-    return Plan(tuple(sources), outputs, meter, exports, monitor, used, pages)
+    export_pages = tuple(page_name("export", str(i)) for i in range(len(exports)))
+    return Plan(tuple(sources), outputs, meter, exports, export_pages, monitor, used, pages)
+
+
+def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
+    """The same with other exports. One to the same collector keeps its page, and so its counters; a new one gets a page
+    that nobody has. ConfigError: there are not enough."""
+    own: list[str] = []
+    before = list(zip(plan.exports, plan.export_pages, strict=True))
+    for export in exports:
+        kept = next((pair for pair in before if pair[0].uri == export.uri), None)
+        if kept is not None:
+            before.remove(kept)
+        own.append(kept[1] if kept is not None else "")
+    pages = [name for name, _ in plan.pages if name.startswith(page_name("export", ""))]
+    free = [name for name in pages if name not in plan.export_pages]  # the meter that ends may write to the others yet
+    if own.count("") > len(free):
+        raise ConfigError(f"meter.export: {own.count('')} collectors are new; a reload can add {len(free)}")
+    return replace(plan, exports=tuple(exports), export_pages=tuple(name or free.pop(0) for name in own))
 
 
 def with_block_timeout(interface: Interface, outputs: Sequence[Output], workers: int) -> Interface:
@@ -164,7 +192,7 @@ def counter_pages(
         ]
     if meter:
         pages.append(("meter", counters.METER_FIELDS))
-        pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports))]
+        pages += [(page_name("export", str(i)), counters.EXPORT_FIELDS) for i in range(len(exports) + MORE_EXPORTS)]
     if monitor:
         pages.append(("monitor", counters.MONITOR_FIELDS))
     return pages

@@ -11,8 +11,9 @@ import logging
 import os
 from collections.abc import Sequence
 
-from appliance.capture import bpf
-from appliance.config import Output
+from appliance.capture import bpf, opener
+from appliance.capture.gate import check_rules
+from appliance.config import Config, Output
 from appliance.errors import (
     CannotCreateError,
     ConfigError,
@@ -27,9 +28,11 @@ from appliance.formats.reader import read_interfaces
 from appliance.merge.compressor import compressor_argv, program_argv
 from appliance.merge.naming import Naming, prepare_directories
 from appliance.plan import Plan, Source
-from appliance.process import account_of, may_run
+from appliance.process import account_of, check_cpus, may_run
 
 log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"  # in the first directory of an output
 
 
 class Preparation:
@@ -104,6 +107,53 @@ class Preparation:
                 os.rmdir(path)
 
 
+def check_statically(config: Config, plan: Plan) -> None:
+    """Everything that keeps a run with this plan from starting, as far as it can be found without rights, and without
+    making or opening anything but files to read. `plan` is that of `config`."""
+    if config.service.user:
+        account_of(config.service.user)
+    check_all_cpus(config)
+    for output in config.outputs:
+        check_programs(output, config.service.user if os.geteuid() == 0 else "")
+    check_sources(plan)
+
+
+def check_all_cpus(config: Config) -> None:
+    """ConfigError names every `cpus` that cannot be had."""
+    check_cpus(
+        [
+            *((f"interface {interface.label or interface.uri}", interface.cpus) for interface in config.interfaces),
+            *((f"output {output.name}", output.cpus) for output in config.outputs),
+            ("meter", config.meter.cpus),
+        ]
+    )
+
+
+def check_sources(plan: Plan) -> None:
+    """Whether interfaces and files are there, their filters compile, and the outputs can hold their link types."""
+    files = check_files(plan)
+    for planned in plan.outputs:
+        linktypes = []
+        for source in planned.sources:
+            if source.uri.is_live:
+                linktype = check_interface(source, planned.output)
+                linktypes += [(source.label, linktype)] if source.uri.scheme == "ring" else []
+            linktypes += [(source.label, interface.linktype) for interface in files.get(source.label, ())]
+        check_linktypes(planned.output, linktypes)
+
+
+def check_interface(source: Source, output: Output) -> int:
+    """Returns the link type that it would be captured with."""
+    name = source.uri.target
+    opener.interface_index(name)
+    hardware = opener.hardware_type(name)
+    linktype = opener.LINKTYPES.get(hardware, opener.LINKTYPE_RAW)
+    check_rules(source.interface, linktype)
+    if source.interface.filter:
+        bpf.compile_offline(linktype, source.interface.filter)
+    return opener.captured_linktype(hardware, output.linktype)
+
+
 def check_files(plan: Plan) -> dict[str, list[InterfaceDescription]]:
     """Opens every file source and its filter once. Returns the interfaces that each names before its first packet."""
     interfaces: dict[str, list[InterfaceDescription]] = {}
@@ -153,16 +203,38 @@ def check_linktypes(output: Output, linktypes: Sequence[tuple[str, int]]) -> Non
 
 
 def check_output(output: Output, naming: Naming, preparation: Preparation, user: str) -> None:
-    argv = compressor_argv(output.compressor)
-    if argv is not None and user and not may_run(user, argv[0]):
-        raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its compressor {argv[0]}")
-    if output.hook:
-        program = program_argv(output.hook, "hook")[0]
-        if user and not may_run(user, program):
-            raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its hook {program}")
+    check_programs(output, user)
     preparation.make_directories(naming)
     if naming.makes_directories:
-        preparation.lock(os.path.join(naming.directories[0], ".lock"))
+        preparation.lock(os.path.join(naming.directories[0], LOCK_FILE))
+
+
+def check_programs(output: Output, user: str) -> list[str]:
+    """The paths of compressor and hook, as far as there are some. MissingInputError: not installed;
+    MissingPermissionError: not for `user` ("": not asked)."""
+    argv = compressor_argv(output.compressor)
+    programs = {"compressor": argv[0]} if argv is not None else {}
+    if output.hook:
+        programs["hook"] = program_argv(output.hook, "hook")[0]
+    for what, program in programs.items():
+        if user and not may_run(user, program):
+            raise MissingPermissionError(f"output {output.name}: user {user!r} may not run its {what} {program}")
+    return list(programs.values())
+
+
+def is_locked(path: str) -> bool:
+    """Whether another instance holds this lock file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def refuse_links(paths: Sequence[str]) -> None:

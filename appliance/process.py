@@ -41,6 +41,10 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 DRAIN = b"drain"  # supervisor to worker: finish what you have, then end
 ROTATE = b"rotate"
+RENEW = b"renew"  # supervisor to worker: hand out what you have, then end; a successor with other settings goes on
+RELOAD = b"reload "  # and what follows is the worker's matter: new settings
+LOG_LEVEL = b"log level "  # and its name: from now on
+MESSAGE_BYTES = 65536  # the longest word of the supervisor
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS)
 EXIT_CRASHED = 70  # EX_SOFTWARE: an error that is ours
 
@@ -74,7 +78,7 @@ class WorkerContext:
         said: list[bytes] = []
         while True:
             try:
-                message = self.channel.recv(4096, socket.MSG_DONTWAIT)
+                message = self.channel.recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return said
             except OSError:
@@ -86,7 +90,16 @@ class WorkerContext:
                 return said
             if message == DRAIN:
                 self._draining = True
-            said.append(message)
+            if not takes_log_level(message):
+                said.append(message)
+
+
+def takes_log_level(message: bytes) -> bool:
+    """Whether that was all that the supervisor said."""
+    if not message.startswith(LOG_LEVEL):
+        return False
+    logging.getLogger().setLevel(message.removeprefix(LOG_LEVEL).decode())
+    return True
 
 
 def run_worker(main: Callable[[WorkerContext], int], context: WorkerContext, worker_log: WorkerLog) -> None:
@@ -153,14 +166,19 @@ def allow_open_files(wanted: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def check_cpus(cpus: Iterable[int], what: str) -> None:
-    """ConfigError: this machine, or this process' share of it, does not have all of `cpus`."""
+def check_cpus(wanted: Iterable[tuple[str, Iterable[int]]]) -> None:
+    """ConfigError: this machine, or this process' share of it (sched_setaffinity(2), cpusets), does not have all of
+    them. `wanted`: (who, CPUs)."""
     allowed = os.sched_getaffinity(0)
-    if missing := sorted(set(cpus) - allowed):
-        raise ConfigError(
-            f"{what}: cpus: this process may not run on CPU {', '.join(map(str, missing))}; there are "
-            f"{', '.join(map(str, sorted(allowed)))}"
-        )
+    faults = [f"{who}: cpus: {why_not(cpu)}" for who, cpus in wanted for cpu in sorted(set(cpus) - allowed)]
+    if faults:
+        raise ConfigError(f"{'; '.join(faults)}; available: {', '.join(map(str, sorted(allowed)))}")
+
+
+def why_not(cpu: int) -> str:
+    if os.path.exists(f"/sys/devices/system/cpu/cpu{cpu}"):
+        return f"this process may not run on CPU {cpu} (taskset, CPUAffinity=, a container's cpuset)"
+    return f"there is no CPU {cpu}"
 
 
 def use_cpus(cpus: Iterable[int]) -> None:
@@ -290,13 +308,20 @@ def become_user(user: str) -> None:
 
 
 def may_run(user: str, program: str) -> bool:
-    """Whether a user may run a program: asked by a child process that becomes that user."""
+    """Whether a user may run a program."""
+    return has_access(user, program, os.X_OK)
+
+
+def has_access(user: str, path: str | os.PathLike[str], mode: int) -> bool:
+    """access(2) for a user: asked by a child process that becomes that user; "" is ourselves."""
+    if not user:
+        return os.access(path, mode, effective_ids=True)
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             become_user(user)
-            status = 0 if os.access(program, os.X_OK) else 1
+            status = 0 if os.access(path, mode) else 1
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

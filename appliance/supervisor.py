@@ -30,8 +30,9 @@ from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
 from appliance.monitor.render import identity_line, live_line, systemd_status
 from appliance.monitor.view import Snapshot
-from appliance.process import DRAIN, EXIT_CRASHED, ROTATE, WorkerContext, drop_privileges, run_worker
-from appliance.wiring import RunOptions, Wiring
+from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, RENEW, ROTATE, WorkerContext, drop_privileges, run_worker
+from appliance.reload import Changes, changes_between
+from appliance.wiring import Prepared, RunOptions, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Worker:
     log: logs.WorkerLog | None = None
     lives: int = 0
     ended: bool = False  # orderly, or given up: it is not started again
+    is_renewed: bool = False  # it was told to end for a successor
     start_at: float = 0.0  # when the next life begins, if it has none now
     deaths: deque[float] = field(default_factory=deque)
     open_segment: tuple[int, float] = (0, 0.0)  # a merge's: when it was opened by its own word, when we first saw that
@@ -204,30 +206,50 @@ class Supervisor:
                 self.say(worker, ROTATE)
 
     def reload(self) -> None:
-        """Takes up what can change while it runs; an error keeps the old configuration."""
+        """Takes up what can change while it runs; an error keeps the old configuration as a whole."""
         path = self.wired.options.config_path
-        if not path:
-            log.warning("reload: this run has no configuration file")
+        if not path or self.stopping_since is not None:
+            log.warning("reload: %s", "the service is about to end" if path else "this run has no configuration file")
             return
         self.page.add("reloads")
         try:
-            new = load(path)
-            changed = wiring.reloadable_changes(self.config, new)
+            changes = changes_between(self.config, load(path))
+            while self.reopening:
+                self.hear_opener()  # its answers come in the order of the requests
+            prepared = self.wired.prepare_reload(changes)
         except ApplianceError as error:
+            if isinstance(error, OpenerGoneError):
+                self.lose_opener(error)  # an answer that comes late would be taken for that to another request
             self.page.add("reload_failures")
             self.page["last_reload_ok"] = 0
             log.error("reload: the old configuration stays in force: %s", error)
             return
         self.page["last_reload_ok"] = 1
-        for key in changed.ignored:
+        for key in changes.refused:
             log.warning("reload: %s changes only with a restart", key)
-        logging.getLogger().setLevel(new.service.log_level.upper())
-        for output in changed.outputs:
-            worker = self.workers.get(f"merge/{output.name}")
-            if worker is not None:
-                self.say(worker, wiring.reload_message(output))
-        self.config = self.wired.config = changed.config
-        log.info("reload: %s", "done" if changed.outputs else "nothing that can change while it runs has changed")
+        self.take_up(changes, prepared)
+        log.info("reload: %s", "done" if changes else "nothing that can change while it runs has changed")
+
+    def take_up(self, changes: Changes, prepared: Prepared) -> None:
+        self.config = changes.config
+        self.wired.take_up(changes.config, prepared)
+        level = self.config.service.log_level.upper()
+        logging.getLogger().setLevel(level)
+        told = list(prepared.words.items())
+        told += [(name, LOG_LEVEL + level.encode()) for name in self.workers]
+        for name, message in told:
+            if self.workers[name].is_alive and not self.say(self.workers[name], message):
+                log.error("reload: %s does not listen; it has the new settings when it starts again", name)
+        if changes.meter:
+            self.renew(self.workers["meter"])
+
+    def renew(self, worker: Worker) -> None:
+        """A planned end, and the next life at once: what takes other settings at its start only. A worker that has no
+        life now needs no word."""
+        if worker.is_alive and self.say(worker, RENEW):
+            log.info("%s: it is started again for its new settings", worker.name)
+            worker.is_renewed = True
+            self.page.add("planned_restarts")
 
     def log_state(self) -> None:
         snapshot = self.wired.view.snapshot()
@@ -307,7 +329,10 @@ class Supervisor:
         process.join()
         status = process.exitcode
         self.forget(worker)
-        if status == 0:
+        is_renewed, worker.is_renewed = worker.is_renewed, False
+        if status == 0 and is_renewed:
+            self.start(worker)
+        elif status == 0:
             worker.ended = True
         elif status is not None and status > 0 and status != EXIT_CRASHED:
             worker.ended = True
@@ -391,10 +416,13 @@ class Supervisor:
 
     # ---- words ----
 
-    def say(self, worker: Worker, message: bytes) -> None:
+    def say(self, worker: Worker, message: bytes) -> bool:
+        """False: it is not there, or its queue is full."""
         if worker.channel is not None:
             with contextlib.suppress(OSError):
                 worker.channel.send(message, socket.MSG_DONTWAIT)
+                return True
+        return False
 
     def hear(self, worker: Worker) -> None:
         while worker.channel is not None:  # one look at the selector may tell of a death first, and then of words
@@ -432,10 +460,7 @@ class Supervisor:
         try:
             opened = opener.answer()
         except OpenerGoneError as error:
-            self.selector.unregister(opener.channel)
-            self.wired.close_opener()
-            self.reopening.clear()
-            log.error("%s: interfaces that come back cannot be opened again without a restart", error)
+            self.lose_opener(error)
             return
         except ApplianceError as error:
             log.warning("%s: %s", self.reopening.popleft(), error)
@@ -446,6 +471,13 @@ class Supervisor:
         if worker.channel is not None:
             with contextlib.suppress(OSError):  # it dies: its next life gets the socket at its start
                 send_opened(worker.channel, opened, socket.MSG_DONTWAIT)
+
+    def lose_opener(self, error: OpenerGoneError) -> None:
+        assert self.wired.opener is not None
+        self.selector.unregister(self.wired.opener.channel)
+        self.wired.close_opener()
+        self.reopening.clear()
+        log.error("%s: interfaces that come back cannot be opened again without a restart", error)
 
     # ---- telling ----
 

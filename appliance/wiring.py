@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import workers.capture
 import workers.merge
+from appliance.capture import bpf
 from appliance.capture.gate import check_rules
 from appliance.capture.interfaces import host_interfaces
 from appliance.capture.opener import OpenedInterface, OpenerClient, OpenRequest, interface_exists, serve
-from appliance.config import Config, Output, expand_interfaces
+from appliance.config import Config, Interface, Output, expand_interfaces
 from appliance.counters import CounterPages
+from appliance.errors import ConfigError, InputOutputError, MissingPermissionError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge.compressor import compressor_argv, compressor_suffix, program_argv
 from appliance.merge.naming import ApplianceNaming, Naming
@@ -38,21 +40,23 @@ from appliance.monitor.control import open_control_socket
 from appliance.monitor.listener import open_listener
 from appliance.monitor.ports import PortParts
 from appliance.monitor.render import live_line
-from appliance.monitor.topology import topology_of
+from appliance.monitor.topology import changes_text, topology_of
 from appliance.monitor.view import Snapshot, Topology, View
-from appliance.plan import Plan, PlannedOutput, Source, make_plan
-from appliance.prepare import Preparation, check_files, check_linktypes, check_output
+from appliance.plan import Plan, PlannedOutput, Source, make_plan, with_exports
+from appliance.prepare import Preparation, check_all_cpus, check_files, check_linktypes, check_output, missing_parts
 from appliance.process import (
     CAP_NET_RAW,
+    MESSAGE_BYTES,
+    RELOAD,
     WorkerContext,
     allow_open_files,
-    check_cpus,
     check_user,
     close_descriptors,
     drop_privileges,
     on_cpus,
     set_process_name,
 )
+from appliance.reload import Changes, settings_text
 from appliance.ring import memory, port as port_memory
 from appliance.ring.ring import Mapping as RingMapping, Producer, initialise
 
@@ -61,12 +65,6 @@ if TYPE_CHECKING:
     import workers.monitor
 
 log = logging.getLogger(__name__)
-
-# What the supervisor holds itself and for each worker: socket, rings, eventfd, channel, pidfd, sentinel, log; with some
-# room for what is open for a moment only.
-BASE_OPEN_FILES = 64
-OPEN_FILES_A_WORKER = 10
-RELOADABLE_OUTPUT_KEYS = ("rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms")
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,17 @@ class RunOptions:
     watch_file: str = ""  # no further file is opened before this one exists
     strict: bool = False  # a failed output is an exit status
     resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A new configuration that was made ready, and only needs to be said and done: `words` by worker, `filters`
+    (programs of struct sock_filter) by source."""
+
+    plan: Plan
+    topology: Topology
+    words: Mapping[str, bytes]
+    filters: Mapping[str, bytes]
 
 
 @dataclass
@@ -126,10 +135,10 @@ class Wiring:
             check_user(config.service.user)
         config = expand_interfaces(config, host_interfaces() if needs_host(config) else ())
         plan = make_plan(config)
-        for what, cpus in all_cpus(config):
-            check_cpus(cpus, what)
+        check_all_cpus(config)
         load_workers(plan)
-        allow_open_files(BASE_OPEN_FILES + OPEN_FILES_A_WORKER * len(plan.workers))
+        check_meter(config)
+        allow_open_files(plan.open_files)
         file_interfaces = check_files(plan)
         preparation = Preparation()
         namings: dict[str, Naming] = {}
@@ -303,7 +312,7 @@ class Wiring:
         )
 
     def merge_parts(self, planned: PlannedOutput, is_successor: bool) -> workers.merge.MergeParts:
-        output = next(output for output in self.config.outputs if output.name == planned.output.name)
+        output = self.config.output(planned.output.name)
         sources = tuple(
             workers.merge.MergeSource(
                 label=source.label,
@@ -357,6 +366,7 @@ class Wiring:
             wake_fd=self.meter_wake,
             settings=replace(meter_settings(self.config), interfaces=interface_names(self.plan)),
             max_wait_ms=max(output.max_wait_ms for output in self.config.outputs),
+            export_pages=self.plan.export_pages,
         )
 
     def monitor_parts(self) -> workers.monitor.MonitorParts:
@@ -378,12 +388,74 @@ class Wiring:
             refusal=no_port_because(source),
         )
 
+    # ---- a new configuration ----
+
+    def prepare_reload(self, changes: Changes) -> Prepared:
+        """ApplianceError: something of it cannot be had. Nothing is taken up yet. No request may be with the opener."""
+        config = changes.config
+        plan = self.planned_anew(config)
+        topology = topology_of(plan, config, program_version())
+        filters = {interface.label: interface.filter for interface in changes.interfaces}
+        words = {}
+        for planned in plan.outputs:
+            told = [source for source in planned.sources if source.interface.label in filters]
+            texts = {source.label: source.interface.filter for source in told}
+            if planned.output in changes.outputs or texts:
+                hook = hook_argv(planned.output)
+                words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
+        if topology != self.topology:
+            words["monitor"] = RELOAD + changes_text(topology)
+        for worker, message in words.items():
+            if len(message) > MESSAGE_BYTES:
+                raise ConfigError(f"{worker}: changes of {len(message)} bytes; {MESSAGE_BYTES} can be told at most")
+        if changes.meter:
+            check_meter(config)
+            check_flow_directories(config)
+        return Prepared(plan, topology, words, self.compile_filters(filters))
+
+    def planned_anew(self, config: Config) -> Plan:
+        """What is planned, with what a reload can change of it."""
+        interfaces = {interface.label: interface for interface in config.interfaces}
+        sources = {source.label: with_filter(source, interfaces) for source in self.plan.sources}
+        outputs = tuple(
+            replace(
+                planned,
+                output=config.output(planned.output.name),
+                sources=tuple(sources[source.label] for source in planned.sources),
+            )
+            for planned in self.plan.outputs
+        )
+        plan = replace(self.plan, sources=tuple(sources.values()), outputs=outputs)
+        return with_exports(plan, config.meter.exports) if plan.meter is not None else plan
+
+    def compile_filters(self, filters: Mapping[str, str]) -> dict[str, bytes]:
+        """`filters`: by interface. Returns the programs by source."""
+        programs = {}
+        for source in self.plan.sources:
+            if source.interface.label in filters:
+                if self.opener is None:
+                    raise InputOutputError(
+                        f"interface {source.label}: filter: only the opener process could compile it"
+                    )
+                request = replace(self.open_request(source.worker), filter=filters[source.interface.label])
+                programs[source.label] = self.opener.compile(request)
+        return programs
+
+    def take_up(self, config: Config, prepared: Prepared) -> None:
+        """From now on every worker and socket that is made gets its parts of this one; those that are there get new
+        filters, each between two packets."""
+        for name in set(prepared.plan.export_pages) - set(self.plan.export_pages):
+            self.pages[name].clear()
+        self.config, self.plan, self.topology = config, prepared.plan, prepared.topology
+        for label, program in prepared.filters.items():
+            bpf.attach(self.opened[label].fd, program)
+
     # ---- sockets ----
 
     def open_request(self, worker: str) -> OpenRequest:
         source = self.source_of(worker)
         interface = source.interface
-        output = next(output for output in self.config.outputs if output.name == source.output)
+        output = self.config.output(source.output)
         return OpenRequest(
             interface=source.uri.target,
             filter=interface.filter,
@@ -442,15 +514,6 @@ def run_opener(channel: socket.socket, user: str) -> None:
         serve(channel)
 
 
-def all_cpus(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every `cpus` of a configuration, with the table that it stands in."""
-    for interface in config.interfaces:
-        yield f"interface {interface.uri}", interface.cpus
-    for output in config.outputs:
-        yield f"output {output.name}", output.cpus
-    yield "meter", config.meter.cpus
-
-
 def load_workers(plan: Plan) -> None:
     """The code of the workers that not every run has: a third of a start's time. Before the user is changed, because
     another one may not be able to read our files."""
@@ -458,6 +521,11 @@ def load_workers(plan: Plan) -> None:
         import_module("workers.meter")
     if plan.monitor:
         import_module("workers.monitor")
+
+
+def with_filter(source: Source, interfaces: Mapping[str, Interface]) -> Source:
+    label = source.interface.label
+    return replace(source, interface=source.interface.model_copy(update={"filter": interfaces[label].filter}))
 
 
 def no_port_because(source: Source) -> str:
@@ -547,51 +615,31 @@ def meter_settings(config: Config) -> MeterSettings:
     )
 
 
+def check_meter(config: Config) -> None:
+    """ApplianceError: the meter would end with it at its start: elements of the user's own, certificates."""
+    settings = meter_settings(config)
+    for export in settings.export if config.meter.enabled else ():
+        if export.uri.startswith("tls://"):
+            from appliance.meter.tls import client_context
+
+            client_context(export)
+
+
+def check_flow_directories(config: Config) -> None:
+    """MissingPermissionError: flow files cannot be made by the user that this process is by now."""
+    for export in config.meter.exports:
+        if export.destination.scheme == "file":
+            directory = os.path.abspath(export.destination.path or config.flows_directory.parent)
+            there = os.path.dirname(missing[0]) if (missing := missing_parts(directory)) else directory
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise MissingPermissionError(f"{there}: may not be written by user {os.geteuid()}, for {export.uri}")
+
+
 def program_version() -> str:
     try:
         return version("capture-appliance")
     except PackageNotFoundError:  # run from a source tree
         return "0"
-
-
-# ---- reloading ----
-
-
-@dataclass(frozen=True)
-class ReloadableChanges:
-    """What a new configuration changes: outputs with new settings, keys that need a restart, and what is in force."""
-
-    config: Config
-    outputs: tuple[Output, ...]
-    ignored: tuple[str, ...]
-
-
-def reloadable_changes(old: Config, new: Config) -> ReloadableChanges:
-    changed, ignored, in_force = [], [], []
-    theirs = {output.name: output for output in new.outputs}
-    for output in old.outputs:
-        other = theirs.get(output.name, output)
-        update = {key: getattr(other, key) for key in RELOADABLE_OUTPUT_KEYS}
-        merged = output.model_copy(update=update)
-        if merged != output:
-            changed.append(merged)
-        if other != merged:
-            ignored += [f"output {output.name}: {key}" for key in differing(merged, other)]
-        in_force.append(merged)
-    service = old.service.model_copy(update={"log_level": new.service.log_level})
-    for part in ("memory_bytes", "interfaces", "meter", "monitor"):
-        if getattr(old, part) != getattr(new, part) and not (part == "interfaces" and needs_host(new)):
-            ignored.append(part)
-    config = old.model_copy(update={"outputs": tuple(in_force), "service": service})
-    return ReloadableChanges(config, tuple(changed), tuple(ignored))
-
-
-def differing(one: Output, other: Output) -> list[str]:
-    return [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
-
-
-def reload_message(output: Output) -> bytes:
-    return workers.merge.RELOAD + json.dumps({key: getattr(output, key) for key in RELOADABLE_OUTPUT_KEYS}).encode()
 
 
 # ---- words about the figures ----

@@ -53,17 +53,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.plan": {"appliance.capture.uri"},
     # Asks every stage, before there is a process, whether it could start.
     "appliance.prepare": {"appliance.capture", "appliance.merge", "appliance.plan"},
+    "appliance.reload": set(),
     # Makes of a plan what each worker is given; with the preparation the only part that sees all stages at once.
     "appliance.wiring": {"appliance.capture", "appliance.merge", "appliance.meter", "appliance.monitor"}
-    | {"appliance.plan", "appliance.prepare", "workers"},
-    "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.wiring"},
+    | {"appliance.plan", "appliance.prepare", "appliance.reload", "workers"},
+    "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.reload"}
+    | {"appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
     "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
     "appliance.traces": {"appliance.capture", "appliance.meter"},
-    "appliance.doctor": {"appliance.capture", "appliance.merge", "appliance.plan"},
+    "appliance.doctor": {"appliance.capture", "appliance.monitor.listener", "appliance.plan", "appliance.prepare"},
     "appliance.lab": set(),
     "appliance.capturer": {"appliance.monitor.control"},
     "appliance.capture_command": {"appliance.capturer", "appliance.cli", "appliance.generator"},

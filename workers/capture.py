@@ -27,7 +27,7 @@ from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.capture.trigger import PortTap
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
-from appliance.process import DRAIN, WorkerContext, set_capabilities
+from appliance.process import DRAIN, WorkerContext, set_capabilities, takes_log_level
 from appliance.ring.ring import Producer
 
 log = logging.getLogger(__name__)
@@ -183,6 +183,8 @@ class LiveWorker:
             return
         except ConnectionError:
             message, fd = b"", -1
+        if takes_log_level(message):
+            return
         if not message or message == DRAIN:
             self.begin_drain()
         elif fd >= 0 and self.drain_until is not None:

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from appliance.config import Output
 from appliance.errors import EXIT_IO, ApplianceError, FormatError, InputOutputError
@@ -28,7 +29,7 @@ from appliance.merge.retention import Limits, Retention, published_name
 from appliance.merge.rotation import CLOCK_STEP, END, REQUEST, TIME, WRITE_ERROR, RotationPolicy
 from appliance.merge.segment import FileFormat, SegmentOpener
 from appliance.merge.stream import OutputStream, StreamSettings
-from appliance.process import DRAIN, ROTATE, WorkerContext
+from appliance.process import DRAIN, RELOAD, ROTATE, WorkerContext
 from appliance.ring.ring import Consumer
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ SERVE_MS = 1000  # Python looks after the compiled loop at least this often
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
 DRAIN_QUIET_S = 1.0  # while draining: a ring that brings nothing for so long, and does not end, has lost its producer
-
-RELOAD = b"reload "
 
 SINKS = {"pcapng": order.SINK_PCAPNG, "pcap": order.SINK_PCAP_NS, "pcap-us": order.SINK_PCAP_US, "erf": order.SINK_ERF}
 
@@ -111,7 +110,9 @@ class MergeWorker:
             start_grace_ms=START_GRACE_MS,
         )
         ledger = Ledger(context.page, self.labels, self.source_pages)
-        announcer = self.announcer(mode)
+        self.hook = Hook(parts.hook, output.hook_timeout_s, lambda: context.page.add("hook_failures"))
+        self.announcer = self.make_announcer(mode)
+        self.retention = self.make_retention()
         self.recovery = Recovery(
             parts.naming,
             output,
@@ -122,7 +123,7 @@ class MergeWorker:
             [consumer.mapping.occupancy() for consumer in self.consumers],
             parts.is_successor,
             started_ns(context),
-            announcer,
+            self.announcer,
         )
         for i, page in enumerate(self.source_pages):
             self.merge.resume(i, page["consumed_packets"], page["dropped_merge_packets"], page["late_packets"])
@@ -133,9 +134,9 @@ class MergeWorker:
             mode,
             output.compressor_timeout_s,
             ledger,
-            self.retention(),
+            self.retention,
             self.recovery.run,
-            announcer,
+            self.announcer,
         )
         self.stream = OutputStream(
             self.merge,
@@ -170,25 +171,20 @@ class MergeWorker:
         )
         self.is_recovering = True
 
-    def retention(self) -> Retention | None:
+    def make_retention(self) -> Retention | None:
         """Only for files that have sidecars: others are the user's own, under names of the user's own."""
-        limits = Limits.of(self.output, self.live)
-        if not limits or self.parts.naming.sidecar_path(0, 0) is None:
+        if self.parts.naming.sidecar_path(0, 0) is None:
             return None
-        return Retention(limits, self.parts.naming, self.output.name, self.context.page)
+        return Retention(Limits.of(self.output, self.live), self.parts.naming, self.output.name, self.context.page)
 
-    def announcer(self, mode: int) -> Announcer:
+    def make_announcer(self, mode: int) -> Announcer:
         """Like the retention, the manifest knows files by their sidecars."""
         sidecar = self.parts.naming.sidecar_path(0, 0)
         manifest = None if sidecar is None else Manifest(os.path.dirname(sidecar), mode)
         ready = os.path.dirname(self.parts.naming.final_path(0, 0)) if manifest is not None else ""
-        hook = None
-        if self.parts.hook:
-            timeout_s = self.output.hook_timeout_s
-            hook = Hook(self.parts.hook, timeout_s, lambda: self.context.page.add("hook_failures"))
         return Announcer(
             manifest,
-            hook,
+            self.hook,
             close_write=self.output.close_write,
             mend=lambda manifest: manifest.complete(ready, published_name(self.output.name)),
         )
@@ -303,13 +299,22 @@ class MergeWorker:
             self.stream.close(CLOCK_STEP)
         self.merge.next_epoch()
 
-    def reload(self, changes: dict[str, object]) -> None:
-        """New settings from the configuration; they count from the next file on."""
-        output = self.output = self.output.model_copy(update=changes)
+    def reload(self, changes: dict[str, Any]) -> None:
+        """New settings from the configuration (reload.settings_text); those of files count from the next one on."""
+        output = self.output = self.output.model_copy(update=changes["output"])
+        self.hook.use(changes["hook"], output.hook_timeout_s)
+        self.announcer.close_write = output.close_write
+        if self.retention is not None:
+            self.retention.use(Limits.of(output, self.live))
         self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
         self.stream.use_rotation(self.policy, skip_empty=output.empty_segments == "skip")
         self.merge.set_max_wait(output.max_wait_ms)
         self.pump.max_wait_ms = output.max_wait_ms
+        for i, label in enumerate(self.labels):
+            if label in changes["filters"]:
+                self.stream.describe_filter(i, changes["filters"][label])
+        if changes["filters"] and output.format == "pcapng" and self.stream.segment is not None:
+            self.stream.rotate(REQUEST)  # a file says which filter its packets passed
         log.info("output %s: new settings are in force", output.name)
 
     def handle_messages(self) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from appliance.counters import IGNORED_REASONS
 from appliance.merge import order
-from appliance.meter.metering import Metering
+from appliance.meter.metering import CLOSE_S, Metering
 from appliance.meter.settings import MeterSettings
-from appliance.process import DRAIN, WorkerContext
+from appliance.process import DRAIN, RENEW, WorkerContext
 from appliance.ring.ring import Consumer
 
 OUT_BYTES = 256 << 10
@@ -47,6 +47,7 @@ class MeterParts:
     wake_fd: int
     settings: MeterSettings
     max_wait_ms: int
+    export_pages: tuple[str, ...] = ()  # one for each of settings.export
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -78,18 +79,23 @@ class MeterWorker:
         self.metering = Metering(
             parts.settings,
             context.page,
-            [context.pages[f"export/{i}"] for i in range(len(parts.settings.export))],
+            [context.pages[name] for name in parts.export_pages],
             live=self.live,
             ignored_packets=lambda: sum(page[name] for page in capture_pages for name in ignored),
         )
         self.next_ask = 0.0
         self.draining_since: float | None = None
+        self.is_renewed = False
         self.clock_offset_ns = time.time_ns() - time.monotonic_ns()
 
     def run(self) -> None:
         while self.turn():
             self.context.beat()
-        self.metering.finish()
+        if self.is_renewed:
+            # The rings fill meanwhile, and nobody beats: what collectors do not take soon is counted as not sent.
+            self.metering.finish(min(CLOSE_S, self.context.config.service.heartbeat_timeout_s / 2))
+        else:
+            self.metering.finish()
 
     def turn(self) -> bool:
         status = self.merge.fill()
@@ -152,8 +158,12 @@ class MeterWorker:
             os.eventfd_read(self.parts.wake_fd)
 
     def handle_messages(self, now: float) -> bool:
-        """False: drained for too long without an end; the producers are gone."""
-        if DRAIN in self.context.messages() and self.draining_since is None:
+        """False: a successor goes on; or drained for too long without an end, and the producers are gone."""
+        said = self.context.messages()
+        if RENEW in said:
+            self.is_renewed = True
+            return False
+        if DRAIN in said and self.draining_since is None:
             self.draining_since = now
             self.context.set_state("draining")
         if self.draining_since is None:

@@ -16,9 +16,10 @@ from appliance.errors import InputOutputError
 from appliance.monitor.control import ControlServer
 from appliance.monitor.host import HostSampler
 from appliance.monitor.ports import PortParts, Ports
+from appliance.monitor.topology import changed
 from appliance.monitor.view import Topology, View
 from appliance.monitor.web import WebServer, application
-from appliance.process import DRAIN, ROTATE, WorkerContext
+from appliance.process import DRAIN, RELOAD, ROTATE, WorkerContext
 from appliance.ring.ring import Mapping as RingMapping
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,16 @@ class Monitor:
     """Serves until the supervisor says drain, or is gone."""
 
     def __init__(self, context: WorkerContext, parts: MonitorParts) -> None:
-        topology: Topology = context.topology
+        self._topology: Topology = context.topology
         self._context = context
         self._parts = parts
         self._rings = {label: RingMapping(fd, parts.generation) for label, fd in parts.rings}
-        self._host = HostSampler(context.pages, topology)
-        self._view = View(context.pages, topology, ring_usage=self._ring_usage, host=self._host.figures)
+        self._host = HostSampler(context.pages, self._topology)
+        self._view = View(context.pages, self._topology, ring_usage=self._ring_usage, host=self._host.figures)
         self._handlers = {
             "status": lambda: self._view.snapshot().as_json(),
             "rotate": self._rotate,
-            "version": lambda: topology.version,
+            "version": lambda: self._topology.version,
         }
         self._ports = Ports(parts.ports, parts.generation)
         self._drained = asyncio.Event()
@@ -108,8 +109,11 @@ class Monitor:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _listen(self) -> None:
-        if DRAIN in self._context.messages():
-            self._drained.set()
+        for message in self._context.messages():
+            if message == DRAIN:
+                self._drained.set()
+            elif message.startswith(RELOAD):
+                self._topology = self._view.topology = changed(self._topology, message.removeprefix(RELOAD))
 
     def _rotate(self) -> str:
         try:

@@ -11,6 +11,7 @@ beside it by SCM_RIGHTS.
 from __future__ import annotations
 
 import array
+import base64
 import dataclasses
 import errno
 import fcntl
@@ -18,6 +19,7 @@ import json
 import os
 import socket
 import struct
+from typing import Any
 
 from appliance.capture import bpf
 from appliance.errors import ApplianceError, InputOutputError, MissingInputError, MissingPermissionError
@@ -44,6 +46,8 @@ LINKTYPE_RAW = 101
 LINKTYPE_RADIOTAP = 127
 LINKTYPE_LINUX_SLL2 = 276
 ARPHRD_LOOPBACK = 772
+COMPILE_TIMEOUT_S = 4.0
+FILTER_OF = "filter of"  # a request for the program alone
 # Hardware types (linux/if_arp.h) whose frames have a link type of their own; all others are captured cooked.
 LINKTYPES = {
     1: LINKTYPE_ETHERNET,
@@ -94,10 +98,8 @@ def open_interface(request: OpenRequest) -> OpenedInterface:
     name = request.interface
     ifindex = interface_index(name)
     hardware = hardware_type(name)
-    linktype = LINKTYPES.get(hardware, LINKTYPE_LINUX_SLL2)
-    cooked = linktype == LINKTYPE_LINUX_SLL2 or request.linktype == "sll2"
-    if cooked:
-        linktype = LINKTYPE_LINUX_SLL2
+    linktype = captured_linktype(hardware, request.linktype)
+    cooked = linktype == LINKTYPE_LINUX_SLL2
     try:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM if cooked else socket.SOCK_RAW, 0)
     except PermissionError as error:
@@ -129,6 +131,11 @@ def open_interface(request: OpenRequest) -> OpenedInterface:
         raise InputOutputError(f"interface {name} cannot be opened: {error}") from error
     finally:
         sock.close()
+
+
+def captured_linktype(hardware: int, asked: str) -> int:
+    """The link type that an interface of this hardware type (ARPHRD_*) is captured with; `asked` as in OpenRequest."""
+    return LINKTYPE_LINUX_SLL2 if asked == "sll2" else LINKTYPES.get(hardware, LINKTYPE_LINUX_SLL2)
 
 
 def permission_message(name: str) -> str:
@@ -212,13 +219,23 @@ def serve(channel: socket.socket) -> None:
     """The opener's loop: one request, one answer, until the other end closes."""
     while message := channel.recv(MESSAGE_BYTES):
         try:
-            opened = open_interface(OpenRequest(**json.loads(message)))
+            fields = json.loads(message)
+            if FILTER_OF in fields:
+                channel.send(json.dumps({"filter": compiled_filter(OpenRequest(**fields[FILTER_OF]))}).encode())
+                continue
+            opened = open_interface(OpenRequest(**fields))
         except (ApplianceError, OSError) as error:
             answer = {"error": str(error), "kind": type(error).__name__}
             channel.send(json.dumps(answer).encode())
             continue
         send_opened(channel, opened)
         os.close(opened.fd)
+
+
+def compiled_filter(request: OpenRequest) -> str:
+    """Base64 of the program (struct sock_filter) that a socket opened for `request` would have."""
+    cooked = captured_linktype(hardware_type(request.interface), request.linktype) == LINKTYPE_LINUX_SLL2
+    return base64.b64encode(filter_instructions(request, cooked)).decode()
 
 
 class OpenerClient:
@@ -232,6 +249,25 @@ class OpenerClient:
 
     def answer(self) -> OpenedInterface:
         """The oldest outstanding answer. Raises what the opener raised; OpenerGoneError when it has ended."""
+        fields, fd = self._receive()
+        return OpenedInterface(**{**fields, "fd": fd})
+
+    def compile(self, request: OpenRequest) -> bytes:
+        """The program for an interface's filter (bpf.attach); waits. Raises as `answer`. Nothing may be outstanding."""
+        try:
+            self.channel.send(json.dumps({FILTER_OF: dataclasses.asdict(request)}).encode())
+        except OSError:
+            raise OpenerGoneError("the opener process is gone") from None
+        self.channel.settimeout(COMPILE_TIMEOUT_S)
+        try:
+            fields, _ = self._receive()
+        except TimeoutError:
+            raise OpenerGoneError(f"the opener process has not answered within {COMPILE_TIMEOUT_S:g} s") from None
+        finally:
+            self.channel.settimeout(None)
+        return base64.b64decode(fields["filter"])
+
+    def _receive(self) -> tuple[dict[str, Any], int]:
         from appliance import errors
 
         try:
@@ -244,7 +280,7 @@ class OpenerClient:
         if "error" in fields:
             kind = getattr(errors, fields["kind"], InputOutputError)
             raise kind(fields["error"])
-        return parse_opened(message, fd)
+        return fields, fd
 
     def open(self, request: OpenRequest) -> OpenedInterface:
         self.ask(request)

@@ -63,8 +63,11 @@ class Config(Table):
             raise CrossFaultsError(faults)
         return self
 
+    def output(self, name: str) -> Output:
+        return next(output for output in self.outputs if output.name == name)
+
     def output_of(self, interface: Interface) -> Output:
-        return next(output for output in self.outputs if output.name == interface.output)
+        return self.output(interface.output)
 
     def interfaces_of(self, output: Output) -> tuple[Interface, ...]:
         return tuple(interface for interface in self.interfaces if interface.output == output.name)

@@ -117,22 +117,33 @@ class Hook:
     run, or did not end with 0."""
 
     def __init__(self, argv: Sequence[str], timeout_s: float, failed: Callable[[], None]) -> None:
-        self._argv = tuple(argv)
-        self._timeout_s = timeout_s
+        """An empty `argv`: nothing is run, until `use` names a command."""
+        self.use(argv, timeout_s)
         self._failed = failed
         self._queue: queue.Queue[str | None] = queue.Queue(HOOKS_WAITING)
         self._deadline: float | None = None
-        self._thread = threading.Thread(target=self._run, name="hook", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def use(self, argv: Sequence[str], timeout_s: float) -> None:
+        """Another command, for files that wait already too; from any thread."""
+        self._command = (tuple(argv), timeout_s)
 
     def published(self, path: str) -> None:
+        """By one thread."""
+        if not self._command[0]:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hook", daemon=True)
+            self._thread.start()
         try:
             self._queue.put_nowait(path)
         except queue.Full:
-            self._report(path, f"{HOOKS_WAITING} files wait for it already")
+            self._report(self._command[0] or ("",), path, f"{HOOKS_WAITING} files wait for it already")
 
     def finish(self, beat: Callable[[], None]) -> None:
         """Waits for what is under way, not for long."""
+        if self._thread is None:
+            return
         self._deadline = time.monotonic() + HOOKS_AT_THE_END_S
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
@@ -142,17 +153,19 @@ class Hook:
 
     def _run(self) -> None:
         while (path := self._queue.get()) is not None:
-            limit_s = self._timeout_s
+            argv, limit_s = self._command
+            if not argv:
+                continue  # there is none any longer
             if self._deadline is not None:
                 limit_s = min(limit_s, self._deadline - time.monotonic())
             if limit_s <= 0:
-                self._report(path, "the service ends")
-            elif complaint := run_command([*self._argv, path], limit_s):
-                self._report(path, complaint)
+                self._report(argv, path, "the service ends")
+            elif complaint := run_command([*argv, path], limit_s):
+                self._report(argv, path, complaint)
 
-    def _report(self, path: str, complaint: str) -> None:
+    def _report(self, argv: Sequence[str], path: str, complaint: str) -> None:
         self._failed()
-        log.error("hook %s %s: %s", self._argv[0], path, complaint)
+        log.error("hook %s %s: %s", argv[0], path, complaint)
 
 
 def run_command(argv: Sequence[str], timeout_s: float) -> str:
@@ -194,7 +207,7 @@ class Announcer:
         """`mend`: what completes the manifest, called before the first line."""
         self._manifest = manifest
         self._hook = hook
-        self._close_write = close_write
+        self.close_write = close_write
         self._mend = mend
 
     def begin(self) -> None:
@@ -207,7 +220,7 @@ class Announcer:
 
     def published(self, path: str, entry: Mapping[str, Any]) -> None:
         try:
-            if self._close_write:
+            if self.close_write:
                 close_after_writing(path)
             if self._manifest is not None:
                 self._manifest.add(entry)

@@ -76,7 +76,8 @@ def free_bytes(directory: str) -> int:
 
 
 class Retention:
-    """The published files of one output. Used by one thread; `enforce` after each publication and every few seconds."""
+    """The published files of one output. Used by one thread, but for `use`; `enforce` after each publication and every
+    few seconds."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class Retention:
         sidecar = naming.sidecar_path(0, 0)
         if sidecar is None:
             raise ValueError("files without sidecars have no retention")
-        self._limits = limits
+        self._limits = self._wanted = limits
         self._page = page
         self._free = free
         self._now_ns = now_ns
@@ -109,9 +110,17 @@ class Retention:
         if self._adopted and (match := self._name.fullmatch(name)):
             self._take(name, int(match[1]))
 
+    def use(self, limits: Limits) -> None:
+        """Other limits from the next `enforce` on; from any thread."""
+        self._wanted = limits
+
     def enforce(self) -> None:
         """Removes what is beyond a limit. Errors are logged; what cannot be removed is tried again the next time."""
+        self._limits = self._wanted
         if not self._limits:
+            if self._adopted:
+                self._files.clear()  # nobody would take them off again
+                self._adopted = False
             return
         try:
             if not self._adopted:

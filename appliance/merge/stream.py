@@ -120,6 +120,12 @@ class OutputStream:
             self._put(memoryview(block))
             self._merge.bytes_left = max(0, self._merge.bytes_left - len(block) - len(self._statistics([interface])))
 
+    def describe_filter(self, source: int, text: str) -> None:
+        """Which filter a source's packets pass, in the files from the next one on."""
+        for interface in self._interfaces:
+            if interface.source == source:
+                interface.description = replace(interface.description, filter=text)
+
     def skip_interface(self, source: int) -> None:
         """A source announced an interface in a way that cannot be read: its packets are dropped, and counted."""
         self._announced[source] += 1

@@ -458,6 +458,11 @@ FAMILIES: tuple[Family, ...] = (
     _BUILD.gauge("appliance_build_info", "Version of the appliance and of Python.", lambda row: 1),
     _SERVICE.gauge("appliance_uptime_seconds", "Time since the start of the service.", lambda row: row.uptime_s),
     _SERVICE.counter(
+        "appliance_planned_restarts_total",
+        "Workers that were ended and started again for new settings.",
+        lambda row: row.planned_restarts,
+    ),
+    _SERVICE.counter(
         "appliance_config_reloads_total",
         "Reloads of the configuration, by result.",
         lambda row: {"success": row.reloads - row.reload_failures, "failure": row.reload_failures},

@@ -123,7 +123,10 @@ class Port:
     def read(self, position: int) -> dict[str, Any]:
         """Captured bytes from `position` on; where they begin is told, for what was there may be overwritten."""
         before = self._memory.figures()
-        begins, data = self._memory.read(position, READ_BYTES)
+        try:
+            begins, data = self._memory.read(position, READ_BYTES)
+        except ValueError as error:
+            raise InputOutputError(f"{self._parts.label}: {error}; start the capture anew") from None
         return {
             "captures": before["captures"],
             "head": before["head"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from appliance.monitor.view import ExportInfo, OutputInfo, SourceInfo, Topology, WorkerInfo
@@ -9,6 +11,25 @@ from appliance.monitor.view import ExportInfo, OutputInfo, SourceInfo, Topology,
 if TYPE_CHECKING:
     from appliance.config import Config
     from appliance.plan import Plan
+
+
+def changes_text(topology: Topology) -> bytes:
+    """For the monitor: the parts that a reload can change."""
+    parts = {
+        "outputs": [asdict(output) for output in topology.outputs],
+        "exports": [asdict(export) for export in topology.exports],
+    }
+    return json.dumps(parts).encode()
+
+
+def changed(topology: Topology, text: bytes) -> Topology:
+    """With what `changes_text` said of a newer one."""
+    parts = json.loads(text)
+    return replace(
+        topology,
+        outputs=tuple(OutputInfo(**part) for part in parts["outputs"]),
+        exports=tuple(ExportInfo(**part) for part in parts["exports"]),
+    )
 
 
 def topology_of(plan: Plan, config: Config, version: str) -> Topology:
@@ -37,7 +58,9 @@ def topology_of(plan: Plan, config: Config, version: str) -> Topology:
         version=version,
         sources=sources,
         outputs=outputs,
-        exports=tuple(ExportInfo(export.uri) for export in plan.exports),
+        exports=tuple(
+            ExportInfo(export.uri, page) for export, page in zip(plan.exports, plan.export_pages, strict=True)
+        ),
         workers=tuple(WorkerInfo(name.partition("/")[0], name) for name in plan.workers),
         heartbeat_timeout_s=config.service.heartbeat_timeout_s,
     )

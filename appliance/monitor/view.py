@@ -73,6 +73,7 @@ class OutputInfo:
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
     uri: str
+    page: str = "export/0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +271,7 @@ class ServiceView:
     version: str
     uptime_s: float
     restarts: int
+    planned_restarts: int
     reloads: int
     reload_failures: int
     last_reload_ok: bool
@@ -315,14 +317,14 @@ class View:
         host: Callable[[], HostFigures] = HostFigures,
     ) -> None:
         self._pages = pages
-        self._topology = topology
+        self.topology = topology
         self._ring_usage = ring_usage
         self._host = host
 
     def snapshot(self) -> Snapshot:
         return take_snapshot(
             self._pages,
-            self._topology,
+            self.topology,
             ring_used_bytes=self._ring_usage(),
             host=self._host(),
             monotonic_ns=time.monotonic_ns(),
@@ -349,7 +351,7 @@ def take_snapshot(
         interfaces=interfaces,
         outputs=outputs,
         meter=_meter(pages),
-        exports=[_export(pages, i, export) for i, export in enumerate(topology.exports)],
+        exports=[_export(pages, export) for export in topology.exports],
         workers=workers,
         problems=_problems(workers, outputs, topology, realtime_ns),
     )
@@ -508,8 +510,8 @@ def _meter(pages: CounterPages) -> MeterView | None:
     )
 
 
-def _export(pages: CounterPages, index: int, export: ExportInfo) -> ExportView:
-    page = pages[page_name("export", str(index))].snapshot()
+def _export(pages: CounterPages, export: ExportInfo) -> ExportView:
+    page = pages[export.page].snapshot()
     return ExportView(
         uri=export.uri,
         is_up=bool(page["up"]),
@@ -553,6 +555,7 @@ def _service(pages: CounterPages, topology: Topology, monotonic_ns: int) -> Serv
         version=topology.version,
         uptime_s=_age_s(supervisor.get("started_ns", 0), monotonic_ns) or 0.0,
         restarts=supervisor.get("restarts", 0),
+        planned_restarts=supervisor.get("planned_restarts", 0),
         reloads=supervisor.get("reloads", 0),
         reload_failures=supervisor.get("reload_failures", 0),
         # Before the first reload it is the start that counts, and that succeeded.

@@ -65,4 +65,5 @@ class PortMemory:
     def read(self, position: int, limit: int) -> tuple[int, bytes]:
         """At most `limit` bytes from `position` on, or from the tail if that is past it; and where they begin.
 
-        The tail is the beginning of a packet. Whatever was overwritten while it was copied is not returned."""
+        The tail is the beginning of a packet. Whatever was overwritten while it was copied is not returned.
+        ValueError: the worker's positions make no sense."""

@@ -7,6 +7,7 @@ import gzip
 import lzma
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import lz4.frame
@@ -26,9 +27,11 @@ from capture.payloads import (
 )
 from formats.craft import Packet, block, enhanced, interface, pcap_file, section
 from merge.rings import DIGEST, PACKET, record
+from meter.craft_ipfix import VARIABLE, a_set, message, options_template, template, variable
 from support.frames import Shape, numbered_frame
 
 from appliance.capture.application import Inspector
+from appliance.generator import FrameMaker, StreamShape
 from fuzz.targets import LINKTYPES
 
 PROJECT = Path(__file__).parents[2]
@@ -106,8 +109,49 @@ def conversations() -> list[bytes]:
     ]  # fmt: skip
 
 
+def payloads() -> list[bytes]:
+    """Test traffic beside other packets, with and without a check sequence behind it."""
+    maker = FrameMaker(StreamShape(stream=1))
+    frames = [maker.frame(n, 10**18 + n) for n in range(4)]
+    return packets() + frames + [frame + zlib.crc32(frame).to_bytes(4, "little") for frame in frames]
+
+
+def erf_files() -> list[bytes]:
+    """One of each kind of record, and records of each fixed length; the first byte is the format's."""
+
+    def record(kind: int, body: bytes, *, flags: int = 4, extensions: bytes = b"") -> bytes:
+        length = 16 + len(extensions) + len(body)
+        return (
+            struct.pack("<II", 1 << 31, 10**9) + struct.pack(">BBHHH", kind, flags, length, 1, 64) + extensions + body
+        )
+
+    plain = b"".join(record(2, b"\0\0" + packet) for packet in packets())
+    kinds = b"".join(record(kind, bytes(40)) for kind in (1, 3, 7, 16, 22, 24, 27, 48))
+    extended = record(2 | 0x80, b"\0\0" + packets()[0], extensions=b"\x84" + bytes(7) + b"\5" + bytes(7))
+    fixed = [bytes([1 + i]) + bytes(range(64)) * 4 for i in range(5)]
+    return [b"\0" + plain, b"\0" + kinds + extended, b"\0", *fixed]
+
+
+def messages() -> list[bytes]:
+    """Every kind of set: templates, options, withdrawals, lists within lists, and type information (RFC 5610)."""
+    flow = [(8, 4), (12, 4), (7, 2), (11, 2), (4, 1), (2, 8), (152, 8), (82, VARIABLE), (1, 4, 29305)]
+    row = bytes(4 + 4 + 2 + 2 + 1) + struct.pack("!QQ", 3, 10**12) + variable(b"eth0\x1b[2J") + bytes(4)
+    basic = variable(b"\4" + struct.pack("!HH", 2, 8) + bytes(16))
+    multi = variable(b"\4" + struct.pack("!HH", 256, 4 + len(row)) + row)
+    about = [(346, 4), (303, 2), (339, 1), (341, VARIABLE)]
+    described = struct.pack("!IHB", 9999, 7, 13) + variable(b"ownName")
+    return [
+        message(template(256, flow), a_set(256, row * 3)),
+        message(template(257, [(291, VARIABLE)]), a_set(257, basic + basic)),
+        message(template(256, flow), template(258, [(293, VARIABLE), (292, VARIABLE)]), a_set(258, multi + basic)),
+        message(options_template(259, 2, about), a_set(259, described), template(260, [(7, 2, 9999)])),
+        message(a_set(2, struct.pack("!HH", 256, 0)), a_set(2, struct.pack("!HH", 2, 0)), a_set(300, bytes(8))),
+        b"".join(message(template(256, flow), a_set(256, row), sequence=i) for i in range(3)),
+    ]
+
+
 def seeds(target: str) -> list[bytes]:
-    if target == "payload":
+    if target == "application":
         return conversations()
     if target == "headers":
         return [bytes([LINKTYPES.index(1)]) + packet for packet in packets()] + [
@@ -116,10 +160,18 @@ def seeds(target: str) -> list[bytes]:
     if target in ("reader", "salvage"):
         return captures()
     if target == "table":
-        messages = [tcp(client_hello()), udp(question("a.example"), 999, 53), tcp(b"SSH-2.0-a\r\n")]
-        return [*rings(), b"".join(digests(messages, Inspector(entropy=True)))]
+        frames = [tcp(client_hello()), udp(question("a.example"), 999, 53), tcp(b"SSH-2.0-a\r\n")]
+        return [*rings(), b"".join(digests(frames, Inspector(entropy=True)))]
     if target == "ring":
         return rings()
-    if target == "ipfix":
-        return flow_files()
+    if target in ("ipfix", "collector"):
+        return flow_files() + messages()
+    if target == "erf":
+        return erf_files()
+    if target in ("flows", "traces"):
+        return [bytes([0xFF & 29 * number]) + capture for number, capture in enumerate(captures())]
+    if target == "payload":
+        return [bytes([LINKTYPES.index(1), 37 * number & 0xFF]) + packet for number, packet in enumerate(payloads())]
+    if target == "port":
+        return [b"".join(packets()), bytes(range(256)), bytes(64)]
     return [path.read_bytes() for path in sorted((PROJECT / "config").glob("*.toml"))]

@@ -121,6 +121,24 @@ def test_the_end_does_not_wait_long_for_a_hook(monkeypatch: pytest.MonkeyPatch) 
     wait_until(lambda: len(failed) == 2, "both are told")
 
 
+def test_the_command_of_a_hook_changes_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[list[str]] = []
+
+    def command(argv: list[str], timeout_s: float) -> str:
+        run.append(argv)
+        return ""
+
+    monkeypatch.setattr(events, "run_command", command)
+    hook = Hook([], 60, lambda: None)
+    hook.published("0")
+    for path, argv in (("1", ["first", "-x"]), ("2", ["second"]), ("3", [])):
+        hook.use(argv, 60)
+        hook.published(path)
+        wait_until(lambda n=min(2, int(path)): hook._queue.empty() and len(run) == n, "it is run, if there is one")
+    hook.finish(lambda: None)
+    assert run == [["first", "-x", "1"], ["second", "2"]]
+
+
 def test_a_hook_that_cannot_be_started_is_told(tmp_path: Path) -> None:
     failed: list[int] = []
     hook = Hook([str(tmp_path / "missing")], 1, lambda: failed.append(1))

@@ -77,6 +77,26 @@ def test_the_oldest_go_until_the_rest_fits_and_not_one_more(store: Store) -> Non
     assert store.removed() == (3, 3 * KB)
 
 
+def test_other_limits_count_from_the_next_look_on_also_after_there_were_none(store: Store) -> None:
+    retention = store.retention()
+    for number in range(6):
+        retention.add(store.publish(number))
+        retention.enforce()
+    assert store.numbers() == [0, 1, 2, 3, 4, 5]
+    retention.use(Limits(retain_bytes=3 * KB))
+    assert store.removed() == (0, 0)
+    retention.enforce()
+    assert store.numbers() == [3, 4, 5]
+    retention.use(Limits())
+    for number in range(6, 9):
+        retention.add(store.publish(number))
+        retention.enforce()
+    assert store.numbers() == [3, 4, 5, 6, 7, 8]
+    retention.use(Limits(retain_bytes=2 * KB))
+    retention.enforce()
+    assert store.numbers() == [7, 8]
+
+
 def test_new_files_count_from_their_publication_on(store: Store) -> None:
     retention = store.retention(retain_bytes=2 * KB)
     retention.enforce()

@@ -19,6 +19,7 @@ from appliance.monitor.ports import PortParts, Ports
 from appliance.ring.port import allocate
 
 GENERATION = 3
+TAIL_OFFSET = 320  # of port_header.tail, ring/port.h
 
 
 class Desk:
@@ -177,3 +178,9 @@ SHARED: dict[str, Desk] = {}
 def teardown_module() -> None:
     for desk in SHARED.values():
         desk.end()
+
+
+def test_positions_that_make_no_sense_are_an_answer_and_no_crash(desk: Desk) -> None:
+    os.pwrite(desk.port_fd, (1 << 40).to_bytes(8, "little"), TAIL_OFFSET)
+    with pytest.raises(InputOutputError, match="uplink: a port's positions are damaged; start the capture anew"):
+        desk.ask("read", position=0)

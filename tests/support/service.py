@@ -80,7 +80,7 @@ def configuration(directory: Path, interfaces: Sequence[Table], **tables: Any) -
     given = tables.pop("output", {})
     outputs = given if isinstance(given, list) else [given]
     base = {"directory": str(directory), "rotate_seconds": 1, "max_wait_ms": 500, "min_free_bytes": 0}
-    memory = {"kernel_ring_bytes": 16 << 20, "ring_bytes": 16 << 20}
+    memory = {"ring_bytes": 16 << 20}  # and the kernel's ring as it is by default: it bridges a second
     config: dict[str, Any] = {
         "interface": [memory | dict(interface) for interface in interfaces],
         "output": [base | output for output in outputs],

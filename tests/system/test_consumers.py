@@ -290,7 +290,9 @@ def test_retention_tolerates_a_consumer_that_moves_and_deletes(lab: Lab, directo
     consumer = Consumer(directory / "ready", directory / "taken")
     consumer.start()
     service, traffic = start(lab, directory, compressor="none", rotate_packets=100, retain_bytes=100_000)
-    traffic.send(10_000)
+    for sent in range(500, 10_500, 500):  # never so much at once that retention takes what nobody has read yet
+        traffic.send(500)
+        wait_until(lambda: len(consumer.sequences) == sent, f"{sent} packets are taken")  # noqa: B023
     balance(service, traffic.sent)
     assert service.stop() == 0
     consumer.end()

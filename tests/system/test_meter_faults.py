@@ -7,38 +7,17 @@ import random
 import signal
 import socket
 import struct
-import sys
 import time
 from pathlib import Path
 
+from support.collector import Collector
 from support.faults import lab_with_wires, memory_group
 from support.identities import Traffic, balance, conclude
-from support.ipfix_sink import Received, read_messages
 from support.lab import Lab, requires_root, requires_tool
 from support.replay import send_frames
 from support.service import Service, process_status
 
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
-
-SINK = Path(__file__).parents[1] / "support" / "ipfix_sink.py"
-
-
-class Collector:
-    """A collector process of the lab; it writes what it receives to a file, connection by connection."""
-
-    def __init__(self, lab: Lab, directory: Path, kind: str, port: int = 4739) -> None:
-        self.path = directory / f"received-{kind}"
-        self.lab = lab
-        self.command = [sys.executable, str(SINK), kind, str(port), str(self.path)]
-        self.process = lab.popen(self.command)
-
-    def start_again(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process = self.lab.popen(self.command)
-
-    def received(self) -> Received:
-        return read_messages(self.path)
 
 
 def meter(uri: str, **more: object) -> dict[str, object]:

@@ -66,7 +66,7 @@ def test_a_bad_filter(lab: Lab, directory: Path, output: Path) -> None:
 def test_a_cpu_that_does_not_exist(lab: Lab, directory: Path, output: Path) -> None:
     lab.veth("a")
     config = plain(output, {"uri": "ring:a", "cpus": [0, 8191]})
-    assert_refused(lab, directory, config, 78, "interface ring:a", "CPU 8191", "there are")
+    assert_refused(lab, directory, config, 78, "interface a: cpus: there is no CPU 8191", "available: ")
 
 
 def test_a_filter_that_libpcap_refuses_for_a_file(lab: Lab, directory: Path, output: Path) -> None:
