@@ -14,7 +14,8 @@ the first of it. By what the payload says, not by its port, DNS excepted:
 - SSH: the identification strings of both sides.
 
 A message that was not seen to its end is flagged partial. Entropy is Shannon's of the first 1024 octets of a payload,
-0 to 255 for 0 to 8 bits an octet; of each direction of a flow it is measured once a second of packet time.
+0 to 255 for 0 to 8 bits an octet; of each direction of a flow it is measured once in each second of packet
+time, and after a SYN; so flows that end and begin again within a second, without a SYN, may have none.
 
 Rules: no octet at or behind the captured length is read; every loop advances, and ends with the message; no memory is
 taken after the start. Names leave as printable ASCII: any other octet, and the backslash, as `\\DDD` (RFC 1035, 5.1),
