@@ -236,6 +236,7 @@ FIELDS = (
     "ip.src", "ip.dst", "ipv6.src", "ipv6.dst", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport",
     "tls.handshake.type", "tls.handshake.extensions_server_name", "tls.handshake.extensions_alpn_str",
     "dns.qry.name", "dns.qry.type", "http.request.method", "http.host", "ssh.protocol", "quic.version",
+    "tcp.segment.count",
 )  # fmt: skip
 SHOWN = "tls.handshake.type == 1 or dns.qry.name or http.request.method or ssh.protocol"
 DNS_PORTS = {"53", "5353", "5355"}
@@ -283,7 +284,8 @@ def message_of(one: dict[str, str], conversation: Conversation) -> dict[str, str
         names = {"dnsQName": one["dns.qry.name"].split(",")[0], "dnsQRType": one["dns.qry.type"].split(",")[0]}
         return {"applicationName": "dns", **names}
     if one["http.request.method"] and protocol == "tcp":
-        return {"applicationName": "http", "httpRequestMethod": one["http.request.method"].split(",")[0]}
+        host = {"httpRequestHost": one["http.host"].split(",")[0]} if not one["tcp.segment.count"] else {}
+        return {"applicationName": "http", "httpRequestMethod": one["http.request.method"].split(",")[0], **host}
     return {"applicationName": "ssh"} if one["ssh.protocol"] else None
 
 
