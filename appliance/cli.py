@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from appliance import capture_command
+from appliance import capture_command, flows_command
 from appliance.console import (
     Table,
     joined,
@@ -25,21 +25,7 @@ from appliance.console import (
     size_text,
 )
 from appliance.errors import EXIT_USAGE, ApplianceError, MissingPermissionError, UsageError
-from appliance.start import (
-    ACTIVE_TIMEOUT_S,
-    EXIT_INTERRUPTED,
-    FEWEST_FLOWS,
-    FILE_FORMATS,
-    FORMAT_ENDINGS,
-    IDLE_TIMEOUT_S,
-    MAX_FLOWS,
-    MAX_FRAGMENTED,
-    MOST_FRAGMENTED,
-    SHORTEST_TIMEOUT_S,
-    exit_status,
-    flows as meter_flows,
-    reader_left,
-)
+from appliance.start import EXIT_INTERRUPTED, exit_status, reader_left
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -441,74 +427,14 @@ def doctor(config: OptionalConfigFile = None, as_json: AsJson = False) -> int:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def flows(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Capture files, compressed or not.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The IPFIX file to make.")],
-    idle_timeout_s: Annotated[
-        float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow ends after this long without a packet.")
-    ] = IDLE_TIMEOUT_S,
-    active_timeout_s: Annotated[
-        float, typer.Option(min=SHORTEST_TIMEOUT_S, help="A flow that goes on is reported this often.")
-    ] = ACTIVE_TIMEOUT_S,
-    max_flows: Annotated[int, typer.Option(min=FEWEST_FLOWS, help="Flows in the table at once.")] = MAX_FLOWS,
-    tunnels: Annotated[
-        Literal["outer", "inner"],
-        typer.Option(help="The flow of a packet in a tunnel: that of the tunnel, or that of the packet inside."),
-    ] = "outer",
-    max_fragmented: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=MOST_FRAGMENTED,
-            help="Datagrams in fragments at once, whose later fragments get the ports of the first; 0: they have none.",
-        ),
-    ] = MAX_FRAGMENTED,
-    zero_length: Annotated[
-        Literal["field", "frame"],
-        typer.Option(help="IP octets of a packet whose length field is 0: 0 (IPv6: 40), or what its frame held."),
-    ] = "field",
-    applications: Annotated[
-        bool,
-        typer.Option(
-            "--applications",
-            help="Look into payloads for each flow's application and its names: TLS and QUIC server name and ALPN, DNS "
-            "question, HTTP host, SSH versions.",
-        ),
-    ] = False,
-    entropy: Annotated[
-        bool, typer.Option("--entropy", help="Measure the entropy of each direction's first payload.")
-    ] = False,
-    as_json: AsJson = False,
-    file_format: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help=f"{', '.join(FILE_FORMATS)}; without it by the ending of --output "
-            f"({', '.join(FORMAT_ENDINGS)}; IPFIX otherwise).",
-        ),
-    ] = None,
-) -> int:
-    """Meter capture files into an IPFIX, JSON, CSV or Parquet file.
-
-    Several files are metered together, in the order of time.
-    """
-    if file_format is not None and file_format not in FILE_FORMATS:
-        raise UsageError(f"--format {file_format}: must be one of {', '.join(FILE_FORMATS)}")
-    return meter_flows(
-        [str(file) for file in files],
-        str(output),
-        idle_timeout_s,
-        active_timeout_s,
-        max_flows,
-        tunnels,
-        max_fragmented,
-        zero_length,
-        as_json,
-        file_format,
-        applications,
-        entropy,
-    )
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help=flows_command.DESCRIPTION,
+    short_help=flows_command.SUMMARY,
+)
+def flows(context: typer.Context) -> int:
+    """It reads its options itself; this is its place in the list of commands."""
+    return flows_command.run(context.args)
 
 
 @app.command()
@@ -527,7 +453,7 @@ def trace(
     linger_s: Annotated[
         float, typer.Option(min=0, help="What comes this long behind FIN or RST is still the flow's; 0 = for ever.")
     ] = 60.0,
-    max_flows: Annotated[int, typer.Option(min=1, help="Flows in memory at once.")] = MAX_FLOWS,
+    max_flows: Annotated[int, typer.Option(min=1, help="Flows in memory at once.")] = 1_000_000,
     buffer_bytes: Annotated[
         int, typer.Option(min=65536, help="Of packets that wait to be written, all flows together.")
     ] = 64 << 20,
@@ -547,7 +473,7 @@ def trace(
     """
     import dataclasses
 
-    from appliance.start import tell_damage
+    from appliance.flows_command import tell_damage
     from appliance.traces import TraceSettings, trace_files
 
     settings = TraceSettings(

@@ -29,6 +29,7 @@ STATES = ("starting", "running", "draining", "ended")
 
 # Reasons why a packet is not metered (appliance/capture/headers.pyx counts them in the capture worker).
 IGNORED_REASONS = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
+IGNORED_FIELDS = (*(f"ignored_{reason}_packets" for reason in IGNORED_REASONS), "ignored_octets")  # on the wire
 
 CAPTURE_FIELDS = COMMON_FIELDS + (
     "received_packets",  # tp_packets (the kernel's drops included), or packets read from a file
@@ -53,7 +54,7 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     "reopened",  # sockets opened again after the interface came back
     "digests_published",
     "digests_dropped",  # the digest ring was full
-    *(f"ignored_{reason}_packets" for reason in IGNORED_REASONS),
+    *IGNORED_FIELDS,
     "input_errors",  # damaged input files
     "unpublished_packets",  # walked, and held for reorder_us
 )
@@ -103,7 +104,9 @@ MERGE_FIELDS = COMMON_FIELDS + (
 # One page per source of an output, written by the merge.
 MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "consumed_packets",  # taken out of the ring
-    "written_packets",
+    "written_packets",  # and still: ever_written_packets - taken_back_packets
+    "ever_written_packets",
+    "taken_back_packets",  # were written, and then lost with their file: counted as dropped, or as lost_unclean
     "written_bytes",  # captured lengths
     "dropped_merge_packets",  # damaged records, or a file's packets that the output's format cannot hold
     "dropped_writer_packets",  # the output failed
@@ -142,6 +145,9 @@ METER_FIELDS = COMMON_FIELDS + (
     "exported_flows",
     "exported_packets",
     "exported_octets",
+    "lost_unclean_flows",  # gone with a killed meter, as all lost_unclean: in its table, or on the way there
+    "lost_unclean_packets",
+    "lost_unclean_octets",
     "stream_time_ns",
     "late_packets",
     "tcp_retransmitted_packets",  # what TCP analysis found
@@ -167,6 +173,7 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "flow_records",
     "messages",
     "bytes",
+    "sent_packets",  # of those flow records
     "send_errors",
     "tls_failures",  # handshakes that failed, and sessions that TLS ended
     "connects",
@@ -174,6 +181,10 @@ EXPORT_FIELDS = COMMON_FIELDS + (
     "not_sent_packets",
     "not_sent_octets",
     "queued_bytes",
+    "queued_packets",  # of the flow records in them
+    "lost_unclean_packets",  # of flow records that were gone with a killed meter's queue
+    "before_packets",  # of flow records from before there was this collector
+    "begun",  # 1: before_packets is known
     "up",
 )
 

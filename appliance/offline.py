@@ -40,6 +40,7 @@ class FlowCounts:
     metered_packets: int = 0
     metered_octets: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
+    ignored_octets: int = 0  # of frames, as they were on the wire
     late_packets: int = 0
     flows: int = 0
     damage: list[str] = field(default_factory=list)
@@ -50,10 +51,10 @@ def meter_files(
     destination: str,
     settings: MeterSettings,
     progress: Callable[[int], None] = lambda packets: None,
-    file_format: str = "ipfix",
+    export: ExportSettings | None = None,
 ) -> FlowCounts:
-    """Meters `paths` together, in the order of time, into the new file `destination`, of IPFIX or of `file_format`
-    (see ExportSettings).
+    """Meters `paths` together, in the order of time, into the new file `destination`, whose format and records
+    `export` describes (None: IPFIX, with everything).
 
     `settings.export` is replaced. `progress` is told the packets read so far. A damaged file counts with its whole
     packets, and is named in `damage`. Raises MissingInputError and the like for a file that cannot be opened,
@@ -65,8 +66,9 @@ def meter_files(
     try:
         inputs += (_Input(path, i, settings) for i, path in enumerate(paths))
         names = tuple(InterfaceName(i, os.path.basename(path), path) for i, path in enumerate(paths))
-        exporting = with_export(settings, destination, file_format)
-        return _meter(inputs, replace(exporting, interfaces=names), progress)
+        uri = f"file:{os.path.abspath(destination)}"
+        exporting = (replace(export or ExportSettings("file:"), uri=uri, single_file=True, statistics_interval_s=0),)
+        return _meter(inputs, replace(settings, interfaces=names, export=exporting), progress)
     finally:
         for one in inputs:
             one.close()
@@ -79,7 +81,7 @@ def _meter(inputs: Sequence[_Input], settings: MeterSettings, progress: Callable
         settings,
         page,
         [pages["export"]],
-        ignored_packets=lambda: sum(sum(one.ignored) for one in inputs),
+        ignored=lambda: (sum(one.ignored_packets for one in inputs), sum(one.ignored_octets for one in inputs)),
     )
     fill = inputs[0].fill if len(inputs) == 1 else _Merged(inputs).fill
     with closing(_ahead(fill)) as batches:
@@ -93,18 +95,12 @@ def _meter(inputs: Sequence[_Input], settings: MeterSettings, progress: Callable
         packets=sum(one.packets for one in inputs),
         metered_packets=page["metered_packets"],
         metered_octets=page["metered_octets"],
-        ignored=dict(zip(IGNORED_REASONS, ignored, strict=True)),
+        ignored=dict(zip(IGNORED_REASONS, ignored, strict=False)),
+        ignored_octets=ignored[-1],
         late_packets=page["late_packets"],
         flows=pages["export"]["flow_records"],
         damage=[one.damage for one in inputs if one.damage],
     )
-
-
-def with_export(settings: MeterSettings, destination: str, file_format: str = "ipfix") -> MeterSettings:
-    export = ExportSettings(
-        f"file:{os.path.abspath(destination)}", single_file=True, statistics_interval_s=0, file_format=file_format
-    )
-    return replace(settings, export=(export,))
 
 
 class _Batch:
@@ -162,7 +158,16 @@ class _Input:
 
     @property
     def ignored(self) -> list[int]:
+        """By IGNORED_FIELDS."""
         return self._file.ignored
+
+    @property
+    def ignored_packets(self) -> int:
+        return sum(self.ignored) - self.ignored_octets
+
+    @property
+    def ignored_octets(self) -> int:
+        return self.ignored[-1]
 
     def fill(self, address: int, room: int) -> int:
         """Digests for at most `room` octets at `address`; 0: the file is over, whole or damaged."""

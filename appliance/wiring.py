@@ -403,7 +403,7 @@ class Wiring:
             if planned.output in changes.outputs or texts:
                 hook = hook_argv(planned.output)
                 words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
-        if topology != self.topology:
+        if plan.monitor and topology != self.topology:
             words["monitor"] = RELOAD + changes_text(topology)
         for worker, message in words.items():
             if len(message) > MESSAGE_BYTES:
@@ -600,6 +600,8 @@ def meter_settings(config: Config) -> MeterSettings:
                 uri=export.uri,
                 domain=export.domain,
                 biflow=export.biflow,
+                nanoseconds=export.nanoseconds,
+                tcp_analysis=export.tcp_analysis,
                 message_bytes=export.mtu_bytes,
                 template_refresh_s=export.template_refresh_s,
                 template_refresh_messages=export.template_refresh_messages,

@@ -14,6 +14,7 @@ BOTTOM = {
     "appliance.config",
     "appliance.console",
     "appliance.counters",
+    "appliance.disk",
     "appliance.errors",
     "appliance.formats",
     "appliance.logs",
@@ -26,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "appliance.config": {"appliance.capture.uri"},
     "appliance.console": set(),
     "appliance.counters": set(),
+    "appliance.disk": set(),
     "appliance.errors": set(),
     "appliance.formats": set(),
     # A user's end: URIs, files and compressors; interfaces.
@@ -61,7 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
-    "appliance.start": {"appliance.cli", "appliance.meter.settings", "appliance.offline"},
+    "appliance.start": {"appliance.cli", "appliance.flows_command"},
+    "appliance.flows_command": {"appliance.meter.settings", "appliance.offline"},
     "appliance.mtracecap": {"appliance", "workers"},
     "appliance.offline": {"appliance.capture", "appliance.meter", "appliance.merge.order"},
     "appliance.traces": {"appliance.capture", "appliance.meter"},

@@ -122,7 +122,7 @@ def test_a_collector_that_stays_keeps_its_page_and_a_new_one_gets_one_that_nobod
     assert plan.export_pages == ("export/2", "export/1")
     plan = with_exports(plan, (b, a, b))
     assert plan.export_pages == ("export/1", "export/0", "export/3")
-    with pytest.raises(ConfigError, match="a reload can add 16"):
+    with pytest.raises(ConfigError, match="17 collectors are new; a reload can add 15"):
         with_exports(plan, [MeterExport(uri=f"udp://h:{port}") for port in range(1, 18)])
 
 

@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from appliance.capture import opener
@@ -89,8 +90,8 @@ def make_inspector(parts: CaptureParts) -> Inspector | None:
     return Inspector(applications=parts.applications, entropy=parts.entropy)
 
 
-class LiveWorker:
-    """A `ring:` source: sleeps until the kernel hands over a block or a consumer wants a watermark."""
+class SourceWorker:
+    """What the kinds of workers have in common: the producing ends of the source's rings."""
 
     def __init__(
         self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
@@ -99,6 +100,34 @@ class LiveWorker:
         self.parts = parts
         self.records = records
         self.digests = digests
+
+    @contextlib.contextmanager
+    def asleep(self, *, for_room: bool = False) -> Iterator[None]:
+        """Meanwhile consumers wake us, for a watermark or when there is room; look for that once more before the
+        sleep."""
+        rings = [self.records] if self.digests is None else [self.records, self.digests]
+        for ring in rings:
+            ring.sleeps(True, for_room=for_room)
+        yield
+        for ring in rings:
+            ring.sleeps(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.parts.wake_fd)
+
+    def end_rings(self) -> None:
+        """No packet comes any more."""
+        self.records.end()
+        if self.digests is not None:
+            self.digests.end()
+
+
+class LiveWorker(SourceWorker):
+    """A `ring:` source: sleeps until the kernel hands over a block or a consumer wants a watermark."""
+
+    def __init__(
+        self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
+    ) -> None:
+        super().__init__(context, parts, records, digests)
         self.serial = parts.socket_serial
         self.is_gone = False
         self.progress_at = 0.0  # when packets came last
@@ -150,9 +179,7 @@ class LiveWorker:
             else:
                 time.sleep(DRAIN_SLEEP_S)
         self.capture.finish()
-        self.records.end()
-        if self.digests is not None:
-            self.digests.end()
+        self.end_rings()
 
     def serve(self, limit_s: float) -> None:
         """Captures until somebody calls, or for so long."""
@@ -259,17 +286,14 @@ def is_up(ifindex: int) -> bool:
     return bool(struct.unpack_from("H", answer, 16)[0] & IFF_UP)
 
 
-class LibpcapWorker:
+class LibpcapWorker(SourceWorker):
     """A `pcap:` or `int:` source. The handle is opened here, with the capability that this kind of worker is left; then
     it is dropped like everybody's."""
 
     def __init__(
         self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
     ) -> None:
-        self.context = context
-        self.parts = parts
-        self.records = records
-        self.digests = digests
+        super().__init__(context, parts, records, digests)
         self.capture = PcapCapture(
             parts.interface, records, digests, context.page, inner=parts.inner, inspector=make_inspector(parts)
         )
@@ -293,33 +317,21 @@ class LibpcapWorker:
             time.monotonic() < deadline
         ):
             self.context.beat()
-        self.records.end()
-        if self.digests is not None:
-            self.digests.end()
+        self.end_rings()
 
     def sleep(self) -> None:
-        self.records.sleeps(True)
-        if self.digests is not None:
-            self.digests.sleeps(True)
-        if not self.capture.sink.watermark_wanted:
-            self.poller.poll(HEARTBEAT_MS)
-        self.records.sleeps(False)
-        if self.digests is not None:
-            self.digests.sleeps(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.parts.wake_fd)
+        with self.asleep():
+            if not self.capture.sink.watermark_wanted:
+                self.poller.poll(HEARTBEAT_MS)
 
 
-class FileWorker:
+class FileWorker(SourceWorker):
     """A file source: waits for room, never drops. Ends with the file."""
 
     def __init__(
         self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
     ) -> None:
-        self.context = context
-        self.parts = parts
-        self.records = records
-        self.digests = digests
+        super().__init__(context, parts, records, digests)
         self.poller = select.poll()
         self.poller.register(parts.wake_fd, select.POLLIN)
         self.poller.register(context.channel, select.POLLIN)
@@ -347,20 +359,10 @@ class FileWorker:
             log.error("%s: %s", self.parts.interface.uri, error)
             self.context.page.add("input_errors")
             status = error.exit_code
-        self.records.end()
-        if self.digests is not None:
-            self.digests.end()
+        self.end_rings()
         return status
 
     def sleep(self, capture: FileCapture, wait_ms: int) -> None:
-        for_room = capture.waits_for_room
-        self.records.sleeps(True, for_room=for_room)
-        if self.digests is not None:
-            self.digests.sleeps(True, for_room=for_room)
-        if capture.must_wait:
-            self.poller.poll(min(wait_ms, HEARTBEAT_MS))
-        self.records.sleeps(False)
-        if self.digests is not None:
-            self.digests.sleeps(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.parts.wake_fd)
+        with self.asleep(for_room=capture.waits_for_room):
+            if capture.must_wait:
+                self.poller.poll(min(wait_ms, HEARTBEAT_MS))

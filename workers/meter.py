@@ -66,8 +66,10 @@ class MeterWorker:
         self.context = context
         self.parts = parts
         self.live = all(source.live for source in parts.sources)
+        consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
+        occupancies = [consumer.mapping.occupancy() for consumer in consumers]
         self.merge = order.Merge(
-            [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources],
+            consumers,
             [source.live for source in parts.sources],
             sink=order.SINK_DIGESTS,
             max_wait_ms=parts.max_wait_ms,
@@ -80,8 +82,12 @@ class MeterWorker:
             parts.settings,
             context.page,
             [context.pages[name] for name in parts.export_pages],
+            taken_digests=sum(published - waiting for published, waiting in occupancies),
             live=self.live,
-            ignored_packets=lambda: sum(page[name] for page in capture_pages for name in ignored),
+            ignored=lambda: (
+                sum(page[name] for page in capture_pages for name in ignored),
+                sum(page["ignored_octets"] for page in capture_pages),
+            ),
         )
         self.next_ask = 0.0
         self.draining_since: float | None = None
@@ -100,10 +106,10 @@ class MeterWorker:
     def turn(self) -> bool:
         status = self.merge.fill()
         fed = self.merge.out_bytes > 0
+        self.merge.release()  # before they are metered: a successor must not meter them again
         if fed:
             self.metering.feed(self.merge.output_address, self.merge.out_bytes)
             self.merge.emptied()
-        self.merge.release()
         if status == order.EPOCH:
             self.step_clock()
         elif status == order.CONTROL:

@@ -56,5 +56,3 @@ class LiveCapture:
         """Publishes the whole tail, in whatever order it is: before the socket is given up, or at the end."""
     is_drained: bool
     """Nothing waits in the kernel's ring and nothing is unpublished."""
-    is_ready: bool
-    """There is something to do at once: look here between announcing a sleep and sleeping."""

@@ -18,14 +18,14 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport read
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
-from appliance.capture.headers cimport digest_packet
+from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
-from appliance.counters import IGNORED_REASONS
+from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS
 
 cdef extern from "linux/if_packet.h" nogil:
     struct tpacket_hdr_variant1:
@@ -137,14 +137,14 @@ cdef enum:
     LAST_PACKET
     DIGESTS_PUBLISHED
     DIGESTS_DROPPED
-    IGNORED  # REASONS of them
-    COMMITTED = IGNORED + REASONS
+    IGNORED  # REASONS of them, then their octets
+    COMMITTED = IGNORED + REASONS + 1
 
 COMMITTED_FIELDS = (
     "read_packets", "read_bytes", "foreign_packets", "dropped_filter_packets", "dropped_ring_packets",
     "gated_packets", "gate_state", "published_packets", "published_bytes", "reordered_packets", "late_packets",
     "truncated_packets", "clock_steps", "last_packet_ns", "digests_published", "digests_dropped",
-    *(f"ignored_{r}_packets" for r in IGNORED_REASONS),
+    *IGNORED_FIELDS,
 )
 assert len(COMMITTED_FIELDS) == COMMITTED and len(IGNORED_REASONS) == REASONS
 
@@ -291,7 +291,8 @@ cdef class LiveCapture:
         if 0 < committed_head - start <= self.digests.view.capacity:
             self.digests.view.rewound = rewound
             self.digests.view.position = committed_head
-            ring_publish(&self.digests.view, committed_head, self.digests.view.header.watermark_ns, NULL, 0)
+            ring_publish(&self.digests.view, committed_head, self.digests.view.header.watermark_ns,
+                         &self.counters[DIGESTS_PUBLISHED], 1)
 
     cdef void resume_blocks(self, uint32_t block, uint64_t sequence, uint32_t packets) noexcept:
         """Blocks before `sequence` are published in full; of that one, the first `packets` are. The kernel numbers its
@@ -371,6 +372,7 @@ cdef class LiveCapture:
             ring_producer_sleeps(&self.digests.view, how)
 
     cdef bint ready(self) noexcept nogil:
+        """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
         return (
             LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
             or self.records.view.header.watermark_wanted != 0
@@ -451,11 +453,6 @@ cdef class LiveCapture:
         """Nothing waits in the kernel's ring, nothing is unpublished."""
         return self.kernel_is_empty() and self.tail.count == 0
 
-    @property
-    def is_ready(self):
-        """A block can be walked, or a consumer waits for a watermark: no reason to sleep."""
-        return self.ready()
-
     cdef bint differs(self, int64_t offset) noexcept nogil:
         cdef int64_t change = offset - self.clock_offset
         return change > <int64_t>self.step_ns or -change > <int64_t>self.step_ns
@@ -522,7 +519,7 @@ cdef class LiveCapture:
             self.fill_words(self.digests.view.position if self.digests is not None else 0)
             ring_publish(&ring.view, ring.view.position, 0, ring.words, WORD_COUNTERS + COMMITTED)
         else:
-            ring_publish(&ring.view, ring.view.position, 0, NULL, 0)
+            ring_publish(&ring.view, ring.view.position, 0, &self.counters[DIGESTS_PUBLISHED], 1)
         ring.wake()
 
     # ---- a packet ----
@@ -629,7 +626,7 @@ cdef class LiveCapture:
 
     cdef inline void digest_at(self, const uint8_t *data, uint32_t captured, uint32_t original, uint32_t status,
                                uint64_t stamp, bint outbound, tail_entry *entry) noexcept nogil:
-        cdef uint64_t ignored[REASONS]
+        cdef uint64_t ignored[IGNORED_COUNTS]
         cdef uint32_t length, i
         cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
@@ -731,7 +728,7 @@ cdef class LiveCapture:
         ring_publish(&self.records.view, self.records.view.published + record_bytes, watermark,
                      self.records.words, WORD_COUNTERS + COMMITTED)
         if self.digests is not None:
-            ring_publish(&self.digests.view, digest_head, watermark, NULL, 0)
+            ring_publish(&self.digests.view, digest_head, watermark, &self.counters[DIGESTS_PUBLISHED], 1)
             self.digests.wake()
         self.records.wake()
         self.tail.drop(cut)
@@ -772,11 +769,11 @@ cdef class LiveCapture:
                 if entry.captured_length < entry.original_length:
                     self.counters[TRUNCATED] += 1
             if entry.flags:
-                self.count_flags(entry.flags)
+                self.count_flags(entry.flags, entry.original_length)
         self.counters[REORDERED] += self.tail.reordered
         self.tail.reordered = 0
 
-    cdef void count_flags(self, uint32_t flags) noexcept nogil:
+    cdef void count_flags(self, uint32_t flags, uint32_t original_length) noexcept nogil:
         cdef uint32_t reason = flags >> REASON_SHIFT
         if flags & ENTRY_FOREIGN:
             self.counters[FOREIGN] += 1
@@ -792,6 +789,7 @@ cdef class LiveCapture:
             self.counters[LATE] += 1
         if 0 < reason <= REASONS:
             self.counters[IGNORED + reason - 1] += 1
+            self.counters[IGNORED + IGNORED_OCTETS] += original_length
 
     cdef void fill_words(self, uint64_t digest_head) noexcept nogil:
         """The first block that is not published to its end, and how far into it we are."""

@@ -28,7 +28,7 @@ class DigestFile:
     read_packets: int
     """Read from the file so far; the last of them may not be digested yet."""
     ignored: list[int]
-    """Packets that gave no digest, by the order of `counters.IGNORED_REASONS`."""
+    """Packets that gave no digest, by their reasons, and their octets: the order of `counters.IGNORED_FIELDS`."""
 
     def fill(self, address: int, room: int) -> int:
         """Digests for at most `room` octets of memory at `address` (aligned to 4); returns the octets written.

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
-from appliance.capture.headers cimport IGNORED_REASON_COUNT, DigestBatch, LinkTypes, digest_references
+from appliance.capture.headers cimport IGNORED_COUNTS, DigestBatch, LinkTypes, digest_references
 from appliance.formats.record cimport PacketReference
 
 import os
@@ -28,7 +28,7 @@ cdef class DigestFile:
     cdef PacketReference *packets
     cdef uint64_t count
     cdef uint64_t taken
-    cdef uint64_t ignored_counts[IGNORED_REASON_COUNT]
+    cdef uint64_t ignored_counts[IGNORED_COUNTS]
     cdef LinkTypes linktypes
     cdef readonly bint ended
 
@@ -87,7 +87,7 @@ cdef class DigestFile:
 
     @property
     def ignored(self):
-        return [self.ignored_counts[i] for i in range(IGNORED_REASON_COUNT)]
+        return [self.ignored_counts[i] for i in range(IGNORED_COUNTS)]
 
     def close(self):
         self.reader.close()

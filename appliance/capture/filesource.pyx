@@ -4,18 +4,17 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
-from appliance.capture.headers cimport DigestBatch, LinkTypes, digest_records
+from appliance.capture.headers cimport IGNORED_COUNTS, DigestBatch, LinkTypes, digest_records
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
 from appliance.capture import bpf
 from appliance.capture.replay import FileSource
-from appliance.counters import IGNORED_REASONS
+from appliance.counters import IGNORED_FIELDS
 from appliance.errors import InputOutputError
 
 cdef enum:
     BATCH_BYTES = 262144  # stays in the cache between decoding and digesting
-    REASONS = 5
     WAIT_MS = 1000
 
 
@@ -30,7 +29,7 @@ cdef class FileCapture:
     cdef uint64_t digested_bytes
     cdef uint64_t needed_room
     cdef uint64_t skip              # packets that a predecessor published
-    cdef uint64_t ignored[REASONS]
+    cdef uint64_t ignored[IGNORED_COUNTS]
     cdef LinkTypes linktypes
     cdef bint inner
     cdef Inspector inspector        # None: payloads are not looked at
@@ -127,7 +126,7 @@ cdef class FileCapture:
         cdef uint8_t *room
         cdef const uint8_t *batch = self.records.view.data + (self.records.view.position
                                                               & (self.records.view.capacity - 1))
-        cdef uint64_t free_bytes
+        cdef uint64_t free_bytes, published
         cdef Inspection *inspection = inspection_of(self.inspector)
         if self.digests is None:
             return True
@@ -147,10 +146,11 @@ cdef class FileCapture:
             self.digested_bytes += done.consumed_bytes
             ring_advance(&self.digests.view, done.written_bytes)
             self.page.add("digests_published", done.digests)
-            ring_publish(&self.digests.view, self.digests.view.position, 0, NULL, 0)
+            published = self.page["digests_published"]
+            ring_publish(&self.digests.view, self.digests.view.position, 0, &published, 1)
             self.digests.wake()
-            for i in range(REASONS):
-                self.page[f"ignored_{IGNORED_REASONS[i]}_packets"] = self.ignored[i]
+            for i in range(IGNORED_COUNTS):
+                self.page[IGNORED_FIELDS[i]] = self.ignored[i]
         return True
 
     cdef publish(self):

@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from appliance.capture.application cimport Inspection
 from appliance.formats.record cimport PacketReference
 
-# Why a packet is not metered: the order of counters.IGNORED_REASONS.
+# What is counted of packets that are not metered, in the order of counters.IGNORED_FIELDS: why, and their octets.
 cdef enum:
     IGNORED_NOT_IP = 0
     IGNORED_TRUNCATED = 1
@@ -13,6 +13,8 @@ cdef enum:
     IGNORED_TOO_MANY_LAYERS = 3
     IGNORED_LINK_TYPE = 4
     IGNORED_REASON_COUNT = 5
+    IGNORED_OCTETS = IGNORED_REASON_COUNT  # original lengths: what was on the wire
+    IGNORED_COUNTS
 
 # What one call of digest_records did; all counts are of that call.
 cdef struct DigestBatch:
@@ -28,9 +30,10 @@ cdef class LinkTypes:
     cdef int learn(self, list interfaces) except -1
 
 # Writes the digest of one packet to `out` (room for DIGEST_MAX_BYTES, aligned to 4) and returns its length.
-# 0: not metered, and ignored[reason] went up. `status` takes the bits of DIGEST_CALLER_STATUS. With `inner` the digest
-# describes the innermost IP header of a tunnel, otherwise the outermost. With an `inspection` (NULL: none) it has an
-# extension where the payload says something, and `out` has room for DIGEST_EXTENDED_MAX_BYTES.
+# 0: not metered, and ignored[reason] and ignored[IGNORED_OCTETS], of IGNORED_COUNTS, went up. `status` takes bits of
+# DIGEST_CALLER_STATUS. With `inner` the digest describes the innermost IP header of a tunnel, otherwise the outermost.
+# With an `inspection` (NULL: none) it has an extension where the payload says something, and `out` has room for
+# DIGEST_EXTENDED_MAX_BYTES.
 cdef uint32_t digest_packet(
     const uint8_t* packet,
     uint32_t captured_length,

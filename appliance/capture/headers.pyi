@@ -59,7 +59,7 @@ def parse(
 def digests(
     records: Buffer, linktypes: Sequence[int], *, inner: bool = False, inspector: Inspector | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """All digests of a buffer of records (layout.h), and the ignored packets by reason.
+    """All digests of a buffer of records (layout.h), and the ignored packets by reason, with their `octets`.
 
     `linktypes[i]` is the link type of interface i; at most 256. ValueError: damaged framing.
     """

@@ -638,6 +638,11 @@ cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest*
     return True
 
 
+cdef inline void ignore(uint64_t* ignored, int reason, uint32_t original_length) noexcept nogil:
+    ignored[reason] += 1
+    ignored[IGNORED_OCTETS] += original_length
+
+
 cdef inline uint32_t digest_by(
     bint plain,
     const uint8_t* packet,
@@ -664,7 +669,7 @@ cdef inline uint32_t digest_by(
     if not (plain and linktype == LINKTYPE_ETHERNET and parse_plain(packet, captured_length, d, inner)):
         result = parse_packet(packet, captured_length, original_length, d, linktype, inner)
         if result != METERED:
-            ignored[result] += 1
+            ignore(ignored, result, original_length)
             return 0
     d.type = RECORD_DIGEST
     d.length = DIGEST_MIN_BYTES
@@ -760,7 +765,7 @@ cdef bint digest_records(
                 return False
             batch.packets += 1
             if head[2] >= linktype_count:
-                ignored[IGNORED_LINK_TYPE] += 1
+                ignore(ignored, IGNORED_LINK_TYPE, max(head[5], head[6]))
             else:
                 written = digest_packet(
                     r + RECORD_PACKET_DATA, head[5], head[6], linktypes[head[2]], head[2],
@@ -821,7 +826,7 @@ cdef uint64_t digest_references(
             prefetch(packets[i + AHEAD].data)
         batch.packets += 1
         if p.interface >= linktype_count:
-            ignored[IGNORED_LINK_TYPE] += 1
+            ignore(ignored, IGNORED_LINK_TYPE, max(p.captured, p.original))
             continue
         written = digest_by(
             True, p.data, p.captured, p.original, linktypes[p.interface], source, <uint64_t>p.timestamp_ns,
@@ -835,13 +840,14 @@ cdef uint64_t digest_references(
 # ---- for Python: tests, and tools that look at single packets ----
 
 IGNORED = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
+IGNORED_COUNTED = (*IGNORED, "octets")
 
 
 def parse(
     const unsigned char[::1] packet not None, int linktype, original_length=None, captured_length=None,
     *, bint inner=False, bint plain=True,
 ):
-    cdef uint64_t[IGNORED_REASON_COUNT] ignored
+    cdef uint64_t[IGNORED_COUNTS] ignored
     cdef digest d
     cdef uint32_t captured = packet.shape[0] if captured_length is None else captured_length
     cdef uint32_t original = captured if original_length is None else original_length
@@ -896,7 +902,7 @@ cdef dict digest_fields(const digest* d):
 
 def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=False,
             Inspector inspector=None):
-    cdef uint64_t[IGNORED_REASON_COUNT] ignored
+    cdef uint64_t[IGNORED_COUNTS] ignored
     cdef uint16_t[256] table
     cdef DigestBatch batch
     cdef uint32_t longest = DIGEST_MAX_BYTES if inspector is None else DIGEST_EXTENDED_MAX_BYTES
@@ -910,11 +916,11 @@ def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=
         table[i] = linktypes[i]
     memset(ignored, 0, sizeof(ignored))
     if records.shape[0] == 0:
-        return b"", dict.fromkeys(IGNORED, 0)
+        return b"", dict.fromkeys(IGNORED_COUNTED, 0)
     whole = digest_records(
         &records[0], records.shape[0], table, count, inner, inspection_of(inspector), &room[0], room.shape[0], ignored,
         &batch,
     )
     if not whole:
         raise ValueError(f"damaged record at offset {batch.consumed_bytes}")
-    return bytes(out[: batch.written_bytes]), {IGNORED[i]: ignored[i] for i in range(IGNORED_REASON_COUNT)}
+    return bytes(out[: batch.written_bytes]), {name: ignored[i] for i, name in enumerate(IGNORED_COUNTED)}

@@ -4,12 +4,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
-from appliance.capture.headers cimport digest_packet
+from appliance.capture.headers cimport IGNORED_COUNTS, digest_packet
 from appliance.ring.digest cimport DIGEST_EXTENDED_MAX_BYTES, DIGEST_MAX_BYTES
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
-from appliance.counters import IGNORED_REASONS
+from appliance.counters import IGNORED_FIELDS
 from appliance.errors import ConfigError, InputOutputError, MissingInputError, MissingPermissionError
 
 cdef extern from "sys/time.h" nogil:
@@ -58,7 +58,6 @@ cdef extern from "pcap/pcap.h" nogil:
 cdef uint32_t NETMASK_UNKNOWN = 0xFFFFFFFF
 
 cdef enum:
-    REASONS = 5
     DLT_RAW = 12
     LINKTYPE_RAW = 101
     BUFFER_BYTES = 67108864
@@ -76,7 +75,7 @@ cdef class PacketSink:
     cdef uint64_t newest_ns
     cdef uint64_t read_packets, read_bytes, dropped_ring, published, published_bytes, truncated, late
     cdef uint64_t digests_written, digests_dropped
-    cdef uint64_t ignored[REASONS]
+    cdef uint64_t ignored[IGNORED_COUNTS]
     cdef bint inner
     cdef Inspector inspector  # None: payloads are not looked at
     cdef Inspection *inspection
@@ -103,8 +102,8 @@ cdef class PacketSink:
         self.late = page["late_packets"]
         self.digests_written = page["digests_published"]
         self.digests_dropped = page["digests_dropped"]
-        for i in range(REASONS):
-            self.ignored[i] = page[f"ignored_{IGNORED_REASONS[i]}_packets"]
+        for i in range(IGNORED_COUNTS):
+            self.ignored[i] = page[IGNORED_FIELDS[i]]
 
     def put(self, uint64_t timestamp_ns, const uint8_t[::1] data not None, uint32_t original_length):
         if data.shape[0]:
@@ -162,7 +161,7 @@ cdef class PacketSink:
         self.records.words[COMMIT_WORD_PUBLISHED] = self.published
         ring_publish(&self.records.view, self.records.view.position, watermark_ns, self.records.words, 1)
         if self.digests is not None:
-            ring_publish(&self.digests.view, self.digests.view.position, watermark_ns, NULL, 0)
+            ring_publish(&self.digests.view, self.digests.view.position, watermark_ns, &self.digests_written, 1)
             self.digests.wake()
         self.records.wake()
         self.store_counters(received, dropped)
@@ -198,8 +197,8 @@ cdef class PacketSink:
         page["last_packet_ns"] = self.newest_ns
         page["digests_published"] = self.digests_written
         page["digests_dropped"] = self.digests_dropped
-        for i in range(REASONS):
-            page[f"ignored_{IGNORED_REASONS[i]}_packets"] = self.ignored[i]
+        for i in range(IGNORED_COUNTS):
+            page[IGNORED_FIELDS[i]] = self.ignored[i]
 
     @property
     def newest(self):

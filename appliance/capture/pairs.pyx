@@ -4,7 +4,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from appliance.capture.headers cimport IGNORED_REASON_COUNT, LinkTypes, digest_packet
+from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_REASON_COUNT, LinkTypes, digest_packet
 from appliance.ring.digest cimport DIGEST_MAX_BYTES
 from appliance.ring.layout cimport (
     RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN, record_check, record_timestamp_ns, record_u32,
@@ -24,7 +24,7 @@ cdef class DigestPairs:
     cdef uint8_t *digests
     cdef uint32_t *origins
     cdef LinkTypes linktypes
-    cdef uint64_t[IGNORED_REASON_COUNT] ignored_counts
+    cdef uint64_t[IGNORED_COUNTS] ignored_counts
     cdef bint inner
     cdef readonly uint64_t packets
     cdef readonly uint64_t consumed_bytes

@@ -36,6 +36,11 @@ class MeterExport(Table):
     biflow: bool = Field(
         default=True, description="both directions in one record (RFC 5103); false = one record for each direction"
     )
+    nanoseconds: bool = Field(default=True, description="times in nanoseconds beside those in milliseconds")
+    tcp_analysis: bool = Field(
+        default=True,
+        description="what tcp_analysis found is in the records; false = not here: at most 46 elements in one, not 70",
+    )
     rotate_seconds: RotateSeconds = Field(
         default=60, description="file: only: a new file at every multiple of this many seconds; 0 = never"
     )

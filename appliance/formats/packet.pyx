@@ -99,6 +99,17 @@ cdef class Packet:
         return self.timestamp_ns, self.data, self.wire_length, self.link_type
 
 
+cdef uint32_t whole_record(const uint8_t *at, const uint8_t *end, size_t batch, size_t interfaces) except 0:
+    """Its length; FormatError names its offset in the batch. Of a packet, its data and its interface are there too."""
+    cdef uint32_t length = record_check(at, end - at)
+    if length == 0:
+        raise FormatError(f"a corrupt record at byte {<size_t> at - batch} of a batch")
+    if record_u32(at) == RECORD_PACKET:
+        if record_u32(at + 20) > length - RECORD_PACKET_MIN or record_u32(at + 8) >= interfaces:
+            raise FormatError(f"a corrupt packet at byte {<size_t> at - batch} of a batch")
+    return length
+
+
 def unpack(size_t address, size_t batch_bytes, linktypes):
     cdef const uint8_t *at = <const uint8_t *> address
     cdef const uint8_t *end = at + batch_bytes
@@ -107,13 +118,9 @@ def unpack(size_t address, size_t batch_bytes, linktypes):
     cdef list types = list(linktypes)
     cdef Packet packet
     while at < end:
-        length = record_check(at, end - at)
-        if length == 0:
-            raise FormatError(f"a corrupt record at byte {at - <const uint8_t *> address} of a batch")
+        length = whole_record(at, end, address, len(types))
         if record_u32(at) == RECORD_PACKET:
             captured = record_u32(at + 20)
-            if captured > length - RECORD_PACKET_MIN or record_u32(at + 8) >= <size_t> len(types):
-                raise FormatError(f"a corrupt packet at byte {at - <const uint8_t *> address} of a batch")
             packet = Packet.__new__(Packet)
             packet.timestamp_ns = record_timestamp_ns(at)
             packet.wire_length = max(captured, record_u32(at + 24))
@@ -174,14 +181,10 @@ def encode_records(size_t address, size_t batch_bytes, int layout, linktypes, nu
     result = PyByteArray_FromStringAndSize(NULL, batch_bytes)
     out = <uint8_t *> PyByteArray_AS_STRING(result)
     while at < end:
-        length = record_check(at, end - at)
-        if length == 0:
-            raise FormatError(f"a corrupt record at byte {at - <const uint8_t *> address} of a batch")
+        length = whole_record(at, end, address, len(targets))
         if record_u32(at) == RECORD_PACKET:
             captured = record_u32(at + 20)
             interface = record_u32(at + 8)
-            if captured > length - RECORD_PACKET_MIN or interface >= <size_t> len(targets):
-                raise FormatError(f"a corrupt packet at byte {at - <const uint8_t *> address} of a batch")
             if interface != last:
                 last = interface
                 linktype, number = types[interface], targets[interface]

@@ -9,6 +9,8 @@ cdef struct source_slots:  # of one source's page
     uint64_t *late_packets
     uint64_t *held_packets
     uint64_t *written_packets
+    uint64_t *ever_written_packets
+    uint64_t *taken_back_packets
     uint64_t *written_bytes
     uint64_t unsettled
     uint64_t taken  # packets written since `take`

@@ -45,6 +45,8 @@ cdef class Books:
         source.late_packets = slot(page, "late_packets")
         source.held_packets = slot(page, "held_packets")
         source.written_packets = slot(page, "written_packets")
+        source.ever_written_packets = slot(page, "ever_written_packets")
+        source.taken_back_packets = slot(page, "taken_back_packets")
         source.written_bytes = slot(page, "written_bytes")
         return 0
 
@@ -99,6 +101,7 @@ cdef class Books:
                 continue
             packets += source.pending_packets
             self.sources[i].written_packets[0] += source.pending_packets
+            self.sources[i].ever_written_packets[0] += source.pending_packets
             self.sources[i].written_bytes[0] += source.pending_bytes
             self.sources[i].taken += source.pending_packets
             self.take_off(i)
@@ -145,6 +148,7 @@ cdef class Books:
         if index >= self.merge.source_count:
             raise IndexError(index)
         self.sources[index].written_packets[0] -= packets
+        self.sources[index].taken_back_packets[0] += packets
         self.sources[index].dropped_writer_packets[0] += packets
         self.written_packets[0] -= packets
 

@@ -9,9 +9,7 @@ Threads only run system calls and hashing here, which both let the others run.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -23,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from appliance.counters import CounterPage, publish_bucket
+from appliance.disk import rename_without_replacing, sync_directory, sync_file
 from appliance.errors import InputOutputError
 from appliance.merge.compressor import CompressorSink, SinkError
 from appliance.merge.events import Announcer
@@ -30,12 +29,9 @@ from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
 from appliance.merge.retention import Retention
 from appliance.merge.segment import Segment
-from appliance.process import libc
 
 log = logging.getLogger(__name__)
 
-AT_FDCWD = -100
-RENAME_NOREPLACE = 1
 HASH_CHUNK_BYTES = 1 << 20
 NAME_TRIES = 100
 RETENTION_EVERY_S = 3.0
@@ -63,37 +59,6 @@ class Sidecar:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-
-def rename_without_replacing(source: str, target: str) -> None:
-    """renameat2(RENAME_NOREPLACE). FileExistsError: the name is taken."""
-    result = libc().renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE)
-    if result == 0:
-        return
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(number, os.strerror(number), target)
-    # A file system without that flag: a second name that must not exist yet, then away with the first.
-    os.link(source, target, follow_symlinks=False)
-    os.unlink(source)
-
-
-def sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> int:
-    """fsync; returns the file's bytes. Never tried twice: after a failed sync the pages may be gone."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
 
 
 def sync_and_hash(path: str) -> tuple[str, int]:

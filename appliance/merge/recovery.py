@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from appliance.config import Output
 from appliance.counters import CounterPage
+from appliance.disk import rename_without_replacing, sync_directory, sync_file
 from appliance.errors import ApplianceError, InputOutputError
 from appliance.formats.stream import InputStream
 from appliance.formats.unpack import DamagedStreamError, Unpacker
@@ -33,10 +34,7 @@ from appliance.merge.naming import Naming, SingleFileNaming
 from appliance.merge.publish import (
     Sidecar,
     free_name,
-    rename_without_replacing,
     sync_and_hash,
-    sync_directory,
-    sync_file,
     write_durably,
     write_reason,
 )
@@ -49,6 +47,13 @@ COPY_BYTES = 1 << 20
 LOCK_WAIT_S = 10.0  # an orphaned compressor still has its last megabyte to write
 PLAIN, PACKED = ".salvage", ".salvage.packed"  # what is made of a leftover, beside it
 NOTHING_BYTES = 65536  # a larger file that cannot be decoded is kept: it may be worth a closer look
+
+
+def set_written(page: CounterPage, packets: int) -> None:
+    """What a source's packets are by now; the two counters that tell of the way there only grow."""
+    change = packets - page["written_packets"]
+    page.add("ever_written_packets" if change > 0 else "taken_back_packets", abs(change))
+    page["written_packets"] = packets
 
 
 class Recovery:
@@ -103,7 +108,7 @@ class Recovery:
             dropped = page["dropped_merge_packets"] + page["dropped_writer_packets"]
             unclosed = max(0, consumed - dropped - page["lost_unclean_packets"] - page["closed_packets"])
             written = min(max(0, page["written_packets"] - page["closed_packets"]), unclosed)
-            page["written_packets"] = page["closed_packets"] + written
+            set_written(page, page["closed_packets"] + written)
             page["held_packets"] = self.unsettled[i] = unclosed - written
             self._unclosed[label] = unclosed
             self._written_by_predecessor.append(written)
@@ -123,7 +128,7 @@ class Recovery:
         for i, (label, page) in enumerate(zip(self._labels, self._pages, strict=True)):
             recovered = self._recovered.get(label, 0)
             lost = self._unclosed[label] - recovered
-            page["written_packets"] = page["written_packets"] - self._written_by_predecessor[i] + recovered
+            set_written(page, page["written_packets"] - self._written_by_predecessor[i] + recovered)
             page.add("lost_unclean_packets", lost)
             page["held_packets"] = page["held_packets"] - self.unsettled[i]
             self.unsettled[i] = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from appliance.disk import rename_without_replacing, sync_directory
 from appliance.errors import CannotCreateError, InputOutputError
 
 logger = logging.getLogger(__name__)
@@ -139,35 +139,13 @@ def publish_file(fd: int, work: Path, name: str, ready: Path, target: str) -> No
     try:
         try:
             os.fsync(fd)
-            move_new(work / name, ready / target)
+            rename_without_replacing(str(work / name), str(ready / target))
             for directory in {work, ready}:
-                sync_directory(directory)
+                sync_directory(str(directory))
         finally:
             os.close(fd)
     except OSError as error:
         logger.error("flow file %s: not published (%s); it stays at %s", ready / target, error.strerror, work / name)
-
-
-def move_new(source: Path, target: Path) -> None:
-    """Renames without ever replacing a file: a link fails where a rename would overwrite."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        if os.path.lexists(target):  # a file system without links
-            raise FileExistsError(errno.EEXIST, "exists already", str(target)) from None
-        os.rename(source, target)
-    else:
-        os.unlink(source)
-
-
-def sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

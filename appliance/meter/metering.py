@@ -8,16 +8,21 @@ exporters work by the monotonic clock that `service` is told.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 
 from appliance.counters import METER_FIELDS, PAGE_BYTES, CounterPage
 from appliance.errors import ApplianceError, ConfigError
-from appliance.meter.exporter import Exporter, TcpExporter, make_exporter
+from appliance.meter.export_tcp import TcpExporter
+from appliance.meter.exporter import Exporter
+from appliance.meter.exporters import make_exporter
 from appliance.meter.fragments import FragmentTable
 from appliance.meter.settings import MeterSettings
 from appliance.meter.table import FlowTable
+
+logger = logging.getLogger(__name__)
 
 NS_PER_S = 1_000_000_000
 CLOSE_S = 5.0  # for the last records, when nobody says otherwise
@@ -27,8 +32,10 @@ class Metering:
     """The flow table and its exporters, and their counters.
 
     The identities that hold after every call, in packets and from the start of this object:
-    observed = metered + ignored + unsampled, and metered = exported + active. `exported` have left the table; each
-    exporter's own page says which of them it could not send, and what still waits in its queue.
+    observed = metered + ignored + unsampled, and metered = exported + active + lost_unclean. `exported` have left the
+    table: for each exporter they are sent + not_sent + queued + lost_unclean + before, by its own page. What is
+    lost_unclean went with a killed predecessor; its successor counts it, before anything else. What is before was
+    exported when there was no such exporter yet.
     """
 
     def __init__(
@@ -37,13 +44,15 @@ class Metering:
         page: CounterPage | None = None,
         export_pages: Sequence[CounterPage] | None = None,
         *,
-        ignored_packets: Callable[[], int] = lambda: 0,
+        ignored: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        taken_digests: int = 0,
         live: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`page` of METER_FIELDS; `export_pages` of EXPORT_FIELDS, one for each of `settings.export`. Counters are
-        added to what the pages hold, so that they outlive a restart. `ignored_packets`: how many packets the capture
-        side could not turn into digests, for the options data. `clock`: seconds since 1970.
+        added to what the pages hold, so that they outlive a restart. `ignored`: how many packets the capture side
+        could not turn into digests, and their octets on the wire, for the options data. `taken_digests`: by
+        predecessors, out of their rings. `clock`: seconds since 1970.
 
         Raises ConfigError, MissingInputError or CannotCreateError for an exporter that cannot work.
         """
@@ -52,7 +61,7 @@ class Metering:
         self.settings = settings
         self._live, self._clock = live, clock
         self.page = page or CounterPage(memoryview(bytearray(PAGE_BYTES)), METER_FIELDS, 0)
-        self._ignored_by_capture = ignored_packets
+        self._ignored_by_capture = ignored
         self.table = FlowTable(
             max_flows=settings.max_flows,
             idle_timeout_ns=int(settings.idle_timeout_s * NS_PER_S),
@@ -75,6 +84,7 @@ class Metering:
             for export, export_page in zip(settings.export, pages, strict=True)
         ]
         self._counted = self.table.counters()
+        self._take_over(taken_digests)
 
     def feed(self, address: int, length: int) -> None:
         """Meters `length` octets of records at `address` (aligned to 4), in time order; other records than digests
@@ -102,7 +112,7 @@ class Metering:
     def service(self, now_s: float) -> None:
         """The exporters' timers, connections and queues; also hands over what has expired. `now_s`: CLOCK_MONOTONIC."""
         self._hand_over()
-        counts = {"ignored_packets": self._ignored_packets()}
+        counts = self._ignored()
         for exporter in self.exporters:
             exporter.service(now_s, counts)
         self._publish_counters()
@@ -124,7 +134,7 @@ class Metering:
             self._hand_over()
         self._hand_over()
         self._publish_counters()
-        counts = {"ignored_packets": self._ignored_packets()}
+        counts = self._ignored()
         deadline_s = time.monotonic() + close_s
         failed: ApplianceError | None = None
         for exporter in self.exporters:
@@ -139,16 +149,41 @@ class Metering:
         if failed is not None:
             raise failed
 
-    def _ignored_packets(self) -> int:
-        return self._ignored_by_capture() + self.page["ignored_packets"]
+    def _ignored(self) -> dict[str, int]:
+        """Of digests that the table does not know the length is not known either."""
+        packets, octets = self._ignored_by_capture()
+        return {"ignored_packets": packets + self.page["ignored_packets"], "ignored_octets": octets}
 
     def _hand_over(self) -> None:
         count = self.table.row_count
         if count:
             self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
+            self._publish_counters()  # first: what a death interrupts is exported, but not sent, and that can be told
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()
+
+    def _take_over(self, taken_digests: int) -> None:
+        """The balance of a predecessor that was killed. What it took and had not counted yet counts as metered: whether
+        sampling would have passed it over, nobody knows. Nothing after an orderly end."""
+        page = self.page
+        page.add("observed_packets", max(0, taken_digests - page["observed_packets"]))
+        counted = page["metered_packets"] + page["ignored_packets"] + page["unsampled_packets"]
+        page.add("metered_packets", max(0, page["observed_packets"] - counted))
+        for unit in ("packets", "octets"):
+            gone = page[f"exported_{unit}"] + page[f"lost_unclean_{unit}"]
+            page.add(f"lost_unclean_{unit}", max(0, page[f"metered_{unit}"] - gone))
+        if flows := page["active_flows"]:
+            logger.error("%d flows were lost with the meter worker that died", flows)
+            page.add("lost_unclean_flows", flows)
+        for exporter in self.exporters:
+            own = exporter.page
+            if not own["begun"]:
+                own["before_packets"] = page["exported_packets"]
+                own["begun"] = 1
+            gone = sum(own[name] for name in ("sent_packets", "not_sent_packets", "lost_unclean_packets"))
+            own.add("lost_unclean_packets", max(0, page["exported_packets"] - own["before_packets"] - gone))
+        self._publish_counters()
 
     def _publish_counters(self) -> None:
         counters = self.table.counters()

@@ -8,18 +8,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance.counters import CounterPage
 from appliance.errors import MissingInputError
 from appliance.meter.decode import Records, Session, Template
-from appliance.meter.exporter import FILE_MESSAGE_BYTES, Exporter
+from appliance.meter.export_file import FILE_MESSAGE_BYTES
+from appliance.meter.exporter import Exporter, ExporterParts
 from appliance.meter.files import FlowFiles
-from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
+from appliance.meter.settings import parse_uri
 from appliance.meter.values import TIMES, number_kind
 
 ROWS_AT_ONCE = 65_536  # in memory, and in a row group of Parquet
@@ -173,19 +172,13 @@ class RecordExporter(Exporter):
     def default_message_bytes(self) -> int:
         return FILE_MESSAGE_BYTES
 
-    def __init__(
-        self,
-        meter: MeterSettings,
-        settings: ExportSettings,
-        page: CounterPage | None = None,
-        clock: Callable[[], float] = time.time,
-        first_sequence: int = 0,
-    ) -> None:
+    def __init__(self, parts: ExporterParts) -> None:
         """Raises MissingInputError when the format needs a package that is not there."""
-        super().__init__(meter, settings, page, clock, first_sequence)
-        if settings.file_format == "parquet":
-            load_pyarrow(settings.uri.removeprefix("file:"))
-        self.files = FlowFiles(Path(parse_uri(settings.uri).path), 0, clock, single=True)
+        super().__init__(parts)
+        path = parse_uri(self.settings.uri).path
+        if self.settings.file_format == "parquet":
+            load_pyarrow(path)
+        self.files = FlowFiles(Path(path), 0, self.clock, single=True)
         self.session = Session()
         self.rows: RecordFile | None = None
         self.page["up"] = 1

@@ -26,6 +26,7 @@ class ExportSettings:
     domain: int = 1  # observation domain ID
     biflow: bool = True  # RFC 5103 records; False: one record for each direction, for collectors that ignore reverse
     nanoseconds: bool = True  # flowStart/EndNanoseconds beside the milliseconds
+    tcp_analysis: bool = True  # its elements are in the records, if the meter analyses at all
     # Longest message, over UDP less when the path takes less; 0: 1400 over UDP, 16384 over TCP and TLS, 65535 in files.
     message_bytes: int = 0
     template_refresh_s: float = 60.0  # over UDP

@@ -88,14 +88,14 @@ TCP_APPLICATION = [
 ]
 
 
-def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nanoseconds: bool) -> list[Field]:
+def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, export: ExportSettings) -> list[Field]:
     fields = [
         Field("flowStartMilliseconds", "start_ns", "milliseconds"),
         Field("flowEndMilliseconds", "end_ns", "milliseconds"),
         Field(f"sourceIPv{ip_version}Address", "source_address", "copy", key=True),
         Field(f"destinationIPv{ip_version}Address", "destination_address", "copy", key=True),
     ]
-    if nanoseconds:
+    if export.nanoseconds:
         fields[2:2] = [
             Field("flowStartNanoseconds", "start_ns", "nanoseconds"),
             Field("flowEndNanoseconds", "end_ns", "nanoseconds"),
@@ -107,7 +107,7 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
             Field("sourceTransportPort", "source_port", key=True),
             Field("destinationTransportPort", "destination_port", key=True),
         ]
-    if protocol_class == TCP and meter.analyses_tcp:
+    if protocol_class == TCP and meter.analyses_tcp and export.tcp_analysis:
         fields += ROUND_TRIPS
     if protocol_class != ICMP and meter.applications:
         fields += APPLICATION + (TCP_APPLICATION if protocol_class == TCP else [])
@@ -125,7 +125,7 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, nano
     ]
 
 
-def direction_fields(protocol_class: int, meter: MeterSettings) -> list[Field]:
+def direction_fields(protocol_class: int, meter: MeterSettings, export: ExportSettings) -> list[Field]:
     """What each direction has of its own."""
     fields = [
         Field("octetDeltaCount", "octets"),
@@ -144,7 +144,7 @@ def direction_fields(protocol_class: int, meter: MeterSettings) -> list[Field]:
             Field("initialTCPFlags", "tcp_initial_flags"),
             Field("unionTCPFlags", "tcp_later_flags"),
         ]
-        if meter.analyses_tcp:
+        if meter.analyses_tcp and export.tcp_analysis:
             fields += TCP_ANALYSIS
         if meter.applications:
             fields += [Field("sshVersion", "ssh_version", "text")]
@@ -304,9 +304,9 @@ STATISTICS = OptionsTemplate(  # RFC 7011, 4.1
     ),
     2,
 )
-METERING_RELIABILITY = OptionsTemplate(  # RFC 7011, 4.2; octets that were ignored are not known here
+METERING_RELIABILITY = OptionsTemplate(  # RFC 7011, 4.2; octets of whole frames: what is ignored may have no IP length
     METERING_RELIABILITY_ID,
-    ("observationDomainId", "meteringProcessId", "ignoredPacketTotalCount", *TIMES),
+    ("observationDomainId", "meteringProcessId", "ignoredPacketTotalCount", "ignoredOctetTotalCount", *TIMES),
     2,
 )
 EXPORTING_RELIABILITY = OptionsTemplate(  # RFC 7011, 4.3
@@ -361,8 +361,8 @@ class TemplateSet:
     def _flow_templates(self, meter: MeterSettings, export: ExportSettings) -> Iterator[FlowTemplate]:
         for row_class in range(6):
             ip_version, protocol_class = (4, row_class) if row_class < 3 else (6, row_class - 3)
-            base = base_fields(ip_version, protocol_class, meter, export.nanoseconds) + self.own
-            direction = direction_fields(protocol_class, meter)
+            base = base_fields(ip_version, protocol_class, meter, export) + self.own
+            direction = direction_fields(protocol_class, meter, export)
             template_id = MIN_TEMPLATE_ID + 2 * row_class
             yield FlowTemplate(template_id, row_class, base, direction, ())
             if export.biflow:
@@ -396,14 +396,16 @@ class TemplateSet:
 
     def statistics(self, counts: Mapping[str, int], message_bytes: int) -> list[Message]:
         """Options data about metering and exporting. `counts`: messages, flow_records, bytes, ignored_packets,
-        not_sent_flows, not_sent_packets, not_sent_octets, first_ms, last_ms (the time that the counts span)."""
+        ignored_octets, not_sent_flows, not_sent_packets, not_sent_octets, first_ms, last_ms (the time that the counts
+        span)."""
         domain = self.observation_domain
         times = (counts["first_ms"], counts["last_ms"])
         not_sent = (counts["not_sent_flows"], counts["not_sent_packets"], counts["not_sent_octets"])
+        ignored = (counts["ignored_packets"], counts["ignored_octets"])
         sent = (counts["messages"], counts["flow_records"], counts["bytes"])
         rows = [
             (STATISTICS, (domain, METERING_PROCESS_ID, *sent)),
-            (METERING_RELIABILITY, (domain, METERING_PROCESS_ID, counts["ignored_packets"], *times)),
+            (METERING_RELIABILITY, (domain, METERING_PROCESS_ID, *ignored, *times)),
             (EXPORTING_RELIABILITY, (EXPORTING_PROCESS_ID, *not_sent, *times)),
         ]
         sets = [(template.template_id, template.encode(values), 1) for template, values in rows]

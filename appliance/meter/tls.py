@@ -10,14 +10,13 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.counters import CounterPage
 from appliance.errors import ConfigError, MissingInputError, MissingPermissionError
-from appliance.meter.exporter import TcpExporter
-from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
+from appliance.meter.export_tcp import TcpExporter
+from appliance.meter.exporter import ExporterParts
+from appliance.meter.settings import ExportSettings, parse_uri
 
 GOODBYE_S = 1.0  # for the collector's answer to our end: closing before it would throw away what it has not read
 
@@ -97,17 +96,11 @@ class TlsExporter(TcpExporter):
 
     not_yet = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def __init__(
-        self,
-        meter: MeterSettings,
-        settings: ExportSettings,
-        page: CounterPage | None = None,
-        clock: Callable[[], float] = time.time,
-        first_sequence: int = 0,
-    ) -> None:
+    def __init__(self, parts: ExporterParts) -> None:
+        settings = parts.settings
         self.context = client_context(settings)
         self.server_name = settings.tls_name or parse_uri(settings.uri).host
-        super().__init__(meter, settings, page, clock, first_sequence)
+        super().__init__(parts)
 
     def wrap(self, connected: socket.socket) -> socket.socket:
         return self.context.wrap_socket(connected, do_handshake_on_connect=False, server_hostname=self.server_name)

@@ -135,7 +135,7 @@ def _age(moment: _Moment, timestamp_ns: int) -> float | None:
 
 
 FAMILIES: tuple[Family, ...] = (
-    # The identity: received = written + dropped (all stages) + in flight (all places).
+    # The identity: received = written - taken back + dropped (all stages) + in flight (all places).
     _INTERFACE.counter(
         "appliance_packets_received_total",
         "Packets that reached the interface's capture point (the kernel's drops included) or were read from a file.",
@@ -144,7 +144,13 @@ FAMILIES: tuple[Family, ...] = (
     _INTERFACE.counter(
         "appliance_packets_written_total",
         "Packets handed to the output's file.",
-        lambda row: row.written_packets,
+        lambda row: row.ever_written_packets,
+    ),
+    _INTERFACE.counter(
+        "appliance_packets_taken_back_total",
+        "Packets that were written, and then lost with their file: it was removed from work/, or the merge was killed. "
+        "They are among the dropped ones.",
+        lambda row: row.taken_back_packets,
     ),
     _INTERFACE.counter(
         "appliance_packets_dropped_total",
@@ -168,6 +174,11 @@ FAMILIES: tuple[Family, ...] = (
         "Packets that are written but not metered, by reason.",
         lambda row: row.ignored,
         by="reason",
+    ),
+    _INTERFACE.counter(
+        "appliance_meter_ignored_bytes_total",
+        "Original lengths of the packets that are written but not metered.",
+        lambda row: row.ignored_octets,
     ),
     # Interfaces.
     _LIVE_INTERFACE.gauge("appliance_interface_up", "1 while the interface is up.", lambda row: row.is_up),
@@ -318,7 +329,8 @@ FAMILIES: tuple[Family, ...] = (
         "Modification time of the oldest published file.",
         lambda row: row.storage.oldest_file_s if row.storage else None,
     ),
-    # Meter: observed = metered + ignored + unsampled; metered = exported + not sent + active.
+    # Meter: observed = metered + ignored + unsampled; metered = exported + active + lost_unclean; of each collector:
+    # exported = before + sent + not sent + queued + lost_unclean.
     _METER.counter(
         "appliance_meter_observed_packets_total",
         "Packet headers that reached the meter.",
@@ -404,6 +416,16 @@ FAMILIES: tuple[Family, ...] = (
     _METER.counter(
         "appliance_meter_exported_bytes_total", "IP octets of exported flow records.", lambda row: row.exported_octets
     ),
+    _METER.counter(
+        "appliance_meter_lost_unclean_flows_total",
+        "Flows that went with a killed meter: they were in its table.",
+        lambda row: row.lost_unclean_flows,
+    ),
+    _METER.counter(
+        "appliance_meter_lost_unclean_packets_total",
+        "Packets whose flows went with a killed meter.",
+        lambda row: row.lost_unclean_packets,
+    ),
     _METER.gauge(
         "appliance_meter_stream_timestamp_seconds",
         "The moment up to which the meter has seen the stream.",
@@ -417,6 +439,9 @@ FAMILIES: tuple[Family, ...] = (
     _EXPORT.counter("appliance_ipfix_flow_records_total", "IPFIX flow records sent.", lambda row: row.flow_records),
     _EXPORT.counter("appliance_ipfix_messages_total", "IPFIX messages sent.", lambda row: row.messages),
     _EXPORT.counter("appliance_ipfix_sent_bytes_total", "Bytes of IPFIX messages sent.", lambda row: row.bytes),
+    _EXPORT.counter(
+        "appliance_ipfix_sent_packets_total", "Packets of flow records that were sent.", lambda row: row.sent_packets
+    ),
     _EXPORT.counter("appliance_ipfix_send_errors_total", "IPFIX messages that failed.", lambda row: row.send_errors),
     _EXPORT.counter(
         "appliance_ipfix_tls_failures_total",
@@ -432,7 +457,18 @@ FAMILIES: tuple[Family, ...] = (
         "Packets of flow records that could not be sent.",
         lambda row: row.not_sent_packets,
     ),
+    _EXPORT.counter(
+        "appliance_ipfix_lost_unclean_packets_total",
+        "Packets of flow records that went with the queue of a killed meter.",
+        lambda row: row.lost_unclean_packets,
+    ),
+    _EXPORT.gauge(
+        "appliance_ipfix_before_packets",
+        "Packets of flow records from before a reload brought this collector.",
+        lambda row: row.before_packets,
+    ),
     _EXPORT.gauge("appliance_ipfix_queued_bytes", "Bytes waiting for the collector.", lambda row: row.queued_bytes),
+    _EXPORT.gauge("appliance_ipfix_queued_packets", "Packets of flow records in them.", lambda row: row.queued_packets),
     # Processes.
     _WORKER.gauge("appliance_worker_up", "1 while the worker's heartbeat is fresh.", lambda row: row.is_fresh),
     _WORKER.gauge(

@@ -95,15 +95,16 @@ def _outputs(now: Snapshot) -> Table:
 
 
 def _meter(now: Snapshot) -> Table:
-    columns = ("observed", "metered", "ignored", "flows", "created", "exported", "evicted", "missed")
+    columns = ("observed", "metered", "ignored", "flows", "created", "exported", "evicted", "missed", "lost")
     if now.meter is None:
         return Table("Meter", columns, [])
     meter = now.meter
     missed = sum(row.digests_dropped for row in now.interfaces)
     evicted = meter.flows_ended["lack_of_resources"]
     figures = (meter.observed_packets, meter.metered_packets, meter.ignored_packets, meter.active_flows)
-    row = (*figures, meter.flows_created, meter.exported_flows, evicted, missed)
-    return Table("Meter", columns, [row], {0: "warn"} if evicted or missed else {})
+    lost = meter.lost_unclean_packets
+    row = (*figures, meter.flows_created, meter.exported_flows, evicted, missed, lost)
+    return Table("Meter", columns, [row], {0: "warn"} if evicted or missed or lost else {})
 
 
 def _exports(now: Snapshot) -> Table:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 from appliance.counters import (
     APPLICATIONS,
@@ -29,6 +29,8 @@ from appliance.counters import (
     page_name,
     restarts_field,
 )
+
+Rows = TypeVar("Rows")  # one of the views below
 
 # Where a packet can end without being written, in the order of its journey. The first three are as asked for (other
 # interfaces' packets, the user's filter, the recording's triggers and keep rules); the others are losses.
@@ -137,6 +139,8 @@ class InterfaceView:
     is_up: bool
     received_packets: int
     written_packets: int
+    ever_written_packets: int  # both only grow; written = ever written - taken back
+    taken_back_packets: int
     dropped: dict[str, int]
     dropped_packets: int
     lost_packets: int
@@ -161,6 +165,7 @@ class InterfaceView:
     digests_published: int
     digests_dropped: int
     ignored: dict[str, int]
+    ignored_octets: int
     last_packet_ns: int
     nic_dropped_packets: int | None
 
@@ -222,6 +227,9 @@ class MeterView:
     exported_flows: int
     exported_packets: int
     exported_octets: int
+    lost_unclean_flows: int
+    lost_unclean_packets: int
+    lost_unclean_octets: int
     stream_time_ns: int
     flows_evicted: dict[str, int]  # for lack of resources, by what they were
     tcp_segments: dict[str, int]  # by what TCP analysis took them for
@@ -244,6 +252,7 @@ class ExportView:
     flow_records: int
     messages: int
     bytes: int
+    sent_packets: int
     send_errors: int
     tls_failures: int
     connects: int
@@ -251,6 +260,9 @@ class ExportView:
     not_sent_packets: int
     not_sent_octets: int
     queued_bytes: int
+    queued_packets: int
+    lost_unclean_packets: int
+    before_packets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +406,8 @@ def _interface(
         is_up=bool(capture["interface_up"]),
         received_packets=received,
         written_packets=written,
+        ever_written_packets=merge["ever_written_packets"],
+        taken_back_packets=merge["taken_back_packets"],
         dropped=dropped,
         dropped_packets=sum(dropped.values()),
         lost_packets=sum(dropped[stage] for stage in LOSS_STAGES),
@@ -418,49 +432,38 @@ def _interface(
         digests_published=capture["digests_published"],
         digests_dropped=capture["digests_dropped"],
         ignored={reason: capture[f"ignored_{reason}_packets"] for reason in IGNORED_REASONS},
+        ignored_octets=capture["ignored_octets"],
         last_packet_ns=capture["last_packet_ns"],
         nic_dropped_packets=host.nic_dropped_packets.get(source.interface) if source.is_live else None,
     )
 
 
+def _of_page(kind: type[Rows], page: Mapping[str, int], **others: object) -> Rows:
+    """A view whose fields are those of the page that have its names, and `others`. TypeError: one is missing."""
+    wanted = {field.name for field in fields(kind)} - others.keys()  # type: ignore[arg-type]
+    return kind(**{name: page[name] for name in wanted & page.keys()}, **others)
+
+
 def _output(pages: CounterPages, output: OutputInfo, sources: tuple[SourceInfo, ...], host: HostFigures) -> OutputView:
     page = pages[page_name("merge", output.name)].snapshot()
     publish_counts = {str(bound_ms / 1000): page[f"publish_{bound_ms}_ms"] for bound_ms in PUBLISH_BUCKETS_MS}
-    return OutputView(
+    return _of_page(
+        OutputView,
+        page,
         name=output.name,
         directory=output.directory,
         format=output.format,
         is_live=any(source.is_live for source in sources if source.output == output.name),
         max_wait_ms=output.max_wait_ms,
         rotate_seconds=output.rotate_seconds,
-        merged_packets=page["merged_packets"],
-        written_packets=page["written_packets"],
-        written_bytes=page["written_bytes"],
-        open_packets=page["open_packets"],
-        published_packets=page["published_packets"],
-        quarantined_packets=page["quarantined_packets"],
-        recovered_packets=page["recovered_packets"],
-        published_bytes=page["published_bytes"],
-        late_packets=page["late_packets"],
-        late_max_ns=page["late_max_ns"],
-        forced_packets=page["forced_packets"],
-        clock_steps=page["clock_steps"],
-        watermark_ns=page["watermark_ns"],
-        last_packet_ns=page["last_packet_ns"],
         files_opened=page["segments_opened"],
         files_published=page["segments_published"],
         files_quarantined=page["segments_quarantined"],
         files_recovered=page["segments_recovered"],
         files_skipped=page["segments_skipped"],
         files_expired=page["expired_files"],
-        expired_bytes=page["expired_bytes"],
         queued_files=page["queued_segments"],
-        write_errors=page["write_errors"],
-        compressor_failures=page["compressor_failures"],
-        hook_failures=page["hook_failures"],
         file_opened_ns=page["segment_opened_ns"],
-        last_published_ns=page["last_published_ns"],
-        publish_ns=page["publish_ns"],
         publish_counts=publish_counts | {"+Inf": page["publish_slower"]},
         storage=host.storage.get(output.name),
     )
@@ -470,23 +473,10 @@ def _meter(pages: CounterPages) -> MeterView | None:
     page = _read(pages, page_name("meter"))
     if not page:
         return None
-    return MeterView(
-        observed_packets=page["observed_packets"],
-        metered_packets=page["metered_packets"],
-        metered_octets=page["metered_octets"],
-        ignored_packets=page["ignored_packets"],
-        unsampled_packets=page["unsampled_packets"],
-        late_packets=page["late_packets"],
-        active_flows=page["active_flows"],
-        active_flow_packets=page["active_flow_packets"],
-        peak_flows=page["peak_flows"],
-        table_bytes=page["table_bytes"],
-        flows_created=page["flows_created"],
+    return _of_page(
+        MeterView,
+        page,
         flows_ended={reason: page[f"flows_{reason}"] for reason in FLOW_END_REASONS},
-        exported_flows=page["exported_flows"],
-        exported_packets=page["exported_packets"],
-        exported_octets=page["exported_octets"],
-        stream_time_ns=page["stream_time_ns"],
         flows_evicted={kind: page[f"evicted_{kind}_flows"] for kind in ("single_packet", "half_open", "other")},
         tcp_segments={
             "retransmission": page["tcp_retransmitted_packets"],
@@ -496,36 +486,20 @@ def _meter(pages: CounterPages) -> MeterView | None:
             "zero_window": page["tcp_zero_windows"],
         },
         applications={name: page[f"flows_{name}"] for name in APPLICATIONS},
-        partial_names=page["partial_names"],
-        dropped_names=page["dropped_names"],
-        export_delay_ns=page["export_delay_ns"],
         export_delay_counts={
             str(bound_ms / 1000): page[f"export_delay_{bound_ms}_ms"] for bound_ms in EXPORT_DELAY_BUCKETS_MS
         }
         | {"+Inf": page["export_delay_longer"]},
-        fragments_keyed=page["fragments_keyed"],
-        fragments_unmatched=page["fragments_unmatched"],
-        fragments_overlapping=page["fragments_overlapping"],
-        fragment_evictions=page["fragment_evictions"],
     )
 
 
 def _export(pages: CounterPages, export: ExportInfo) -> ExportView:
     page = pages[export.page].snapshot()
-    return ExportView(
+    return _of_page(
+        ExportView,
+        page,
         uri=export.uri,
         is_up=bool(page["up"]),
-        records=page["records"],
-        flow_records=page["flow_records"],
-        messages=page["messages"],
-        bytes=page["bytes"],
-        send_errors=page["send_errors"],
-        tls_failures=page["tls_failures"],
-        connects=page["connects"],
-        not_sent_flows=page["not_sent_flows"],
-        not_sent_packets=page["not_sent_packets"],
-        not_sent_octets=page["not_sent_octets"],
-        queued_bytes=page["queued_bytes"],
     )
 
 

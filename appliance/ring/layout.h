@@ -32,7 +32,7 @@ struct ring_commit {
     uint64_t words[RING_COMMIT_WORDS];
 };
 
-/* Of `words`, the first is the same for all producers: packets published up to `head`, ever. With the packets between
+/* Of `words`, the first is the same for all producers: packets (or digests) published up to `head`, ever. With those between
  * tail and head it tells exactly how many were consumed, whoever died in the meantime. */
 #define COMMIT_WORD_PUBLISHED 0u
 

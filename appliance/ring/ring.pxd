@@ -31,5 +31,3 @@ cdef class Consumer:
     cdef readonly bint corrupt
     cdef int wake_fd
     cdef int look(self) noexcept nogil
-    cdef void release_to(self, uint64_t position) noexcept nogil
-    cdef void want_watermark_now(self) noexcept nogil

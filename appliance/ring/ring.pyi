@@ -26,9 +26,9 @@ class Mapping:
     watermark_ns: int
     ended: bool
     def published_packets(self) -> int:
-        """Packets published, ever, as committed with the head."""
+        """Packets or digests published, ever, as committed with the head."""
     def occupancy(self) -> tuple[int, int]:
-        """(packets published ever, packets between tail and head), by walking the records.
+        """(packets or digests published ever, those between tail and head), by walking the records.
 
         Their difference is what was consumed, exactly, whoever died. Call it while no consumer runs.
         """

@@ -100,7 +100,7 @@ cdef class Mapping:
                 return 0
 
     def occupancy(self):
-        """(packets published ever, packets between tail and head): read while the consumer rests."""
+        """(packets or digests published ever, those between tail and head): read while the consumer rests."""
         cdef uint64_t published, head, at
         cdef uint64_t waiting = 0
         cdef uint32_t length
@@ -116,7 +116,7 @@ cdef class Mapping:
             length = record_check(record, head - at)
             if length == 0:
                 break
-            if record_u32(record) == RECORD_PACKET:
+            if record_u32(record) in (RECORD_PACKET, RECORD_DIGEST):  # a ring has one kind of them
                 waiting += 1
             at += length
         return published, waiting
@@ -222,14 +222,6 @@ cdef class Consumer:
         self.ended = ended != 0
         return RING_OK
 
-    cdef void release_to(self, uint64_t position) noexcept nogil:
-        if ring_release(&self.view, position):
-            signal_eventfd(self.wake_fd)
-
-    cdef void want_watermark_now(self) noexcept nogil:
-        if ring_want_watermark(&self.view):
-            signal_eventfd(self.wake_fd)
-
     def refresh(self):
         if self.look() != RING_OK:
             raise ValueError("ring: the producer's position is impossible")
@@ -252,7 +244,8 @@ cdef class Consumer:
         return result
 
     def release(self):
-        self.release_to(self.view.position)
+        if ring_release(&self.view, self.view.position):
+            signal_eventfd(self.wake_fd)
 
     def skip_to_head(self):
         """Gives up everything that is published: the way on after a corrupt record. Returns the bytes given up."""
@@ -264,11 +257,12 @@ cdef class Consumer:
         self.view.position = head
         self.view.other = head
         self.corrupt = False
-        self.release_to(head)
+        self.release()
         return lost
 
     def want_watermark(self):
-        self.want_watermark_now()
+        if ring_want_watermark(&self.view):
+            signal_eventfd(self.wake_fd)
 
     def sleeps(self, bint sleeping):
         ring_consumer_sleeps(&self.view, sleeping)

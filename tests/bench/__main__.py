@@ -29,6 +29,7 @@ ROWS = (
     "latency",
     "scaling",
     "stages",
+    "meter-extras",
 )
 EXIT_INTERRUPTED = 130
 

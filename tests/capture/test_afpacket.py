@@ -164,7 +164,7 @@ def test_every_frame_becomes_a_record_in_order_and_is_counted(lab: Lab) -> None:
     assert page["received_packets"] == page["read_packets"] == page["published_packets"] == 500
     assert page["read_bytes"] == page["published_bytes"] == sum(map(len, expected))
     assert page["dropped_kernel_packets"] == page["dropped_ring_packets"] == page["foreign_packets"] == 0
-    assert page["ignored_not_ip_packets"] == 500
+    assert (page["ignored_not_ip_packets"], page["ignored_octets"]) == (500, page["read_bytes"])
     bench.drain()
     bench.close()
 
@@ -332,9 +332,7 @@ def test_an_idle_interface_moves_its_watermark_when_it_is_asked(lab: Lab) -> Non
     for _ in range(3):
         before_ns = time.time_ns()
         bench.records.want_watermark()
-        assert bench.capture.is_ready
         bench.capture.pump()
-        assert not bench.capture.is_ready
         bench.records.refresh()
         # It keeps `reorder_us` behind the clock.
         assert before_ns - 1_000_000 <= bench.records.watermark_ns <= time.time_ns() - 1_000_000

@@ -322,7 +322,14 @@ def test_a_batch_gives_one_digest_for_every_metered_packet() -> None:
     assert (record_type, length, interface, high << 32 | low) == (0x80000D16, 128, 0, time_ns)
     assert struct.unpack_from("=I", out, 124) == (128,)
     assert struct.unpack_from("=I", out, 128 + 8) == (1,)
-    assert ignored == {"not_ip": 1, "truncated": 0, "malformed": 0, "too_many_layers": 0, "link_type": 1}
+    octets = len(arp) + len(SEEDS["ppp"][1])
+    assert ignored == dict.fromkeys(headers.IGNORED, 0) | {"not_ip": 1, "link_type": 1, "octets": octets}
+
+
+def test_octets_that_are_not_metered_are_those_on_the_wire() -> None:
+    arp = ethernet(0x0806, b"\0" * 28)
+    _, ignored = headers.digests(packet_record(arp, original=1500), [ETHERNET])
+    assert (ignored["not_ip"], ignored["octets"]) == (1, 1500)
 
 
 @pytest.mark.parametrize(("flags", "status"), [(1, 0x8), (2, 0x4), (0, 0)])

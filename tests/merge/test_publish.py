@@ -19,6 +19,7 @@ from merge.outputs import Life, Make
 from merge.rings import S
 from support.lab import requires_tool, wait_until
 
+from appliance import disk
 from appliance.config import Output
 from appliance.counters import PUBLISH_BUCKETS_MS
 from appliance.merge import publish
@@ -120,7 +121,7 @@ def test_where_the_kernel_cannot_refuse_to_replace_a_link_does(tmp_path: Path, m
             ctypes.set_errno(errno.EINVAL)
             return -1
 
-    monkeypatch.setattr(publish, "libc", lambda: Refusing)
+    monkeypatch.setattr(disk, "libc", lambda: Refusing)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"new")
     publish.rename_without_replacing(str(source), str(target))
@@ -240,6 +241,7 @@ def test_a_file_that_was_removed_while_it_was_written_is_neither_published_nor_i
     life.finish()
     assert life.page["quarantined_packets"] == life.page["published_packets"] == life.page["written_packets"] == 0
     assert life.source_pages[0]["written_packets"] == 0
+    assert life.source_pages[0]["ever_written_packets"] == life.source_pages[0]["taken_back_packets"] > 0
     assert life.source_pages[0]["dropped_writer_packets"] == 2
 
 

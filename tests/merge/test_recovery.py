@@ -18,9 +18,11 @@ from merge.rings import S, packet
 from support.judges import capinfos, decompressed, packets
 from support.lab import wait_until
 
+from appliance.counters import MERGE_SOURCE_FIELDS, CounterPages
 from appliance.formats.encode import InterfaceDescription, interface_description, section_header
 from appliance.merge import publish
 from appliance.merge.naming import MtracecapNaming, SingleFileNaming
+from appliance.merge.recovery import set_written
 
 T0 = 1_700_000_040 * S
 HEADER = section_header() + interface_description(InterfaceDescription(1, name="a"))
@@ -64,6 +66,20 @@ def test_what_a_dead_merge_had_written_is_published_and_nothing_is_lost(
     assert life.page["recovered_packets"] == life.page["written_packets"] == 3
     assert life.page["segments_recovered"] == 1
     life.finish()
+
+
+@pytest.mark.parametrize(("steps", "ever", "back"), [((5, 9), 9, 0), ((5, 2, 4), 7, 3), ((5, 0, 0, 5), 10, 5)], ids=str)
+def test_what_was_written_and_what_of_it_was_lost_are_counters_that_never_go_down(
+    steps: tuple[int, ...], ever: int, back: int
+) -> None:
+    page = CounterPages([("merge/main/a", MERGE_SOURCE_FIELDS)])["merge/main/a"]
+    before = (0, 0)
+    for written in steps:
+        set_written(page, written)
+        now = page["ever_written_packets"], page["taken_back_packets"]
+        assert now[0] >= before[0] and now[1] >= before[1] and now[0] - now[1] == page["written_packets"] == written
+        before = now
+    assert before == (ever, back)
 
 
 def test_until_the_recovery_is_settled_its_packets_count_as_held_and_new_ones_are_written(make: Make) -> None:

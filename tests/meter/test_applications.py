@@ -153,12 +153,9 @@ def capture(path: Path) -> str:
 
 def records(tmp_path: Path, file_format: str) -> Path:
     out = tmp_path / f"flows.{file_format}"
-    meter_files(
-        [capture(tmp_path / "a.pcap")],
-        str(out),
-        MeterSettings(applications=True, entropy=True),
-        file_format=file_format,
-    )
+    settings = MeterSettings(applications=True, entropy=True)
+    export = ExportSettings("file:", file_format=file_format)
+    meter_files([capture(tmp_path / "a.pcap")], str(out), settings, export=export)
     return out
 
 
@@ -300,7 +297,7 @@ def is_known(one: dict[str, str]) -> bool:
 def as_we_say(path: Path, tmp_path: Path) -> dict[Conversation, list[dict[str, Any]]]:
     out = tmp_path / "flows.json"
     settings = MeterSettings(applications=True, tunnels="inner")
-    meter_files([str(path)], str(out), settings, file_format="json")
+    meter_files([str(path)], str(out), settings, export=ExportSettings("file:", file_format="json"))
     found: dict[Conversation, list[dict[str, Any]]] = defaultdict(list)
     for line in out.read_text().splitlines():
         row = json.loads(line)

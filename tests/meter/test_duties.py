@@ -25,8 +25,10 @@ from meter.test_exporter import COUNTS, TcpCollector, expired, export, received,
 from meter.test_tls import OpensslCollector, tls_exporter
 
 from appliance.config import parse_destination
-from appliance.meter import exporter as exporter_module
-from appliance.meter.exporter import UdpExporter, make_exporter
+from appliance.meter import export_socket, export_udp
+from appliance.meter.export_udp import UdpExporter
+from appliance.meter.exporter import ExporterParts
+from appliance.meter.exporters import make_exporter
 from appliance.meter.metering import Metering
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings
 
@@ -121,7 +123,7 @@ def test_duty_2_the_sequence_counts_data_records_and_goes_on_over_its_end(
 ) -> None:
     first = (1 << 32) - 3
     settings = ExportSettings(udp_uri(collector), template_copies=1)
-    exporter = UdpExporter(MeterSettings(), settings, None, time.time, first)
+    exporter = UdpExporter(ExporterParts(MeterSettings(), settings, first_sequence=first))
     export(exporter, 100)
     exporter.statistics(COUNTS)
     exporter.close(time.monotonic() + 5)
@@ -199,7 +201,11 @@ def test_duty_7_over_udp_nothing_is_withdrawn_and_no_number_gets_another_meaning
     for _ in range(5):
         export(exporter, 20)
     exporter.close(time.monotonic() + 5)
-    told = Told(tmp_path, received(collector))
+    check_meanings(Told(tmp_path, received(collector)))
+
+
+def check_meanings(told: Told) -> None:
+    """Nothing is withdrawn (a template without fields), and no template ID has two meanings."""
     assert min(map(int, told.every("cflow.template_field_count"))) > 0
     meanings: dict[str, set[str]] = {}
     end = r"(?=Template \(Id|Set \d+ \[|\nFrame|\Z)"
@@ -214,7 +220,7 @@ def test_duty_8_no_message_is_longer_than_the_path_takes_and_512_octets_where_it
 ) -> None:
     export(make_exporter(MeterSettings(), ExportSettings(udp_uri(collector))), 100)
     assert max(map(int, Told(tmp_path, received(collector)).every("cflow.len"))) <= 1400
-    monkeypatch.setitem(exporter_module.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
+    monkeypatch.setitem(export_udp.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
     export(make_exporter(MeterSettings(), ExportSettings(udp_uri(collector))), 100)
     assert max(map(int, Told(tmp_path, received(collector)).every("cflow.len"))) <= 512
 
@@ -223,7 +229,7 @@ def test_duty_8_no_message_is_longer_than_the_path_takes_and_512_octets_where_it
 def test_duty_9_every_connection_begins_with_all_templates_and_sequence_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.01)
     tcp = TcpCollector()
     exporter = make_exporter(MeterSettings(), ExportSettings(tcp.uri))
     for session in range(2):
@@ -246,7 +252,7 @@ def test_duty_9_every_connection_begins_with_all_templates_and_sequence_0(
 def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.01)
     tcp = TcpCollector()
     tcp.close()  # nobody is there for now
     exporter = make_exporter(MeterSettings(), ExportSettings(tcp.uri, queue_bytes=1 << 16))
@@ -255,7 +261,7 @@ def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
         exporter.export(table.rows_address, table.row_count)
         assert exporter.queued_bytes <= 1 << 16
     lost = exporter.page["not_sent_flows"]
-    assert 0 < lost < 5000 and exporter.retry_s > exporter_module.RETRY_FIRST_S  # type: ignore[attr-defined]
+    assert 0 < lost < 5000 and exporter.retry_s > export_socket.RETRY_FIRST_S  # type: ignore[attr-defined]
     tcp = TcpCollector(tcp.port)
     wait_until(lambda: not exporter.queue, exporter)
     exporter.statistics(COUNTS)
@@ -266,6 +272,19 @@ def test_duty_10_what_is_not_sent_is_counted_in_the_reliability_options(
     assert told.every("cflow.notsent_flows") == told.every("cflow.notsent_packets") == [str(lost)]
     assert told.every("cflow.notsent_octets") == [str(100 * lost)]
     assert exporter.page["flow_records"] == 5000 - lost
+
+
+@needs("tshark")
+def test_duty_11_over_tcp_no_number_gets_another_meaning_so_nothing_need_be_withdrawn(tmp_path: Path) -> None:
+    tcp = TcpCollector()
+    exporter = make_exporter(MeterSettings(packet_sequence=3), ExportSettings(tcp.uri))
+    for _ in range(5):
+        export(exporter, 100)
+        wait_until(lambda: not exporter.queue, exporter)
+    exporter.close(time.monotonic() + 5)
+    wait_until(lambda: tcp.read() is None and len(tcp.sessions[0]) == exporter.page["bytes"])
+    check_meanings(Told(tmp_path, [bytes(tcp.sessions[0])]))
+    tcp.close()
 
 
 @pytest.mark.skipif(not HAS_OPENSSL, reason=NO_OPENSSL)
@@ -368,12 +387,13 @@ def test_duty_17_a_flow_that_goes_on_keeps_its_direction_and_its_number(tmp_path
 @needs("ipfixDump", "tshark")
 def test_duty_18_packets_that_are_not_metered_are_counted(tmp_path: Path) -> None:
     exports = (ExportSettings("file:", directory=tmp_path),)
-    metering = Metering(MeterSettings(export=exports), ignored_packets=lambda: 17)
+    metering = Metering(MeterSettings(export=exports), ignored=lambda: (17, 1234))
     feed(metering, [Packet()])
     metering.finish()
     (path,) = (tmp_path / "flows").iterdir()
     told = run("ipfixDump", "-i", path)
     assert re.findall(r"ignoredPacketTotalCount : (\d+)", told) == ["17"]
+    assert re.findall(r"ignoredOctetTotalCount : (\d+)", told) == ["1234"]
 
 
 @needs("nfacctd")

@@ -32,13 +32,17 @@ from support.lab import Lab, requires_root
 
 from appliance.counters import EXPORT_FIELDS, METER_FIELDS, CounterPages
 from appliance.errors import CannotCreateError, ConfigError, MissingInputError
-from appliance.meter import exporter as exporter_module
-from appliance.meter.exporter import Exporter, FileExporter, TcpExporter, UdpExporter, make_exporter
+from appliance.meter import export_socket, export_udp
+from appliance.meter.export_file import FileExporter
+from appliance.meter.export_tcp import TcpExporter
+from appliance.meter.export_udp import UdpExporter
+from appliance.meter.exporter import Exporter, ExporterParts
+from appliance.meter.exporters import make_exporter
 from appliance.meter.metering import Metering
 from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
 from appliance.meter.table import FlowTable
 
-COUNTS = {"ignored_packets": 0}
+COUNTS = {"ignored_packets": 0, "ignored_octets": 0}
 TEMPLATES = 17
 
 
@@ -152,9 +156,8 @@ def test_udp_sends_templates_again_by_time_also_when_idle(udp_collector: socket.
 
 def test_udp_sequence_wraps_at_32_bits(udp_collector: socket.socket) -> None:
     first = (1 << 32) - 3
-    exporter = UdpExporter(
-        MeterSettings(), ExportSettings(udp_uri(udp_collector), template_copies=1), None, time.time, first
-    )
+    settings = ExportSettings(udp_uri(udp_collector), template_copies=1)
+    exporter = UdpExporter(ExporterParts(MeterSettings(), settings, first_sequence=first))
     export(exporter, 100)
     decoder = Decoder()
     messages = [decoder.message(data) for data in received(udp_collector)]
@@ -263,7 +266,7 @@ KEPT: list[FlowTable] = []
 def test_where_the_path_is_unknown_messages_have_512_octets(
     udp_collector: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(exporter_module.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
+    monkeypatch.setitem(export_udp.PATH_MTU, socket.AF_INET, (socket.IPPROTO_IP, 10, 9999, 28))
     exporter = udp_exporter(udp_collector)
     export(exporter, 100)
     messages = received(udp_collector)
@@ -412,8 +415,8 @@ def tcp_collector() -> Iterator[TcpCollector]:
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.01)
-    monkeypatch.setattr(exporter_module, "RETRY_LONGEST_S", 0.02)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(export_socket, "RETRY_LONGEST_S", 0.02)
 
 
 def whole_messages(session: bytes | bytearray) -> list[Decoded]:
@@ -676,7 +679,7 @@ def test_metering_accounts_for_every_packet_over_all_exporters(tmp_path: Path, u
     pages = CounterPages([("meter", METER_FIELDS), ("export/0", EXPORT_FIELDS), ("export/1", EXPORT_FIELDS)])
     exports = (ExportSettings("file:", directory=tmp_path), ExportSettings(udp_uri(udp_collector), biflow=False))
     settings = MeterSettings(max_flows=500, export=exports)
-    metering = Metering(settings, pages["meter"], [pages["export/0"], pages["export/1"]], ignored_packets=lambda: 17)
+    metering = Metering(settings, pages["meter"], [pages["export/0"], pages["export/1"]], ignored=lambda: (17, 1700))
     meter = pages["meter"]
     packet = Packet()
     for round_ in range(30):

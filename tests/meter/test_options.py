@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from meter.flow_packets import Decoder, Memory, Packet, digests, make_table
 
-from appliance.meter.exporter import make_exporter
+from appliance.meter.exporters import make_exporter
 from appliance.meter.ipfix import known_element
 from appliance.meter.options import description, field, words
 from appliance.meter.settings import ExportSettings, InterfaceName, MeterSettings

@@ -34,7 +34,7 @@ from meter.flow_packets import (
 from appliance.meter.pack import Message, Packer
 from appliance.meter.settings import ExportSettings, MeterSettings
 from appliance.meter.table import ROW_BYTES, FlowTable
-from appliance.meter.templates import TemplateSet, build_messages
+from appliance.meter.templates import FlowTemplate, TemplateSet, build_messages
 
 REVERSE = 29305
 TCP_TALK = Packet(
@@ -329,18 +329,21 @@ def test_statistics_are_options_data() -> None:
             "flow_records",
             "bytes",
             "ignored_packets",
+            "ignored_octets",
             "not_sent_flows",
             "not_sent_packets",
             "not_sent_octets",
         ],
         0,
     )
-    counts |= {"flow_records": 5, "ignored_packets": 6, "not_sent_packets": 7, "first_ms": 8, "last_ms": 1 << 40}
+    counts |= {"flow_records": 5, "ignored_packets": 6, "ignored_octets": 60, "not_sent_packets": 7}
+    counts |= {"first_ms": 8, "last_ms": 1 << 40}
     messages = templates.announcement(1400) + templates.statistics(counts, 1400)
     decoded = Decoder().stream(stamped(messages))[-1]
     by_template = dict(decoded.records)
     assert (number(by_template[300], 149), number(by_template[300], 42)) == (9, 5)
-    assert (number(by_template[301], 164), number(by_template[302], 167)) == (6, 7)
+    assert (number(by_template[301], 164), number(by_template[301], 165)) == (6, 60)
+    assert number(by_template[302], 167) == 7
     assert number(by_template[302], 323) == 1 << 40  # the second of the two stands
 
 
@@ -377,6 +380,33 @@ def test_tshark_reads_what_the_analysis_found(biflow: bool, tmp_path: Path) -> N
     assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
     assert "TCP WINDOWS SCALE" in text.upper() or "WINDOW SCALE" in text.upper()
     assert "00 00 00 00 00 00 00 c8" in text and "00 00 00 00 00 00 01 2c" not in text  # goodput: 200 octets, not 300
+
+
+@pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
+def test_without_the_analysis_tshark_reads_a_tcp_record_as_it_is_installed(tmp_path: Path) -> None:
+    export = ExportSettings("file:", tcp_analysis=False)
+    assert max(len(template.specs) for template in flow_templates(export)) == 46
+    table = expired(TROUBLED)
+    messages = TemplateSet(MeterSettings(), export).announcement(16384)
+    messages += make_packer(export, 16384).pack(table.rows_address, table.row_count)
+    (tmp_path / "flows.ipfix").write_bytes(stamped(messages))
+    command = ["tshark", "-n", "-V", "-r", tmp_path / "flows.ipfix"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Malformed" not in text and "No template found" not in text and "Expert Info" not in text
+    assert "FlowEndReason: End of Flow" in text or "Flow End Reason: " in text
+
+
+def flow_templates(export: ExportSettings) -> list[FlowTemplate]:
+    return [one for one in TemplateSet(MeterSettings(), export).flows if isinstance(one, FlowTemplate)]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "fields"),
+    [({}, 70), ({"nanoseconds": False}, 66), ({"nanoseconds": False, "tcp_analysis": False}, 42)],
+)
+def test_what_a_collector_does_not_want_is_not_in_its_templates(left_out: dict[str, bool], fields: int) -> None:
+    found = flow_templates(ExportSettings("file:", **left_out))  # type: ignore[arg-type]
+    assert max(len(template.specs) for template in found) == fields
 
 
 @pytest.fixture

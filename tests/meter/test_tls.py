@@ -18,8 +18,9 @@ from meter.test_collector import Collecting
 from meter.test_exporter import TEMPLATES, announced, check_sequence, export, wait_until, whole_messages
 
 from appliance.errors import ConfigError, MissingInputError
-from appliance.meter import exporter as exporter_module
-from appliance.meter.exporter import Exporter, make_exporter
+from appliance.meter import export_socket, export_tcp
+from appliance.meter.exporter import Exporter
+from appliance.meter.exporters import make_exporter
 from appliance.meter.settings import ExportSettings, MeterSettings, parse_uri
 from appliance.meter.tls import ServerTls, TlsExporter
 
@@ -33,8 +34,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter_module, "RETRY_FIRST_S", 0.02)
-    monkeypatch.setattr(exporter_module, "RETRY_LONGEST_S", 0.04)
+    monkeypatch.setattr(export_socket, "RETRY_FIRST_S", 0.02)
+    monkeypatch.setattr(export_socket, "RETRY_LONGEST_S", 0.04)
 
 
 def free_port() -> int:
@@ -210,7 +211,7 @@ def test_a_collector_that_was_restarted_gets_the_templates_first_and_a_new_seque
 
 
 def test_a_handshake_that_does_not_go_on_holds_nobody_up(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter_module, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(export_tcp, "CONNECT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         exporter = tls_exporter(f"tls://127.0.0.1:{silent.getsockname()[1]}", authority)
         wait_until(lambda: isinstance(exporter, TlsExporter) and exporter.has_peer, exporter)

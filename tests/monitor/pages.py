@@ -77,11 +77,14 @@ class Appliance:
             interface_up=1,
             last_packet_ns=self.realtime_ns - SECOND,
             ignored_not_ip_packets=4,
+            ignored_octets=240,
         )
         set_fields(
             self.pages["merge/main/uplink"],
             consumed_packets=775,
             written_packets=700,
+            ever_written_packets=703,
+            taken_back_packets=3,
             written_bytes=700 * 100,
             dropped_merge_packets=10,
             dropped_writer_packets=30,
@@ -89,7 +92,7 @@ class Appliance:
             held_packets=30,
         )
         set_fields(self.pages["capture/lo"], received_packets=40, read_packets=40, published_packets=40, interface_up=1)
-        set_fields(self.pages["merge/main/lo"], consumed_packets=40, written_packets=40)
+        set_fields(self.pages["merge/main/lo"], consumed_packets=40, written_packets=40, ever_written_packets=40)
         set_fields(
             self.pages["merge/main"],
             merged_packets=780,

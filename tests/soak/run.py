@@ -128,7 +128,7 @@ class Soak:
         """Everything rests: identities, files, and what must stay flat."""
         self.service.heard("")  # its manager listens
         # A file that could not be moved when its disk was full is moved within some seconds.
-        self.last = balance(self.service, self.traffic.sent, meter_died=True, timeout_s=REST_S)
+        self.last = balance(self.service, self.traffic.sent, timeout_s=REST_S)
         files = self.last.outputs[0].files_published
         self.patiently(lambda: self.service.ask("rotate"))
         self.service.wait_until(
@@ -136,7 +136,7 @@ class Soak:
             "the open file is published",
             REST_S,
         )
-        self.last = balance(self.service, self.traffic.sent, meter_died=True, timeout_s=REST_S)
+        self.last = balance(self.service, self.traffic.sent, timeout_s=REST_S)
         self.take_files()
         time.sleep(LEAST_PAUSE_S)
         self.measures.append(Measure.of(self.service))

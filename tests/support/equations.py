@@ -5,12 +5,12 @@ from __future__ import annotations
 from appliance.monitor.view import InterfaceView, OutputView, Snapshot
 
 
-def imbalances(snapshot: Snapshot, *, meter_died: bool = False) -> list[str]:
-    """What does not add up, in words. Empty: everything does. `meter_died`: its flows went with it."""
+def imbalances(snapshot: Snapshot) -> list[str]:
+    """What does not add up, in words. Empty: everything does."""
     found = [fault for view in snapshot.interfaces for fault in of_interface(view)]
     for output in snapshot.outputs:
         found += of_output(output, [view for view in snapshot.interfaces if view.output == output.name])
-    return found + of_meter(snapshot, meter_died)
+    return found + of_meter(snapshot)
 
 
 def of_interface(view: InterfaceView) -> list[str]:
@@ -52,20 +52,28 @@ def of_output(output: OutputView, views: list[InterfaceView]) -> list[str]:
     return found
 
 
-def of_meter(snapshot: Snapshot, died: bool) -> list[str]:
+def of_meter(snapshot: Snapshot) -> list[str]:
     meter = snapshot.meter
     if meter is None:
         return []
     equations = {
-        "observed = metered + ignored": (meter.observed_packets, meter.metered_packets + meter.ignored_packets)
-    }
-    if not died:
-        equations["metered = exported + active"] = (
-            meter.metered_packets,
-            meter.exported_packets + meter.active_flow_packets,
-        )
-        equations["digests = observed"] = (
-            sum(view.digests_published for view in snapshot.interfaces),
+        "digests = observed": (sum(view.digests_published for view in snapshot.interfaces), meter.observed_packets),
+        "observed = metered + ignored + unsampled": (
             meter.observed_packets,
+            meter.metered_packets + meter.ignored_packets + meter.unsampled_packets,
+        ),
+        "metered = exported + active + unclean": (
+            meter.metered_packets,
+            meter.exported_packets + meter.active_flow_packets + meter.lost_unclean_packets,
+        ),
+    }
+    for export in snapshot.exports:
+        equations[f"{export.uri}: exported = before + sent + not sent + queued + unclean"] = (
+            meter.exported_packets,
+            export.before_packets
+            + export.sent_packets
+            + export.not_sent_packets
+            + export.queued_packets
+            + export.lost_unclean_packets,
         )
     return [f"meter: {name}: {a} != {b}" for name, (a, b) in equations.items() if a != b]

@@ -22,7 +22,6 @@ def balance(
     service: Service,
     sent: Mapping[str, int],
     *,
-    meter_died: bool = False,
     timeout_s: float = 20.0,
 ) -> Snapshot:
     """Waits until every packet of `sent` (per label) has come to rest and every identity holds; the picture of then."""
@@ -39,7 +38,7 @@ def balance(
         faults = [
             f"{label}: {received[label]} received of {n} sent" for label, n in sent.items() if received[label] != n
         ]
-        faults += imbalances(last[-1], meter_died=meter_died)
+        faults += imbalances(last[-1])
         return not faults
 
     try:
@@ -126,13 +125,13 @@ def judge(service: Service, traffic: Traffic, last: Snapshot) -> NumberedReport:
     return report
 
 
-def conclude(service: Service, traffic: Traffic, *, meter_died: bool = False, others: Collection[int] = ()) -> Snapshot:
+def conclude(service: Service, traffic: Traffic, *, others: Collection[int] = ()) -> Snapshot:
     """The end of a test that injected a fault: identities, an orderly stop, the files recounted and judged. `others`:
     processes of the test's own."""
     for label in traffic.wires:
         seen = service.lab.statistics(label)["rx_packets"]
         assert seen == traffic.each, f"{label}: {seen} of {traffic.each} frames came through the wire"
-    last = balance(service, traffic.sent, meter_died=meter_died)
+    last = balance(service, traffic.sent)
     assert service.stop() == 0, service.log
     assert "Traceback" not in service.log, service.log
     recount(service, last)

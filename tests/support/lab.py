@@ -333,7 +333,9 @@ class Lab:
     def _start_module(self, command: Sequence[str], namespace: str | None) -> Sender:
         environment = os.environ | {"PYTHONPATH": str(TESTS_DIRECTORY)}
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return Sender(self.popen(command, namespace=namespace, env=environment, **options))
+        # Whoever stops a sender that is only starting gets its report all the same: it unblocks the signal (Stop).
+        with _uninterrupted():
+            return Sender(self.popen(command, namespace=namespace, env=environment, **options))
 
     def _make_namespace(self, name: str) -> None:
         with _uninterrupted():

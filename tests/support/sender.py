@@ -112,6 +112,7 @@ class Stop:
         self.then: Callable[[], object] | None = None
         signal.signal(signal.SIGTERM, self._set)
         signal.signal(signal.SIGINT, self._set)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # lab.py starts a sender with its signals blocked
 
     def _set(self, _number: int, _frame: FrameType | None) -> None:
         self.wanted = True

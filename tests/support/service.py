@@ -235,7 +235,7 @@ class Service:
                 return False
             views = {view.label: view for view in last[-1].interfaces}
             return all(views[label].received_packets >= count for label, count in received.items()) and not imbalances(
-                last[-1], meter_died=True
+                last[-1]
             )
 
         try:

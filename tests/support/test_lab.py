@@ -168,3 +168,9 @@ def test_a_quiet_pair_carries_nothing_at_all() -> None:
 def test_a_command_that_fails_is_named_with_what_it_said() -> None:
     with Lab() as lab, pytest.raises(LabError, match=r"import sys.*status 3.*no luck"):
         lab.run([sys.executable, "-c", "import sys; print('no luck'); sys.exit(3)"])
+
+
+def test_a_sender_that_is_stopped_before_it_began_reports_that() -> None:
+    with Lab() as lab:
+        _, peer = lab.veth("a")
+        assert lab.start_sender([peer], rate=1000).stop().sent[peer] <= 1000

@@ -10,9 +10,11 @@ import struct
 import time
 from pathlib import Path
 
+import pytest
+from meter.flow_packets import Decoder, flow_records
 from support.collector import Collector
 from support.faults import lab_with_wires, memory_group
-from support.identities import Traffic, balance, conclude
+from support.identities import Traffic, balance, conclude, recount
 from support.lab import Lab, requires_root, requires_tool
 from support.replay import send_frames
 from support.service import Service, process_status
@@ -43,12 +45,45 @@ def test_a_killed_meter_costs_no_written_packet_and_its_successor_begins_with_te
     service.wait_for_start("meter", killed)
     traffic.send(2000, flows=10)
     service.wait_until(lambda: exported(service, 4000), "the flows are exported")
-    conclude(service, traffic, meter_died=True, others=[collector.process.pid])
+    conclude(service, traffic, others=[collector.process.pid])
     after = collector.received()
     assert before.packets == 2000
     assert after.packets == 4000
     assert after.undescribed_sets == 0
     assert after.templates_sent > before.templates_sent
+
+
+def test_what_a_meter_is_killed_with_is_counted_to_the_packet(lab: Lab, directory: Path) -> None:
+    """Three times under traffic, with flows in its table, records on their way and digests in its hands."""
+    traffic = Traffic(lab, lab_with_wires(lab, "a", "b"))
+    interfaces = [{"uri": "ring:a"}, {"uri": "ring:b"}]
+    service = Service(lab, directory, interfaces, meter=meter("file:", active_timeout_s=2, idle_timeout_s=3600))
+    sender = traffic.start(rate=20_000, flows=100)
+    for deaths in range(1, 4):
+        seen = observed(service)
+        service.wait_until(lambda seen=seen: observed(service) > seen + 20_000, "traffic is metered")  # type: ignore[misc]
+        killed = service.pids()["meter"]
+        os.kill(killed, signal.SIGKILL)
+        service.wait_for_start("meter", killed)
+        service.wait_until(lambda deaths=deaths: lost(service) >= deaths, "the loss is counted")  # type: ignore[misc]
+    traffic.stop(sender)
+    last = conclude(service, traffic)
+    assert last.meter is not None and last.meter.lost_unclean_flows >= 300
+    (export,) = last.exports
+    records = Decoder().stream(b"".join(path.read_bytes() for path in sorted((directory / "flows").iterdir())))
+    packets = [record.get(element, b"") for record in flow_records(records) for element in ((0, 2), (29305, 2))]
+    in_files = sum(int.from_bytes(octets, "big") for octets in packets)
+    assert in_files == last.meter.metered_packets - last.meter.lost_unclean_packets - export.lost_unclean_packets
+
+
+def observed(service: Service) -> int:
+    found = service.snapshot().meter
+    return found.observed_packets if found is not None else 0
+
+
+def lost(service: Service) -> int:
+    found = service.snapshot().meter
+    return found.lost_unclean_packets if found is not None else 0
 
 
 def test_a_refusing_collector_costs_no_flow_that_is_not_counted(lab: Lab, directory: Path) -> None:
@@ -115,6 +150,31 @@ def test_a_flood_of_flows_stays_within_the_table_and_every_early_end_is_counted(
     assert after_kib - before_kib < 16 << 10
     conclude(service, traffic, others=[collector.process.pid])
     assert collector.received().packets == traffic.each
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_million_flows_take_no_more_memory_than_a_hundred_thousand_and_cost_no_packet(
+    lab: Lab, directory: Path
+) -> None:
+    each = 5_000_000
+    traffic = Traffic(lab, lab_with_wires(lab, "a"))
+    settings = meter("file:", max_flows=100_000) | {"idle_timeout_s": 600}
+    large = {"kernel_ring_bytes": 256 << 20, "ring_bytes": 256 << 20}
+    service = Service(lab, directory, [{"uri": "ring:a"} | large], meter=settings, output={"rotate_seconds": 60})
+    before_kib = int(process_status(service.pids()["meter"])["VmRSS"].split()[0])
+    for _ in range(10):
+        traffic.send(each // 10, rate=50_000, flows=each)
+    last = balance(service, traffic.sent, timeout_s=120)
+    most_kib = int(process_status(service.pids()["meter"])["VmHWM"].split()[0])
+    (view,), (export,), found = last.interfaces, last.exports, last.meter
+    assert found is not None
+    assert (most_kib - before_kib) << 10 < found.table_bytes + (32 << 20)
+    assert found.flows_created >= each and found.peak_flows <= 100_000
+    assert found.metered_packets + sum(view.ignored.values()) == view.received_packets == each
+    assert (view.lost_packets, view.digests_dropped, export.not_sent_packets) == (0, 0, 0)
+    assert service.stop() == 0, service.log
+    recount(service, last)
 
 
 def test_flows_of_one_pattern_cost_no_more_than_flows_of_any(lab: Lab, directory: Path) -> None:
@@ -193,7 +253,7 @@ def test_of_memory_that_runs_out_only_the_meter_dies(lab: Lab, directory: Path) 
         traffic.send(60_000, rate=20_000, flows=60_000)
         service.wait_for_start("meter", pids["meter"])
     traffic.send(1000, flows=100)
-    last = conclude(service, traffic, meter_died=True)
+    last = conclude(service, traffic)
     assert "meter was ended by signal 9" in service.log
     assert last.interfaces[0].lost_packets == 0
     survivors = {worker.name: worker.pid for worker in last.workers if worker.name not in ("meter", "supervisor")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,6 +36,15 @@ def reload(service: Service, config: dict[str, Any], said: str = "reload: done")
 
 def with_output(service: Service, **keys: Any) -> dict[str, Any]:
     return service.config | {"output": [service.config["output"][0] | keys]}
+
+
+def ready_bytes(service: Service) -> int:
+    """Of all published files; one that goes meanwhile counts nothing."""
+    total = 0
+    for path in service.ready():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def program(directory: Path, name: str, text: str) -> list[str]:
@@ -74,9 +84,9 @@ def test_a_retention_takes_effect_and_is_lifted_while_it_runs(lab: Lab, director
     service.wait_until(lambda: len(service.ready()) > 20, "more files than there will be")
     limit = 4 * max(path.stat().st_size for path in service.ready())
     reload(service, with_output(service, retain_bytes=limit))
-    service.wait_until(lambda: 0 < sum(path.stat().st_size for path in service.ready()) <= limit, "the old ones go")
+    service.wait_until(lambda: 0 < ready_bytes(service) <= limit, "the old ones go")
     reload(service, with_output(service, retain_bytes=0))
-    service.wait_until(lambda: sum(path.stat().st_size for path in service.ready()) > 4 * limit, "they stay again")
+    service.wait_until(lambda: ready_bytes(service) > 4 * limit, "they stay again")
     sent = sender.stop()
     count = sent.sent_by_id[0]
     service.wait_at_rest({"a": count})
@@ -219,6 +229,17 @@ def test_what_needs_a_restart_is_named_key_by_key_and_the_rest_is_taken_up(lab: 
     service.check(sent.sent_by_id)
     assert {sidecar["packets"] for sidecar in service.sidecars() if sidecar["closed_because"] == "packets"} == {100}
     assert all(path.name.endswith(".pcapng.lz4") for path in service.ready())
+
+
+def test_a_service_without_a_monitor_reloads_too(lab: Lab, directory: Path) -> None:
+    a, peer = lab.veth("a")
+    service = Service(lab, directory, [{"uri": f"ring:{a}"}], monitor={"control_socket": ""})
+    reload(service, with_output(service, rotate_packets=100, max_wait_ms=400))
+    sent = lab.send([peer], frames=3000, rate=1000)
+    service.wait_until(lambda: sum(sidecar["packets"] for sidecar in service.sidecars()) == 3000, "all are published")
+    assert service.stop() == 0
+    service.check(sent.sent_by_id)
+    assert any(sidecar["closed_because"] == "packets" for sidecar in service.sidecars())
 
 
 # The meter -----------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_no_helper_of_pythons_removes_memory_that_others_still_use(lab: Lab, dir
         os.kill(killed, signal.SIGKILL)
         service.wait_for_start(worker, killed)
         traffic.send(500)
-    last = conclude(service, traffic, meter_died=True)
+    last = conclude(service, traffic)
     assert last.interfaces[0].lost_packets == 0
 
 

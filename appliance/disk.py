@@ -1,0 +1,44 @@
+"""Files that are to be there after a power failure, and that never take another one's place."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from appliance.process import libc
+
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
+
+
+def rename_without_replacing(source: str, target: str) -> None:
+    """renameat2(RENAME_NOREPLACE). FileExistsError: the name is taken."""
+    result = libc().renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE)
+    if result == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), target)
+    # A file system without that flag: a second name that must not exist yet, then away with the first.
+    os.link(source, target, follow_symlinks=False)
+    os.unlink(source)
+
+
+def sync_directory(path: str) -> None:
+    """After this the names in it are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: str) -> int:
+    """fsync; returns the file's bytes. Never tried twice: after a failed sync the pages may be gone."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
