@@ -65,6 +65,19 @@ def test_packets_that_are_out_of_order_are_late(tmp_path: Path) -> None:
     assert (counts.metered_packets, counts.late_packets) == (4, 2)
 
 
+def test_what_is_not_metered_is_counted_with_its_octets_and_told_to_collectors(tmp_path: Path) -> None:
+    arp = bytes(12) + b"\x08\x06" + bytes(28)
+    names = [
+        write(tmp_path / "a.pcap", [Packet(0, arp), Packet(MS, frame(1, 0))]),
+        write(tmp_path / "b.pcap", [Packet(2, arp)]),
+    ]
+    counts = offline.meter_files(names, str(tmp_path / "out.ipfix"), MeterSettings())
+    assert (counts.ignored["not_ip"], counts.ignored_octets) == (2, 2 * len(arp))
+    messages = Decoder().stream((tmp_path / "out.ipfix").read_bytes())
+    (told,) = [record for message in messages for template, record in message.records if template == 301]
+    assert (number(told, 164), number(told, 165)) == (2, 2 * len(arp))
+
+
 def test_of_several_files_a_damaged_one_counts_with_its_whole_packets(tmp_path: Path) -> None:
     names = [write(tmp_path / f"{i}.pcap", packets()[i::2]) for i in range(2)]
     cut = Path(names[1])

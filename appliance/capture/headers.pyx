@@ -491,7 +491,7 @@ cdef void parse_tcp(const Cursor* c, digest* d) noexcept nogil:
         d.status |= DIGEST_CUT_TRANSPORT
     else:
         set_payload(c, d, (p[12] >> 4) * 4)
-        if d.tcp_flags & TCP_SYN:
+        if d.tcp_flags & TCP_SYN and not d.status & DIGEST_CUT_TRANSPORT:
             parse_syn_options(p + 20, p + min(<uint64_t>(p[12] >> 4) * 4, c.end - c.offset), d)
 
 

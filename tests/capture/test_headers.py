@@ -31,7 +31,7 @@ from capture.crafted import (
     tcp,
     udp,
 )
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from appliance.capture import headers
 from appliance.counters import IGNORED_REASONS
@@ -398,6 +398,7 @@ def test_real_and_damaged_captures_never_read_behind_a_packet() -> None:
     assert checked > 10_000
 
 
+@example(SEEDS["syn"][1], [(17, 44)], 0, 0, False)  # the IP length ends within the options
 @settings(max_examples=2000)
 @given(
     st.sampled_from([packet for linktype, packet in CRAFTED.values() if linktype == ETHERNET]),

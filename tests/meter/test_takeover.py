@@ -124,7 +124,9 @@ def worker(pages: Pages, ring: int, directory: Path) -> MeterWorker:
     export = (ExportSettings("file:", directory=directory),)
     source = MeterSource("a", "capture/a", True, ring, os.eventfd(0, os.EFD_NONBLOCK))
     wake = os.eventfd(0, os.EFD_NONBLOCK)
-    parts = MeterParts((source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50)
+    parts = MeterParts(
+        (source,), GENERATION, wake, MeterSettings(export=export), max_wait_ms=50, export_pages=("export/0",)
+    )
     channel, _ = socket.socketpair()
     context: Any = SimpleNamespace(pages=pages.all, page=pages.meter, channel=channel, messages=list)
     return MeterWorker(context, parts)
