@@ -124,6 +124,9 @@ TRACE_END_REASONS = ("idle", "closed", "reused", "evicted", "end")  # in the ord
 # Upper bounds of the histogram of the time from a flow's end, by its time-out, to its record.
 EXPORT_DELAY_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
 
+# What inspection of payloads tells apart (ring/digest.h).
+APPLICATIONS = ("tls", "quic", "dns", "http", "ssh")
+
 METER_FIELDS = COMMON_FIELDS + (
     "observed_packets",  # digests consumed
     "metered_packets",
@@ -162,6 +165,9 @@ METER_FIELDS = COMMON_FIELDS + (
     "fragments_keyed",  # later fragments that got the ports of their first
     "fragments_unmatched",  # that did not, though their protocol has ports
     "fragments_overlapping",  # that begin where others have been
+    *(f"flows_{name}" for name in APPLICATIONS),  # by what their payload says
+    "partial_names",  # flows whose first message was not seen to its end
+    "dropped_names",  # of flows for which name_bytes had no room
     "fragment_evictions",  # datagrams forgotten before their end for want of room
 )
 

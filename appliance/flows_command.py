@@ -164,6 +164,7 @@ def _add_numbers(made: argparse.ArgumentParser) -> None:
         "Datagrams in fragments at once, whose later fragments get the ports of the first; 0: they have none.",
     )
     number("fragment_timeout_s", 30.0, *timeout, "They are forgotten this long after the last of their fragments.")
+    number("name_bytes", 64 << 20, 1 << 16, 4 << 30, "With applications: memory for names.")
     number("domain", 1, 0, (1 << 32) - 1, "Observation domain ID.")
 
 
@@ -179,6 +180,10 @@ def _add_choices(made: argparse.ArgumentParser) -> None:
     switch("vlan_in_key", True, "Packets of different VLANs are different flows.")
     switch("interface_in_key", False, "Packets of different files are different flows.")
     switch("tcp_analysis", True, "Count repeats, disorder, losses, stalls and round trips of TCP.")
+    switch(
+        "applications", False, "Look into payloads for each flow's application and names (TLS, QUIC, DNS, HTTP, SSH)."
+    )
+    switch("entropy", False, "Measure the entropy of each direction's first payload.")
     switch("biflow", True, "Both directions in one record (RFC 5103); else one record for each.")
     switch("nanoseconds", True, "Times in nanoseconds beside those in milliseconds.")
     made.add_argument(

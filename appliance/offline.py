@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
+from appliance.capture.application import Inspector
 from appliance.capture.digestfile import DigestFile
 from appliance.counters import EXPORT_FIELDS, IGNORED_REASONS, METER_FIELDS, CounterPages
 from appliance.errors import FormatError, UsageError
@@ -63,7 +64,7 @@ def meter_files(
         raise UsageError(f"{len(paths)} files; between 1 and {MAX_FILES} are metered together")
     inputs: list[_Input] = []
     try:
-        inputs += (_Input(path, i, inner=settings.tunnels == "inner") for i, path in enumerate(paths))
+        inputs += (_Input(path, i, settings) for i, path in enumerate(paths))
         names = tuple(InterfaceName(i, os.path.basename(path), path) for i, path in enumerate(paths))
         uri = f"file:{os.path.abspath(destination)}"
         exporting = (replace(export or ExportSettings("file:"), uri=uri, single_file=True, statistics_interval_s=0),)
@@ -143,10 +144,13 @@ def _ahead(fill: Callable[[int, int], int]) -> Generator[_Batch, None, None]:
 class _Input:
     """One capture file as digests."""
 
-    def __init__(self, path: str, number: int, *, inner: bool) -> None:
+    def __init__(self, path: str, number: int, settings: MeterSettings) -> None:
         self.path = path
         self.damage = ""
-        self._file = DigestFile(path, number, inner=inner)
+        inspector = None
+        if settings.applications or settings.entropy:
+            inspector = Inspector(applications=settings.applications, entropy=settings.entropy)
+        self._file = DigestFile(path, number, inner=settings.tunnels == "inner", inspector=inspector)
 
     @property
     def packets(self) -> int:

@@ -329,6 +329,8 @@ class Wiring:
             opened=self.opened.get(source.label),
             socket_serial=self.serials.get(source.label, 0),
             inner=self.config.meter.tunnels == "inner",
+            applications=self.config.meter.applications,
+            entropy=self.config.meter.entropy,
             port_fd=self.ports.get(source.label, -1),
         )
 
@@ -630,6 +632,9 @@ def meter_settings(config: Config) -> MeterSettings:
         packet_sequence=meter.packet_sequence,
         zero_length=meter.zero_length,
         tunnels=meter.tunnels,
+        applications=meter.applications,
+        entropy=meter.entropy,
+        name_bytes=meter.name_bytes,
         max_fragmented=meter.max_fragmented,
         fragment_timeout_s=meter.fragment_timeout_s,
         export=tuple(

@@ -63,7 +63,7 @@ def test_what_is_missing_is_named_where_it_cannot_be_installed(project: Path, tm
     done = bootstrap(tree, "test", env={**environment, "PYTHON": "/nonexistent/python3"})
     assert done.returncode == 1
     assert "this system has no apt" in done.stderr
-    for package in ("gcc", "libc6-dev", "libpcap-dev", "tshark", "tcpdump", "nfdump", "prometheus"):
+    for package in ("gcc", "libc6-dev", "libpcap-dev", "libssl-dev", "tshark", "tcpdump", "nfdump", "prometheus"):
         assert f" {package} " in f"{done.stderr} ".replace("\n", " ")
 
     # With apt, but without the right to use it, one command does it all.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from appliance.capture import opener
 from appliance.capture.afpacket import LiveCapture
+from appliance.capture.application import Inspector
 from appliance.capture.filesource import FileCapture
 from appliance.capture.gate import make_gate
 from appliance.capture.opener import OpenedInterface
@@ -59,6 +60,8 @@ class CaptureParts:
     opened: OpenedInterface | None
     socket_serial: int
     inner: bool  # tunnels are metered by their innermost IP header
+    applications: bool = False  # payloads are looked at for names
+    entropy: bool = False  # and for their entropy
     port_fd: int = -1  # -1: no port capture
 
     @property
@@ -79,6 +82,12 @@ def main(context: WorkerContext) -> int:
         LibpcapWorker(context, parts, records, digests).run()
         return 0
     return FileWorker(context, parts, records, digests).run()
+
+
+def make_inspector(parts: CaptureParts) -> Inspector | None:
+    if parts.digest_fd < 0 or not (parts.applications or parts.entropy):
+        return None
+    return Inspector(applications=parts.applications, entropy=parts.entropy)
 
 
 class SourceWorker:
@@ -123,6 +132,7 @@ class LiveWorker(SourceWorker):
         self.is_gone = False
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
+        self.inspector = make_inspector(parts)
         self.port = PortTap(parts.port_fd, parts.generation) if parts.port_fd >= 0 else None
         assert parts.opened is not None
         self.use(parts.opened)
@@ -145,6 +155,7 @@ class LiveWorker(SourceWorker):
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
             inner=self.parts.inner,
+            inspector=self.inspector,
             port=self.port,
             gate=make_gate(self.parts.interface, opened.linktype),
         )
@@ -283,7 +294,9 @@ class LibpcapWorker(SourceWorker):
         self, context: WorkerContext, parts: CaptureParts, records: Producer, digests: Producer | None
     ) -> None:
         super().__init__(context, parts, records, digests)
-        self.capture = PcapCapture(parts.interface, records, digests, context.page, inner=parts.inner)
+        self.capture = PcapCapture(
+            parts.interface, records, digests, context.page, inner=parts.inner, inspector=make_inspector(parts)
+        )
         set_capabilities(())
         self.poller = select.poll()
         self.poller.register(self.capture.fileno(), select.POLLIN)
@@ -327,7 +340,12 @@ class FileWorker(SourceWorker):
         status = 0
         try:
             capture = FileCapture(
-                self.parts.interface, self.records, self.digests, self.context.page, inner=self.parts.inner
+                self.parts.interface,
+                self.records,
+                self.digests,
+                self.context.page,
+                inner=self.parts.inner,
+                inspector=make_inspector(self.parts),
             )
             while not capture.ended:
                 self.context.beat()

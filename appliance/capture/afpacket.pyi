@@ -1,5 +1,6 @@
 """A live interface through the kernel's memory-mapped ring (TPACKET_V3)."""
 
+from appliance.capture.application import Inspector
 from appliance.capture.trigger import Gate, PortTap
 from appliance.counters import CounterPage
 from appliance.ring.ring import Producer
@@ -36,6 +37,7 @@ class LiveCapture:
         block_timeout_ms: int = 1,
         step_ms: int = 50,
         inner: bool = False,
+        inspector: Inspector | None = None,
         port: PortTap | None = None,
         gate: Gate | None = None,
     ) -> None: ...

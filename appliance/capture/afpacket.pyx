@@ -17,10 +17,11 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport read
 
+from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
-from appliance.ring.digest cimport DIGEST_CHECKSUM_NOT_READY, DIGEST_INCOMING, DIGEST_MAX_BYTES, DIGEST_OUTGOING
+from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
@@ -200,13 +201,17 @@ cdef class LiveCapture:
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
     cdef uint64_t socket_serial
     cdef bint inner                 # tunnels are metered by their innermost IP header
+    cdef Inspector inspector        # None: payloads are not looked at
+    cdef Inspection *inspection
+    cdef uint32_t digest_room       # the longest digest
     cdef PortTap port               # None: the interface has no port capture
     cdef Gate gate                  # None: everything is recorded
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50, bint inner=False, PortTap port=None, Gate gate=None):
+                  uint64_t step_ms=50, bint inner=False, Inspector inspector=None, PortTap port=None,
+                  Gate gate=None):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -216,6 +221,9 @@ cdef class LiveCapture:
         self.linktype = linktype
         self.cooked = cooked
         self.inner = inner
+        self.inspector = inspector
+        self.inspection = inspection_of(inspector)
+        self.digest_room = DIGEST_MAX_BYTES if inspector is None else DIGEST_EXTENDED_MAX_BYTES
         self.snaplen = snaplen
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
@@ -620,13 +628,13 @@ cdef class LiveCapture:
                                uint64_t stamp, bint outbound, tail_entry *entry) noexcept nogil:
         cdef uint64_t ignored[IGNORED_COUNTS]
         cdef uint32_t length, i
-        cdef uint8_t *room = ring_reserve(&self.digests.view, DIGEST_MAX_BYTES)
+        cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
             return
         memset(ignored, 0, sizeof(ignored))
         length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_status(status, outbound), self.inner, room, ignored)
+                               digest_status(status, outbound), self.inner, self.inspection, room, ignored)
         if length == 0:
             for i in range(<uint32_t>REASONS):
                 if ignored[i]:

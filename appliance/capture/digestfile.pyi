@@ -2,16 +2,26 @@
 
 import os
 
+from appliance.capture.application import Inspector
+
 class DigestFile:
     """One capture file of any kind that CaptureReader reads; it raises what that raises.
 
     `path` may also be a URI, which must tell the format of what its content does not (`tsh:PATH`).
 
     No packet is copied: the parser looks at them in the reader's buffer. `source`: the interface that every digest
-    gets, as the merge would write it. `inner`: tunnels are described by their innermost IP header.
+    gets, as the merge would write it. `inner`: tunnels are described by their innermost IP header. `inspector`: what
+    looks at the payloads, if anything does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], source: int = 0, *, inner: bool = False) -> None: ...
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        source: int = 0,
+        *,
+        inner: bool = False,
+        inspector: Inspector | None = None,
+    ) -> None: ...
 
     ended: bool
     """The file is over, and all its digests were given."""

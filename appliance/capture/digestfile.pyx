@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
+from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, DigestBatch, LinkTypes, digest_references
 from appliance.formats.record cimport PacketReference
 
@@ -23,6 +24,7 @@ cdef class DigestFile:
     cdef object failure
     cdef uint32_t source
     cdef bint inner
+    cdef Inspector inspector  # or None
     cdef PacketReference *packets
     cdef uint64_t count
     cdef uint64_t taken
@@ -30,11 +32,12 @@ cdef class DigestFile:
     cdef LinkTypes linktypes
     cdef readonly bint ended
 
-    def __cinit__(self, path, uint32_t source=0, *, bint inner=False):
+    def __cinit__(self, path, uint32_t source=0, *, bint inner=False, Inspector inspector=None):
         path, told_format = file_of(os.fspath(path))
         self.reader = CaptureReader(path, by_reference=True, format=told_format)
         self.source = source
         self.inner = inner
+        self.inspector = inspector
         self.linktypes = LinkTypes()
         self.packets = <PacketReference *>malloc(REFERENCES * sizeof(PacketReference))
         if self.packets == NULL:
@@ -47,13 +50,14 @@ cdef class DigestFile:
         cdef uint8_t *out = <uint8_t *>address
         cdef uint64_t written = 0
         cdef DigestBatch batch
+        cdef Inspection *inspection = inspection_of(self.inspector)
         while not self.ended:
             if self.taken == self.count and not self.decode(written != 0):
                 break
             with nogil:
                 self.taken += digest_references(
                     self.packets + self.taken, self.count - self.taken, self.linktypes.types, self.linktypes.count,
-                    self.source, self.inner, out + written, room - written, self.ignored_counts, &batch,
+                    self.source, self.inner, inspection, out + written, room - written, self.ignored_counts, &batch,
                 )
             written += batch.written_bytes
             if self.taken < self.count:

@@ -1,5 +1,6 @@
 """A capture file into a packet ring and a digest ring."""
 
+from appliance.capture.application import Inspector
 from appliance.config import Interface
 from appliance.counters import CounterPage
 from appliance.ring.ring import Producer
@@ -19,6 +20,7 @@ class FileCapture:
         page: CounterPage,
         *,
         inner: bool = False,
+        inspector: Inspector | None = None,
     ) -> None: ...
     ended: bool
     """Everything is published."""

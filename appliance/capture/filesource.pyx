@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
+from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, DigestBatch, LinkTypes, digest_records
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
@@ -31,16 +32,19 @@ cdef class FileCapture:
     cdef uint64_t ignored[IGNORED_COUNTS]
     cdef LinkTypes linktypes
     cdef bint inner
+    cdef Inspector inspector        # None: payloads are not looked at
     cdef bint source_ended
     cdef uint64_t wait_ms
     cdef readonly bint ended
 
-    def __cinit__(self, interface, Producer records not None, Producer digests, page, *, bint inner=False):
+    def __cinit__(self, interface, Producer records not None, Producer digests, page, *, bint inner=False,
+                  Inspector inspector=None):
         self.records = records
         self.digests = digests
         self.page = page
         self.interface = interface
         self.inner = inner
+        self.inspector = inspector
         self.linktypes = LinkTypes()
         self.source = FileSource(
             interface.uri,
@@ -123,6 +127,7 @@ cdef class FileCapture:
         cdef const uint8_t *batch = self.records.view.data + (self.records.view.position
                                                               & (self.records.view.capacity - 1))
         cdef uint64_t free_bytes, published
+        cdef Inspection *inspection = inspection_of(self.inspector)
         if self.digests is None:
             return True
         self.linktypes.learn(self.source.interfaces)
@@ -134,8 +139,8 @@ cdef class FileCapture:
             memset(&done, 0, sizeof(done))
             with nogil:
                 if not digest_records(batch + self.digested_bytes, self.batch_bytes - self.digested_bytes,
-                                      self.linktypes.types, self.linktypes.count, self.inner, room, free_bytes,
-                                      self.ignored, &done):
+                                      self.linktypes.types, self.linktypes.count, self.inner, inspection, room,
+                                      free_bytes, self.ignored, &done):
                     with gil:
                         raise InputOutputError(f"{self.interface.uri}: a decoded record is corrupt")
             self.digested_bytes += done.consumed_bytes

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from appliance.capture.application cimport Inspection
 from appliance.formats.record cimport PacketReference
 
 # What is counted of packets that are not metered, in the order of counters.IGNORED_FIELDS: why, and their octets.
@@ -31,6 +32,8 @@ cdef class LinkTypes:
 # Writes the digest of one packet to `out` (room for DIGEST_MAX_BYTES, aligned to 4) and returns its length.
 # 0: not metered, and ignored[reason] and ignored[IGNORED_OCTETS], of IGNORED_COUNTS, went up. `status` takes bits of
 # DIGEST_CALLER_STATUS. With `inner` the digest describes the innermost IP header of a tunnel, otherwise the outermost.
+# With an `inspection` (NULL: none) it has an extension where the payload says something, and `out` has room for
+# DIGEST_EXTENDED_MAX_BYTES.
 cdef uint32_t digest_packet(
     const uint8_t* packet,
     uint32_t captured_length,
@@ -40,6 +43,7 @@ cdef uint32_t digest_packet(
     uint64_t timestamp_ns,
     uint32_t status,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil
@@ -53,6 +57,7 @@ cdef bint digest_records(
     const uint16_t* linktypes,
     uint32_t linktype_count,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -68,6 +73,7 @@ cdef uint64_t digest_references(
     uint32_t linktype_count,
     uint32_t source,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,

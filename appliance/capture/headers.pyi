@@ -35,6 +35,8 @@ from typing import Any
 
 from typing_extensions import Buffer
 
+from appliance.capture.application import Inspector
+
 IGNORED: tuple[str, ...]
 """The reasons, in the order of `appliance.counters.IGNORED_REASONS`."""
 
@@ -54,7 +56,9 @@ def parse(
     is not taken; the result is the same. For tests and single looks, not for traffic.
     """
 
-def digests(records: Buffer, linktypes: Sequence[int], *, inner: bool = False) -> tuple[bytes, dict[str, int]]:
+def digests(
+    records: Buffer, linktypes: Sequence[int], *, inner: bool = False, inspector: Inspector | None = None
+) -> tuple[bytes, dict[str, int]]:
     """All digests of a buffer of records (layout.h), and the ignored packets by reason, with their `octets`.
 
     `linktypes[i]` is the link type of interface i; at most 256. ValueError: damaged framing.

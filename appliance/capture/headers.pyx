@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
+from appliance.capture.application cimport Inspection, Inspector, inspect, inspection_of
 from appliance.capture.cursor cimport *
 from appliance.capture.tunnels cimport enter_tunnel, is_tunnel_port
 from appliance.ring.digest cimport *
@@ -652,6 +653,7 @@ cdef inline uint32_t digest_by(
     uint64_t timestamp_ns,
     uint32_t status,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil:
@@ -678,6 +680,8 @@ cdef inline uint32_t digest_by(
     d.original_length = original_length
     d.captured_length = captured_length
     d.length_again = DIGEST_MIN_BYTES
+    if inspection != NULL:
+        return inspect(inspection, packet, d)
     return DIGEST_MIN_BYTES
 
 
@@ -690,11 +694,12 @@ cdef uint32_t digest_packet(
     uint64_t timestamp_ns,
     uint32_t status,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t* ignored,
 ) noexcept nogil:
     return digest_by(True, packet, captured_length, original_length, linktype, interface, timestamp_ns, status, inner,
-                     out, ignored)
+                     inspection, out, ignored)
 
 
 cdef inline uint32_t status_of_flags(uint32_t flags) noexcept nogil:
@@ -727,6 +732,7 @@ cdef bint digest_records(
     const uint16_t* linktypes,
     uint32_t linktype_count,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -736,6 +742,7 @@ cdef bint digest_records(
     cdef uint32_t[7] head  # type, length, interface, timestamp high and low, captured length, original length
     cdef uint64_t data_end
     cdef uint32_t written
+    cdef uint32_t needed = DIGEST_MAX_BYTES if inspection == NULL else DIGEST_EXTENDED_MAX_BYTES
     memset(batch, 0, sizeof(DigestBatch))
     while batch.consumed_bytes < record_bytes:
         r = records + batch.consumed_bytes
@@ -750,7 +757,7 @@ cdef bint digest_records(
         if head[0] == RECORD_PACKET:
             if head[1] < RECORD_PACKET_MIN:
                 return False
-            if out_room - batch.written_bytes < DIGEST_MAX_BYTES:
+            if out_room - batch.written_bytes < needed:
                 return True
             memcpy(head, r, RECORD_PACKET_DATA)
             data_end = RECORD_PACKET_DATA + ((<uint64_t>head[5] + 3) & ~<uint64_t>3)
@@ -764,7 +771,7 @@ cdef bint digest_records(
                     r + RECORD_PACKET_DATA, head[5], head[6], linktypes[head[2]], head[2],
                     (<uint64_t>head[3] << 32) | head[4],
                     status_of_options(r + data_end, head[1] - 4 - data_end),
-                    inner, out + batch.written_bytes, ignored,
+                    inner, inspection, out + batch.written_bytes, ignored,
                 )
                 batch.written_bytes += written
                 batch.digests += written != 0
@@ -800,6 +807,7 @@ cdef uint64_t digest_references(
     uint32_t linktype_count,
     uint32_t source,
     bint inner,
+    Inspection* inspection,
     uint8_t* out,
     uint64_t out_room,
     uint64_t* ignored,
@@ -808,9 +816,10 @@ cdef uint64_t digest_references(
     cdef const PacketReference* p
     cdef uint64_t i
     cdef uint32_t written
+    cdef uint32_t needed = DIGEST_MAX_BYTES if inspection == NULL else DIGEST_EXTENDED_MAX_BYTES
     memset(batch, 0, sizeof(DigestBatch))
     for i in range(count):
-        if out_room - batch.written_bytes < DIGEST_MAX_BYTES:
+        if out_room - batch.written_bytes < needed:
             return i
         p = &packets[i]
         if i + AHEAD < count:
@@ -821,7 +830,7 @@ cdef uint64_t digest_references(
             continue
         written = digest_by(
             True, p.data, p.captured, p.original, linktypes[p.interface], source, <uint64_t>p.timestamp_ns,
-            status_of_flags(p.flags), inner, out + batch.written_bytes, ignored,
+            status_of_flags(p.flags), inner, inspection, out + batch.written_bytes, ignored,
         )
         batch.written_bytes += written
         batch.digests += written != 0
@@ -846,7 +855,7 @@ def parse(
     if captured > packet.shape[0]:
         raise ValueError(f"captured_length {captured} exceeds the {packet.shape[0]} octets given")
     memset(ignored, 0, sizeof(ignored))
-    if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, inner, <uint8_t*>&d, ignored):
+    if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, inner, NULL, <uint8_t*>&d, ignored):
         for i in range(IGNORED_REASON_COUNT):
             if ignored[i]:
                 return {"ignored": IGNORED[i]}
@@ -891,11 +900,13 @@ cdef dict digest_fields(const digest* d):
     }
 
 
-def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=False):
+def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=False,
+            Inspector inspector=None):
     cdef uint64_t[IGNORED_COUNTS] ignored
     cdef uint16_t[256] table
     cdef DigestBatch batch
-    cdef bytearray out = bytearray(len(records) // RECORD_PACKET_MIN * DIGEST_MAX_BYTES + DIGEST_MAX_BYTES)
+    cdef uint32_t longest = DIGEST_MAX_BYTES if inspector is None else DIGEST_EXTENDED_MAX_BYTES
+    cdef bytearray out = bytearray((len(records) // RECORD_PACKET_MIN + 1) * longest)
     cdef unsigned char[::1] room = out
     cdef uint32_t count = len(linktypes)
     cdef bint whole
@@ -907,7 +918,8 @@ def digests(const unsigned char[::1] records not None, linktypes, *, bint inner=
     if records.shape[0] == 0:
         return b"", dict.fromkeys(IGNORED_COUNTED, 0)
     whole = digest_records(
-        &records[0], records.shape[0], table, count, inner, &room[0], room.shape[0], ignored, &batch
+        &records[0], records.shape[0], table, count, inner, inspection_of(inspector), &room[0], room.shape[0], ignored,
+        &batch,
     )
     if not whole:
         raise ValueError(f"damaged record at offset {batch.consumed_bytes}")

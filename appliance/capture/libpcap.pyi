@@ -2,6 +2,7 @@
 
 from typing_extensions import Buffer
 
+from appliance.capture.application import Inspector
 from appliance.counters import CounterPage
 from appliance.ring.ring import Producer
 
@@ -17,6 +18,7 @@ class PacketSink:
         snaplen: int,
         *,
         inner: bool = False,
+        inspector: Inspector | None = None,
     ) -> None: ...
     newest: int
     """The newest timestamp put, in ns."""

@@ -3,8 +3,9 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, digest_packet
-from appliance.ring.digest cimport DIGEST_MAX_BYTES
+from appliance.ring.digest cimport DIGEST_EXTENDED_MAX_BYTES, DIGEST_MAX_BYTES
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
@@ -76,15 +77,21 @@ cdef class PacketSink:
     cdef uint64_t digests_written, digests_dropped
     cdef uint64_t ignored[IGNORED_COUNTS]
     cdef bint inner
+    cdef Inspector inspector  # None: payloads are not looked at
+    cdef Inspection *inspection
+    cdef uint32_t digest_room  # the longest digest
 
     def __cinit__(self, Producer records not None, Producer digests, page, int linktype, uint32_t snaplen,
-                  *, bint inner=False):
+                  *, bint inner=False, Inspector inspector=None):
         self.records = records
         self.digests = digests
         self.page = page
         self.linktype = linktype
         self.snaplen = snaplen
         self.inner = inner
+        self.inspector = inspector
+        self.inspection = inspection_of(inspector)
+        self.digest_room = DIGEST_MAX_BYTES if inspector is None else DIGEST_EXTENDED_MAX_BYTES
         # A successor counts on from what its predecessor had published; what it had only read is lost with it.
         self.published = records.words[COMMIT_WORD_PUBLISHED]
         self.read_packets = page["read_packets"]
@@ -136,12 +143,12 @@ cdef class PacketSink:
     cdef void digest(self, uint64_t timestamp_ns, const uint8_t *data, uint32_t captured,
                      uint32_t original) noexcept nogil:
         cdef uint32_t length
-        cdef uint8_t *room = ring_reserve(&self.digests.view, DIGEST_MAX_BYTES)
+        cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
             self.digests_dropped += 1
             return
-        length = digest_packet(data, captured, original, self.linktype, 0, timestamp_ns, 0, self.inner, room,
-                               self.ignored)
+        length = digest_packet(data, captured, original, self.linktype, 0, timestamp_ns, 0, self.inner, self.inspection,
+                               room, self.ignored)
         if length:
             ring_advance(&self.digests.view, length)
             self.digests_written += 1

@@ -92,7 +92,7 @@ cdef class DigestPairs:
                 digest_bytes = digest_packet(
                     records + at + RECORD_PACKET_DATA, captured, record_u32(records + at + 24),
                     <uint16_t> linktype, interface, record_timestamp_ns(records + at), 0,
-                    self.inner,
+                    self.inner, NULL,
                     self.digests + <size_t> self.count * DIGEST_MAX_BYTES, self.ignored_counts,
                 )
                 if digest_bytes:

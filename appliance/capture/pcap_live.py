@@ -12,6 +12,7 @@ import os
 import time
 from typing import Protocol
 
+from appliance.capture.application import Inspector
 from appliance.capture.libpcap import LibpcapHandle, PacketSink
 from appliance.config import Interface
 from appliance.counters import CounterPage
@@ -122,9 +123,12 @@ class PcapCapture:
         page: CounterPage,
         *,
         inner: bool = False,
+        inspector: Inspector | None = None,
     ) -> None:
         self.handle = open_handle(interface)
-        self.sink = PacketSink(records, digests, page, self.handle.linktype, interface.snaplen, inner=inner)
+        self.sink = PacketSink(
+            records, digests, page, self.handle.linktype, interface.snaplen, inner=inner, inspector=inspector
+        )
         self._reorder_ns = interface.reorder_us * 1000
         # The handle's own counts begin anew with every handle, and wrap at 2^32.
         self._base = (page["received_packets"], page["dropped_kernel_packets"])

@@ -123,5 +123,15 @@ class Meter(Table):
         "\"siteName(99999/2)<string> = 'north'\", "
         '"longestPacket(99999/3)<unsigned16> = forward.max_length"]',
     )
+    applications: bool = Field(
+        default=False,
+        description="look into payloads for the application of each flow and its names (TLS and QUIC server name and "
+        "ALPN, DNS question, HTTP host, SSH versions); these tell what people do",
+    )
+    entropy: bool = Field(default=False, description="measure the entropy of each direction's first payload")
+    name_bytes: Annotated[int, between(1 << 16, 4 << 30)] = Field(
+        default=64 << 20,
+        description="with applications: memory for names; flows for which none is left have no names, and are counted",
+    )
     cpus: Cpus = Field(default=(), strict=False, description="CPUs that the meter runs on; [] = any")
     exports: tuple[MeterExport, ...] = Field(default=(), validation_alias="export", strict=False)

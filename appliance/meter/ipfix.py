@@ -43,7 +43,14 @@ ENTERPRISE_SPECS = (
     "npmRoundTripTime(39499/69)<unsigned32>[4]",  # Flowmon's: of the handshake, in microseconds
     "npmTcpOutOfOrder(39499/72)<unsigned32>[4]",
     "rttMinMicroseconds(12325/179)<unsigned32>[4]",  # Fraunhofer FOKUS's
+    "payloadEntropy(6871/35)<unsigned8>[1]",  # CERT's, from here on
+    "sshVersion(6871/171)<string>",
+    "dnsQRType(6871/175)<unsigned16>[2]",
+    "dnsQName(6871/179)<string>",
+    "sslServerName(6871/294)<string>",
+    "tlsAlpn(39499/337)<string>",  # Flowmon's
 )
+LATER_SPECS = ("httpRequestMethod(0/459)<string>", "httpRequestHost(0/460)<string>")  # than python-ipfix knows
 STRUCTURED_SPECS = ("basicList(0/291)<octetArray>[65535]",)  # RFC 6313
 REVERSE_BIT = 0x4000
 
@@ -79,7 +86,7 @@ def _reverse_spec(spec: str) -> str:
     return f"{reverse_name(name)}({enterprise}/{int(number) | REVERSE_BIT}){rest.split(')', 1)[1]}"
 
 
-for _spec in STRUCTURED_SPECS:
+for _spec in (*LATER_SPECS, *STRUCTURED_SPECS):
     ipfix.ie.for_spec(_spec)
 for _spec in ENTERPRISE_SPECS:
     ipfix.ie.for_spec(_spec)

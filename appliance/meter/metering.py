@@ -75,6 +75,8 @@ class Metering:
             packet_sequence=settings.packet_sequence,
             fragments=fragment_table(settings),
             frame_octets=settings.zero_length == "frame",
+            entropy=settings.entropy,
+            name_bytes=settings.name_bytes if settings.applications else 0,
         )
         pages: Sequence[CounterPage | None] = export_pages or [None] * len(settings.export)
         self.exporters: list[Exporter] = [

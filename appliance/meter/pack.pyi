@@ -35,6 +35,9 @@ class Message:
     def stamp(self, export_time_s: int, sequence: int) -> None:
         """Writes both header fields, modulo 2^32. Done when the message leaves, not when it is made."""
 
+TEXT_FIELDS: dict[str, int]
+"""Name of a text of FlowRow: its offset. For steps of the kind `text`, whose other sizes are 0 and 1."""
+
 class Packer:
     """Packs rows of `FlowTable`. With `biflow` a row is one record; without, one for each direction that has packets.
 

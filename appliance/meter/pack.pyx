@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from appliance.meter.table cimport Direction, FlowRow, PacketNote, TcpReport
+from appliance.meter.table cimport *
 
 cdef enum:
     MESSAGE_HEADER_BYTES = 16
@@ -17,6 +17,7 @@ cdef enum:
     MAX_STEPS = 192
     MAX_SEQUENCE = 20  # packets of a flow, as in the flow table
     MAX_MESSAGE_BYTES = 65535
+    TEXT_BYTES_MAX = 254
     ROW_CLASSES = 6
 
     STEP_CONSTANT = 100
@@ -26,6 +27,7 @@ cdef enum:
     STEP_NANOSECONDS = 3
     STEP_VLAN = 4
     STEP_THOUSANDTHS = 5  # of a microsecond count: milliseconds
+    STEP_TEXT = 6  # of variable length (RFC 7011, 7), with one octet before it that says how long it is
 
     SHAPE_FORWARD = 0
     SHAPE_REVERSE = 1
@@ -50,7 +52,8 @@ cdef struct Plan:
     uint16_t template_id
     uint8_t row_class
     uint8_t shape
-    uint32_t record_bytes
+    uint32_t record_bytes  # every text empty
+    uint32_t text_count
     uint32_t step_count
     Step[MAX_STEPS] steps
 
@@ -130,8 +133,24 @@ cdef inline void put_unsigned(uint8_t* out, uint64_t value, int length) noexcept
         put(out, value, length)
 
 
-cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* out) noexcept nogil:
+cdef inline uint32_t text_bytes(const Text* text, uint32_t room) noexcept nogil:
+    return min(min(text.length, <uint32_t>TEXT_BYTES_MAX), room)
+
+
+cdef uint32_t texts_bytes(const Plan* plan, const FlowRow* row, uint32_t room) noexcept nogil:
+    """Of all texts of a record: at most `room`, so that it fits into a message; what does not is cut off."""
+    cdef uint32_t left = room
+    cdef uint32_t i
+    if plan.text_count != 0:
+        for i in range(plan.step_count):
+            if plan.steps[i].kind == STEP_TEXT:
+                left -= text_bytes(<const Text*>(<const uint8_t*>row + plan.steps[i].offset), left)
+    return room - left
+
+
+cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* out, uint32_t text_room) noexcept nogil:
     cdef const uint8_t* source
+    cdef uint32_t length
     cdef const Step* step
     cdef uint64_t value
     cdef uint32_t i
@@ -140,6 +159,13 @@ cdef inline void encode_record(const Plan* plan, const FlowRow* row, uint8_t* ou
         source = <const uint8_t*>row + step.offset
         if step.kind == STEP_COPY:
             memcpy(out, source, step.bytes)
+        elif step.kind == STEP_TEXT:
+            length = text_bytes(<const Text*>source, text_room)
+            text_room -= length
+            out[0] = <uint8_t>length
+            if length != 0:
+                memcpy(out + 1, (<const Text*>source).octets, length)
+                out += length
         elif step.kind == STEP_CONSTANT:
             memcpy(out, plan.constants + step.offset, step.bytes)
         else:
@@ -264,9 +290,14 @@ cdef class Packer:
         if kind == STEP_CONSTANT:
             if not (0 <= offset and 1 <= wire_bytes <= 255 and offset + wire_bytes <= len(self.constants)):
                 raise ValueError("a step reads outside of the constants")
+        elif kind == STEP_TEXT:
+            if not 0 <= offset <= <int>(sizeof(FlowRow) - sizeof(Text)) or wire_bytes != 1:
+                raise ValueError("a step reads outside of its row")
+            plan.text_count += 1
         elif not 0 <= offset <= <int>sizeof(FlowRow) - max(source_bytes, wire_bytes if kind == STEP_COPY else 0):
             raise ValueError("a step reads outside of its row")
-        if kind not in (STEP_COPY, STEP_CONSTANT) and (source_bytes not in (1, 2, 4, 8) or not 1 <= wire_bytes <= 8):
+        is_number = kind not in (STEP_COPY, STEP_CONSTANT, STEP_TEXT)
+        if is_number and (source_bytes not in (1, 2, 4, 8) or not 1 <= wire_bytes <= 8):
             raise ValueError("a step of an unknown size")
         plan.steps[plan.step_count].kind = <uint8_t>kind
         plan.steps[plan.step_count].offset = <uint16_t>offset
@@ -328,9 +359,11 @@ cdef class Packer:
 
     cdef inline int add_record(self, const Plan* plan, const FlowRow* row) except -1:
         cdef uint32_t record_bytes = plan.record_bytes
+        cdef uint32_t text_room = self.message_bytes - MESSAGE_HEADER_BYTES - SET_HEADER_BYTES - plan.record_bytes
         cdef uint32_t needed
         if plan.shape == SHAPE_SEQUENCE:
             record_bytes += lists_bytes(row.noted_packets)
+        record_bytes += texts_bytes(plan, row, text_room)
         needed = record_bytes + (0 if self.set_start else SET_HEADER_BYTES)
         if self.used + needed > self.message_bytes:
             self.end_message()
@@ -339,7 +372,7 @@ cdef class Packer:
             self.set_start = self.used
             put(&self.room[self.used], plan.template_id, 2)
             self.used += SET_HEADER_BYTES
-        encode_record(plan, row, &self.room[self.used])
+        encode_record(plan, row, &self.room[self.used], text_room)
         if plan.shape == SHAPE_SEQUENCE:
             encode_lists(row, &self.room[self.used + plan.record_bytes])
         self.used += record_bytes
@@ -358,7 +391,7 @@ cdef class Packer:
 
 KINDS = {
     "copy": STEP_COPY, "unsigned": STEP_UNSIGNED, "milliseconds": STEP_MILLISECONDS,
-    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN, "thousandths": STEP_THOUSANDTHS,
+    "nanoseconds": STEP_NANOSECONDS, "vlan": STEP_VLAN, "thousandths": STEP_THOUSANDTHS, "text": STEP_TEXT,
 }
 SHAPES = {"forward": SHAPE_FORWARD, "reverse": SHAPE_REVERSE, "biflow": SHAPE_BIFLOW, "sequence": SHAPE_SEQUENCE}
 
@@ -388,6 +421,7 @@ cdef dict offsets_of_rows():
         "rtt_min_us": (<char*>&row.rtt_min_us - base, sizeof(row.rtt_min_us)),
         "rtt_last_us": (<char*>&row.rtt_last_us - base, sizeof(row.rtt_last_us)),
         "rtt_samples": (<char*>&row.rtt_samples - base, sizeof(row.rtt_samples)),
+        "dns_type": (<char*>&row.dns_type - base, sizeof(row.dns_type)),
         "initial_rtt_us": (<char*>&row.forward_tcp.initial_rtt_us - base, sizeof(row.forward_tcp.initial_rtt_us)),
     }
     for name, (offset, length) in offsets_of_directions().items():
@@ -417,6 +451,7 @@ cdef dict offsets_of_directions():
         "tcp_flags": (<char*>&x.tcp_flags - base, sizeof(x.tcp_flags)),
         "tcp_initial_flags": (<char*>&x.tcp_initial_flags - base, sizeof(x.tcp_initial_flags)),
         "tcp_later_flags": (<char*>&x.tcp_later_flags - base, sizeof(x.tcp_later_flags)),
+        "entropy": (<char*>&x.entropy - base, sizeof(x.entropy)),
     }
 
 
@@ -437,5 +472,18 @@ cdef dict offsets_of_reports():
     }
 
 
+cdef dict offsets_of_texts():
+    """The texts of a row: name, offset. Only steps of the kind `text` read them."""
+    cdef FlowRow row
+    cdef char* base = <char*>&row
+    places = {
+        "application": TEXT_APPLICATION, "server_name": TEXT_SERVER_NAME, "alpn": TEXT_ALPN,
+        "dns_name": TEXT_DNS_NAME, "http_host": TEXT_HTTP_HOST, "http_method": TEXT_HTTP_METHOD,
+        "forward.ssh_version": TEXT_FORWARD_SSH, "reverse.ssh_version": TEXT_REVERSE_SSH,
+    }
+    return {name: <char*>&row.texts[place] - base for name, place in places.items()}
+
+
 ROW_FIELDS = offsets_of_rows()
+TEXT_FIELDS = offsets_of_texts()
 KINDS["constant"] = STEP_CONSTANT

@@ -16,6 +16,7 @@ END_REASONS = {1: "idle", 2: "active", 3: "end", 4: "forced", 5: "resources"}  #
 STARTS = ("flowStartNanoseconds", "flowStartMicroseconds", "flowStartMilliseconds", "flowStartSeconds")
 ENDS = ("flowEndNanoseconds", "flowEndMicroseconds", "flowEndMilliseconds", "flowEndSeconds")
 PACKETS = ("packetDeltaCount", "packetTotalCount")
+NAMES = ("applicationName", "sslServerName", "dnsQName", "httpRequestHost", "sshVersion")  # behind the end, if any
 OCTETS = ("octetDeltaCount", "octetTotalCount")
 
 
@@ -82,7 +83,7 @@ class TableLines:
             endpoint(of("sourceIPv4Address", "sourceIPv6Address"), of("sourceTransportPort")),
             endpoint(of("destinationIPv4Address", "destinationIPv6Address"), of("destinationTransportPort")),
             *(cell(of(*names)) for names in (PACKETS, OCTETS, reverse(PACKETS), reverse(OCTETS))),
-            END_REASONS.get(of("flowEndReason"), "-"),
+            " ".join([END_REASONS.get(of("flowEndReason"), "-"), *(text for text in map(of, NAMES) if text)]),
         ).rstrip()
 
 

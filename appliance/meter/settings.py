@@ -85,6 +85,9 @@ class MeterSettings:
     fragment_timeout_s: float = 30.0  # after a datagram's last fragment so far
     zero_length: str = "field"  # or "frame": the octets of a packet whose IP length field is 0 (offloaded segments)
     tunnels: str = "outer"  # or "inner": which IP header of a tunnel the digests describe; whoever makes them heeds it
+    applications: bool = False  # by what payloads say, with names; whoever makes the digests looks for them
+    entropy: bool = False  # of the first payload of each direction; likewise
+    name_bytes: int = 64 << 20  # memory for names; flows for which there is none have no names
     interfaces: tuple[InterfaceName, ...] = ()
     elements: tuple[str, ...] = ()  # of the user's own, in every flow record; see own.py
     export: tuple[ExportSettings, ...] = field(default=())

@@ -19,8 +19,9 @@ cdef struct Direction:  # one cache line
     uint8_t tcp_flags  # union over all packets
     uint8_t tcp_initial_flags  # of the first packet
     uint8_t tcp_later_flags  # union over all but the first
-    uint8_t unused
-    uint64_t reserved
+    uint8_t entropy  # of the first payload that was measured; kept over active time-outs
+    uint8_t has_entropy
+    uint8_t[7] reserved
 
 # Both ends in an order of their own, so that the two directions of a conversation have one key.
 cdef struct FlowKey:
@@ -53,7 +54,10 @@ cdef struct Flow:
     uint8_t[6] source_mac
     uint8_t[6] destination_mac
     uint8_t noted_packets  # in its sequence
-    uint8_t[11] unused
+    uint8_t application  # APPLICATION_*
+    uint8_t partial_names  # a bit for each direction: better ones may come
+    uint8_t unused
+    uint32_t[2] names  # of each direction, in the pool; 0: none
 
 # One of a flow's first packets.
 cdef struct PacketNote:
@@ -81,6 +85,22 @@ cdef struct TcpReport:
     uint16_t mss
     uint16_t window_scale  # 0 also when none was declared
     uint32_t unused
+
+# A text of a row, in the order of TEXT_*. Valid as long as the row.
+cdef struct Text:
+    const uint8_t* octets
+    uint32_t length  # at most FIELD_NAME_MAX
+
+cdef enum:
+    TEXT_APPLICATION = 0
+    TEXT_SERVER_NAME
+    TEXT_ALPN
+    TEXT_DNS_NAME
+    TEXT_HTTP_HOST
+    TEXT_HTTP_METHOD
+    TEXT_FORWARD_SSH
+    TEXT_REVERSE_SSH
+    TEXT_COUNT
 
 # What leaves the table.
 cdef struct FlowRow:
@@ -115,3 +135,5 @@ cdef struct FlowRow:
     uint32_t unused3
     TcpReport forward_tcp  # with the three above: zero without TCP analysis and in rows of other protocols
     TcpReport reverse_tcp
+    Text[TEXT_COUNT] texts  # zero without applications, as is the next
+    uint16_t dns_type

@@ -30,6 +30,10 @@ class FlowTable:
     With a VLAN or the interface in the key, the same conversation in two of them is two flows. `fragments` gives later
     fragments the ports of the first; without it they have none, and are a flow of their own. `frame_octets`: a packet
     whose IP length field is 0 counts with the octets of its frame instead of 0 (IPv6: 40).
+
+    `entropy` and `name_bytes` above 0: extensions of digests are heeded (ring/digest.h). `name_bytes` is the memory for
+    names, in blocks of 64 octets, of which a flow takes as many as its names need; when none is left the flow has its
+    application and no names, and `dropped_names` counts it. Names and entropy stay with a flow over active time-outs.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class FlowTable:
         row_capacity: int = 4096,
         fragments: FragmentTable | None = None,
         frame_octets: bool = False,
+        entropy: bool = False,
+        name_bytes: int = 0,
     ) -> None: ...
     def update(self, address: int, length: int) -> int:
         """Meters the digests among `length` octets of records at `address` (aligned to 4), in time order.

@@ -14,13 +14,14 @@ import os
 from math import gcd
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strlen
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 cimport cython
 
 from appliance.counters import EXPORT_DELAY_BUCKETS_MS
 from appliance.meter.fragments cimport FragmentTable
+from appliance.meter.names cimport *
 from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
@@ -61,6 +62,7 @@ cdef enum:
     STATE_NOTED = 8  # its first packets are
 
     MAX_SEQUENCE = 20  # a record of so many packets fits into the shortest message
+    MOST_NAME_BLOCKS = 1 << 26  # 4 GiB
 
     WORTH_NOTHING = 0  # has ended, or is empty
     WORTH_SINGLE_PACKET = 1
@@ -121,7 +123,18 @@ cdef struct Counters:
     uint64_t[WORTH_MORE + 1] evicted  # for lack of resources, by worth
     uint64_t delay_ns
     uint64_t[DELAY_BUCKETS + 1] delays
+    uint64_t[6] applications  # flows by application
+    uint64_t partial_names
+    uint64_t dropped_names
 
+
+cdef const char* application_texts[6]
+application_texts[0] = ""
+application_texts[1] = "tls"
+application_texts[2] = "quic"
+application_texts[3] = "dns"
+application_texts[4] = "http"
+application_texts[5] = "ssh"
 
 cdef uint64_t[DELAY_BUCKETS] delay_bounds_ns
 for _i, _bound_ms in enumerate(EXPORT_DELAY_BUCKETS_MS):
@@ -181,6 +194,9 @@ cdef class FlowTable:
     cdef uint32_t sequence_packets
     cdef PacketNote* notes  # sequence_packets beside each flow
     cdef PacketNote* row_notes  # and beside each row
+    cdef NamePool names  # without blocks: names are not kept
+    cdef uint8_t* row_names  # two extensions' fields beside each row
+    cdef bint has_extensions
     cdef bint vlan_in_key, interface_in_key, frame_octets
     cdef FragmentTable fragments  # or None
     cdef Counters counts
@@ -189,7 +205,7 @@ cdef class FlowTable:
         self, *, uint32_t max_flows, uint64_t idle_timeout_ns, uint64_t active_timeout_ns, uint64_t tcp_linger_ns,
         bint vlan_in_key=True, bint interface_in_key=False, bint tcp_analysis=False, uint32_t packet_sampling=1,
         uint32_t flow_sampling=1, uint32_t packet_sequence=0, uint32_t row_capacity=4096,
-        FragmentTable fragments=None, bint frame_octets=False,
+        FragmentTable fragments=None, bint frame_octets=False, bint entropy=False, uint64_t name_bytes=0,
     ):
         cdef uint64_t slots = 16
         cdef uint64_t longest_ns = max(idle_timeout_ns, active_timeout_ns, tcp_linger_ns)
@@ -237,6 +253,11 @@ cdef class FlowTable:
         if packet_sequence:
             self.notes = <PacketNote*>map_memory(<size_t>max_flows * packet_sequence * sizeof(PacketNote))
             self.row_notes = <PacketNote*>map_memory(<size_t>row_capacity * packet_sequence * sizeof(PacketNote))
+        self.has_extensions = entropy or name_bytes != 0
+        if name_bytes != 0:
+            self.names.count = <uint32_t>min(name_bytes // sizeof(NameBlock), <uint64_t>MOST_NAME_BLOCKS)
+            self.names.blocks = <NameBlock*>map_memory(<size_t>self.names.count * sizeof(NameBlock))
+            self.row_names = <uint8_t*>map_memory(<size_t>row_capacity * 2 * DIGEST_EXTENSION_MAX_BYTES)
         self.slot_room = <Slot*>map_memory(self.most_slots * sizeof(Slot))
         self.other_slot_room = <Slot*>map_memory(self.most_slots // 2 * sizeof(Slot))
         self.slots = self.room_of_slots(slots)
@@ -249,6 +270,8 @@ cdef class FlowTable:
         unmap_memory(self.tcp_counts, <size_t>self.max_flows * 2 * sizeof(TcpCounts))
         unmap_memory(self.notes, <size_t>self.max_flows * self.sequence_packets * sizeof(PacketNote))
         unmap_memory(self.row_notes, <size_t>self.row_capacity * self.sequence_packets * sizeof(PacketNote))
+        unmap_memory(self.names.blocks, <size_t>self.names.count * sizeof(NameBlock))
+        unmap_memory(self.row_names, <size_t>self.row_capacity * 2 * DIGEST_EXTENSION_MAX_BYTES)
         unmap_memory(self.slot_room, self.most_slots * sizeof(Slot))
         unmap_memory(self.other_slot_room, self.most_slots // 2 * sizeof(Slot))
         unmap_memory(self.row_buffer, <size_t>self.row_capacity * sizeof(FlowRow))
@@ -513,6 +536,10 @@ cdef class FlowTable:
         self.write_row(flow, reason)
         self.disarm(flow)
         self.unindex_flow(number, flow.hash)
+        if flow.application != APPLICATION_NONE:
+            free_name(&self.names, flow.names[FORWARD])
+            free_name(&self.names, flow.names[REVERSE])
+            self.counts.partial_names += flow.partial_names != 0
         flow.flow_id = 0
         flow.next = self.free_list
         self.free_list = number + 1
@@ -521,8 +548,14 @@ cdef class FlowTable:
     cdef void split(self, Flow* flow) noexcept nogil:
         """The active time-out: the record leaves, the flow stays, with its direction and its flowId."""
         cdef TcpFlow tcp
+        cdef int side
+        cdef Direction[2] before
+        memcpy(before, flow.directions, sizeof(before))
         self.write_row(flow, END_ACTIVE)
         memset(flow.directions, 0, sizeof(flow.directions))
+        for side in range(2):
+            flow.directions[side].entropy = before[side].entropy
+            flow.directions[side].has_entropy = before[side].has_entropy
         if self.tcp_halves != NULL and flow.key.protocol == PROTOCOL_TCP:
             tcp = self.tcp_of(flow)
             forget_counts(&tcp)
@@ -621,6 +654,8 @@ cdef class FlowTable:
             row.rtt_min_us = row.rtt_last_us = row.rtt_samples = 0
             memset(&row.forward_tcp, 0, sizeof(row.forward_tcp))
             memset(&row.reverse_tcp, 0, sizeof(row.reverse_tcp))
+        if self.names.blocks != NULL:
+            self.write_names(flow, row)
         row.noted_packets = 0
         if flow.noted_packets != 0 and not flow.key.state & STATE_OLD:
             self.write_notes(flow, row)
@@ -636,6 +671,59 @@ cdef class FlowTable:
         memcpy(room, self.notes_of(flow), flow.noted_packets * sizeof(PacketNote))
         row.noted_packets = flow.noted_packets
         row.notes = room
+
+    cdef void write_names(self, const Flow* flow, FlowRow* row) noexcept nogil:
+        cdef uint8_t* room = self.row_names + <size_t>self.rows_ready * 2 * DIGEST_EXTENSION_MAX_BYTES
+        cdef uint32_t length
+        cdef int side
+        memset(row.texts, 0, sizeof(row.texts))
+        row.dns_type = 0
+        row.texts[TEXT_APPLICATION].octets = <const uint8_t*>application_texts[flow.application]
+        row.texts[TEXT_APPLICATION].length = <uint32_t>strlen(application_texts[flow.application])
+        for side in range(2):
+            if flow.names[side] != 0:
+                length = load_name(&self.names, flow.names[side], room)
+                point_to_fields(row, room, length, side)
+                room += length
+
+    # ---- what inspection found ----
+
+    cdef void take_extension(self, Flow* flow, int side, const digest* d) noexcept nogil:
+        """The first application that is recognised is the flow's; of each direction, the first names that are whole."""
+        cdef const uint8_t* fields = <const uint8_t*>d + DIGEST_FIXED_BYTES
+        cdef digest_extension head
+        cdef Direction* x = &flow.directions[side]
+        cdef uint32_t length = d.extension_length
+        if length < sizeof(head) or length > DIGEST_EXTENSION_MAX_BYTES or d.length - DIGEST_MIN_BYTES != length:
+            return
+        memcpy(&head, fields, sizeof(head))
+        if head.flags & EXTENSION_ENTROPY and not x.has_entropy:
+            x.has_entropy = True
+            x.entropy = head.entropy
+        if self.names.blocks == NULL or head.application == APPLICATION_NONE or head.application >= APPLICATION_COUNT:
+            return
+        if flow.application == APPLICATION_NONE:
+            flow.application = head.application
+            self.counts.applications[head.application] += 1
+        if flow.application == head.application:
+            self.take_names(flow, side, fields + sizeof(head), length - sizeof(head), head.flags & EXTENSION_PARTIAL)
+
+    cdef void take_names(self, Flow* flow, int side, const uint8_t* fields, uint32_t length,
+                         bint is_partial) noexcept nogil:
+        cdef uint8_t bit = <uint8_t>(1 << side)
+        if flow.names[side] != 0 and not flow.partial_names & bit:
+            return
+        length = fields_length(fields, length)
+        if is_partial:
+            flow.partial_names |= bit
+        else:
+            flow.partial_names &= ~bit
+        if length == 0 or (flow.names[side] != 0 and length <= self.names.blocks[flow.names[side] - 1].length):
+            return
+        free_name(&self.names, flow.names[side])
+        flow.names[side] = store_name(&self.names, fields, length)
+        if flow.names[side] == 0:
+            self.counts.dropped_names += 1
 
     # ---- a packet ----
 
@@ -756,6 +844,7 @@ cdef class FlowTable:
             return False
         if d.status & (DIGEST_MORE_FRAGMENTS | DIGEST_LATER_FRAGMENT) and self.fragments is not None:
             if self.fragments.complete(d, a.key.ports_vlans >> 32, a.key.interface, self.now_ns, &completed):
+                completed.extension_length = 0  # it stays behind the record
                 self.take_in(&with_ports, &completed)
                 a = &with_ports
                 d = a.packet
@@ -779,6 +868,8 @@ cdef class FlowTable:
             self.counts.late_packets += 1
         self.counts.observed_packets += 1
         self.count(flow, a)
+        if self.has_extensions and a.packet.extension_length != 0:
+            self.take_extension(flow, a.from_low ^ flow.key.forward_is_low, a.packet)
         return True
 
     cdef inline void gather(self, Group* group, Input* source) noexcept nogil:
@@ -951,6 +1042,8 @@ cdef class FlowTable:
             + <size_t>self.max_flows * (2 * (sizeof(TcpHalf) + sizeof(TcpCounts)) if self.tcp_halves != NULL else 0)
             + self.most_slots * 3 // 2 * sizeof(Slot)
             + <size_t>(self.max_flows + self.row_capacity) * self.sequence_packets * sizeof(PacketNote)
+            + <size_t>self.names.count * sizeof(NameBlock)
+            + (<size_t>self.row_capacity * 2 * DIGEST_EXTENSION_MAX_BYTES if self.row_names != NULL else 0)
             + <size_t>self.row_capacity * sizeof(FlowRow) + (WHEEL_BUCKETS + 1) * sizeof(uint32_t)
             + (self.fragments.memory_bytes if self.fragments is not None else 0)
         )
@@ -1000,6 +1093,11 @@ cdef class FlowTable:
             "tcp_duplicate_acks": self.counts.tcp_events[5],
             "tcp_zero_windows": self.counts.tcp_events[8],
             "export_delay_ns": self.counts.delay_ns,
+            "partial_names": self.counts.partial_names,
+            "dropped_names": self.counts.dropped_names,
+        } | {
+            f"flows_{(<bytes>application_texts[i]).decode()}": self.counts.applications[i]
+            for i in range(1, APPLICATION_COUNT)
         } | {name: self.counts.delays[i] for i, name in enumerate(DELAY_FIELDS)} | (
             self.fragments.counters() if self.fragments is not None else {}
         )
@@ -1015,6 +1113,45 @@ cdef class FlowTable:
             "table_bytes": self.memory_bytes,
             "stream_time_ns": self.stream_time_ns,
         }
+
+
+cdef inline uint32_t fields_length(const uint8_t* fields, uint32_t length) noexcept nogil:
+    """Of the whole fields of an extension, without padding and damage."""
+    cdef uint32_t at = 0
+    while length - at >= 2 and fields[at] != 0 and fields[at + 1] <= length - at - 2:
+        at += 2 + fields[at + 1]
+    return at
+
+
+cdef inline int text_of_field(uint8_t kind, int side) noexcept nogil:
+    """-1: it is none."""
+    if kind == FIELD_SERVER_NAME:
+        return TEXT_SERVER_NAME
+    if kind == FIELD_ALPN:
+        return TEXT_ALPN
+    if kind == FIELD_DNS_NAME:
+        return TEXT_DNS_NAME
+    if kind == FIELD_HTTP_HOST:
+        return TEXT_HTTP_HOST
+    if kind == FIELD_HTTP_METHOD:
+        return TEXT_HTTP_METHOD
+    if kind == FIELD_SSH_VERSION:
+        return TEXT_FORWARD_SSH if side == FORWARD else TEXT_REVERSE_SSH
+    return -1
+
+
+cdef void point_to_fields(FlowRow* row, const uint8_t* fields, uint32_t length, int side) noexcept nogil:
+    """The row's texts, to whole fields that stay where they are; a name of the forward direction goes first."""
+    cdef uint32_t at = 0
+    cdef int text
+    while at < length:
+        text = text_of_field(fields[at], side)
+        if text >= 0 and row.texts[text].length == 0:
+            row.texts[text].octets = fields + at + 2
+            row.texts[text].length = min(<uint32_t>fields[at + 1], FIELD_NAME_MAX)
+        elif fields[at] == FIELD_DNS_TYPE and fields[at + 1] == 2 and row.dns_type == 0:
+            row.dns_type = <uint16_t>((fields[at + 2] << 8) | fields[at + 3])
+        at += 2 + fields[at + 1]
 
 
 cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_octets) noexcept nogil:
@@ -1064,7 +1201,7 @@ cdef dict direction_fields(const Direction* x):
         "packets": x.packets, "octets": x.octets, "first_ns": x.first_ns, "last_ns": x.last_ns,
         "payload_octets": x.payload_octets, "tcp_sequence": x.tcp_sequence,
         "min_length": x.min_length, "max_length": x.max_length, "min_ttl": x.min_ttl, "max_ttl": x.max_ttl,
-        "tos": x.tos, "fragment_flags": x.fragment_flags,
+        "tos": x.tos, "fragment_flags": x.fragment_flags, "entropy": x.entropy if x.has_entropy else None,
         "tcp_flags": x.tcp_flags, "tcp_initial_flags": x.tcp_initial_flags, "tcp_later_flags": x.tcp_later_flags,
     }
 
@@ -1099,6 +1236,10 @@ cdef dict row_fields(const FlowRow* row):
         ],
         "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
         "rtt_min_us": row.rtt_min_us, "rtt_last_us": row.rtt_last_us, "rtt_samples": row.rtt_samples,
+        "dns_type": row.dns_type, "texts": [
+            (<const char*>row.texts[i].octets)[: row.texts[i].length].decode("latin-1") if row.texts[i].length else ""
+            for i in range(TEXT_COUNT)
+        ],
         "forward_tcp": tcp_fields(&row.forward_tcp), "reverse_tcp": tcp_fields(&row.reverse_tcp),
     }
 

@@ -22,7 +22,7 @@ from appliance.meter.ipfix import (
 )
 from appliance.meter.options import Encoded, interface_names, type_information
 from appliance.meter.own import OwnElement, own_elements
-from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, Message
+from appliance.meter.pack import KINDS, ROW_FIELDS, SHAPES, TEXT_FIELDS, Message
 from appliance.meter.settings import ExportSettings, MeterSettings
 
 if TYPE_CHECKING:
@@ -74,6 +74,20 @@ TCP_ANALYSIS = [
 ]
 
 
+# Of the flow, by what its first messages say; texts are of variable length, most of them empty.
+APPLICATION = [
+    Field("applicationName", "application", "text"),
+    Field("sslServerName", "server_name", "text"),
+    Field("tlsAlpn", "alpn", "text"),
+    Field("dnsQName", "dns_name", "text"),
+    Field("dnsQRType", "dns_type"),
+]
+TCP_APPLICATION = [
+    Field("httpRequestHost", "http_host", "text"),
+    Field("httpRequestMethod", "http_method", "text"),
+]
+
+
 def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, export: ExportSettings) -> list[Field]:
     fields = [
         Field("flowStartMilliseconds", "start_ns", "milliseconds"),
@@ -95,6 +109,8 @@ def base_fields(ip_version: int, protocol_class: int, meter: MeterSettings, expo
         ]
     if protocol_class == TCP and meter.analyses_tcp and export.tcp_analysis:
         fields += ROUND_TRIPS
+    if protocol_class != ICMP and meter.applications:
+        fields += APPLICATION + (TCP_APPLICATION if protocol_class == TCP else [])
     return fields + [
         Field("protocolIdentifier", "protocol", key=True),
         Field("ipVersion", "ip_version", key=True),
@@ -130,6 +146,10 @@ def direction_fields(protocol_class: int, meter: MeterSettings, export: ExportSe
         ]
         if meter.analyses_tcp and export.tcp_analysis:
             fields += TCP_ANALYSIS
+        if meter.applications:
+            fields += [Field("sshVersion", "ssh_version", "text")]
+    if protocol_class != ICMP and meter.entropy:
+        fields += [Field("payloadEntropy", "entropy")]
     return fields
 
 
@@ -174,6 +194,8 @@ def mirrored(source: str) -> str:
 def step(field: Field, source: str) -> Step:
     if field.kind == "constant":
         return KINDS[field.kind], field.place, 0, element(field.spec).length
+    if field.kind == "text":
+        return KINDS[field.kind], TEXT_FIELDS[source], 0, 1
     offset, octets = ROW_FIELDS[source]
     return KINDS[field.kind], offset, octets, element(field.spec).length
 

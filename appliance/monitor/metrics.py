@@ -397,6 +397,22 @@ FAMILIES: tuple[Family, ...] = (
         lambda row: row.tcp_segments,
         by="kind",
     ),
+    _METER.counter(
+        "appliance_meter_applications_total",
+        "Flows whose payload said what they are; 0 without applications.",
+        lambda row: row.applications,
+        by="application",
+    ),
+    _METER.counter(
+        "appliance_meter_partial_names_total",
+        "Flows whose first message was not seen to its end: names may be missing.",
+        lambda row: row.partial_names,
+    ),
+    _METER.counter(
+        "appliance_meter_dropped_names_total",
+        "Names for which name_bytes had no room.",
+        lambda row: row.dropped_names,
+    ),
     _METER.counter("appliance_meter_exported_flows_total", "Flow records exported.", lambda row: row.exported_flows),
     _METER.counter(
         "appliance_meter_exported_packets_total", "Packets of exported flow records.", lambda row: row.exported_packets

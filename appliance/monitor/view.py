@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from appliance.counters import (
+    APPLICATIONS,
     EXPORT_DELAY_BUCKETS_MS,
     IGNORED_REASONS,
     PUBLISH_BUCKETS_MS,
@@ -233,6 +234,9 @@ class MeterView:
     stream_time_ns: int
     flows_evicted: dict[str, int]  # for lack of resources, by what they were
     tcp_segments: dict[str, int]  # by what TCP analysis took them for
+    applications: dict[str, int]  # flows, by what their payload says
+    partial_names: int
+    dropped_names: int
     export_delay_ns: int
     export_delay_counts: dict[str, int]  # by upper bound in seconds, "+Inf" last; not cumulative
     fragments_keyed: int
@@ -516,6 +520,7 @@ def _meter(pages: CounterPages) -> MeterView | None:
             "duplicate_ack": page["tcp_duplicate_acks"],
             "zero_window": page["tcp_zero_windows"],
         },
+        applications={name: page[f"flows_{name}"] for name in APPLICATIONS},
         export_delay_counts={
             str(bound_ms / 1000): page[f"export_delay_{bound_ms}_ms"] for bound_ms in EXPORT_DELAY_BUCKETS_MS
         }

@@ -13,8 +13,10 @@
  *  108 ICMP type, code or TCP's MSS, VLAN tags, ToS | 112 MPLS | 116 captured length | 120 payload offset, extension length
  *  124 extension, if any | length again
  *
- * An extension (none yet) stands between the fixed part and the closing length; a reader takes what it knows and skips
- * the rest by `length`. Fields change only with DIGEST_VERSION. */
+ * An extension stands between the fixed part and the closing length: what inspection of the payload found, if that is
+ * wanted, and only of packets in which it found something. It begins with a digest_extension; then come fields of one
+ * octet kind, one octet length, and the value, to its end or to a kind of 0. A reader takes what it knows and skips the
+ * rest by `length`. Fields change only with DIGEST_VERSION. */
 #ifndef APPLIANCE_RING_DIGEST_H
 #define APPLIANCE_RING_DIGEST_H
 
@@ -24,6 +26,8 @@
 #define DIGEST_FIXED_BYTES 124u              /* up to the extension */
 #define DIGEST_MIN_BYTES 128u                /* without an extension */
 #define DIGEST_MAX_BYTES 128u                /* what a parser writes at most: its caller keeps that much room */
+#define DIGEST_EXTENSION_MAX_BYTES 520u      /* a head and two names, in whole words of 4 octets */
+#define DIGEST_EXTENDED_MAX_BYTES (DIGEST_MIN_BYTES + DIGEST_EXTENSION_MAX_BYTES) /* the same with inspection */
 #define DIGEST_LIMIT_BYTES (DIGEST_MIN_BYTES + 65536u) /* longer is corrupt */
 
 /* status */
@@ -46,6 +50,36 @@
 #define DIGEST_WINDOW_SCALE_SHIFT 12u
 /* what the caller of the parser may set */
 #define DIGEST_CALLER_STATUS (DIGEST_CHECKSUM_NOT_READY | DIGEST_OUTGOING | DIGEST_INCOMING)
+
+/* what a payload is of */
+#define APPLICATION_NONE 0u
+#define APPLICATION_TLS 1u
+#define APPLICATION_QUIC 2u
+#define APPLICATION_DNS 3u
+#define APPLICATION_HTTP 4u
+#define APPLICATION_SSH 5u
+#define APPLICATION_COUNT 6u
+
+/* extension: flags */
+#define EXTENSION_ENTROPY 0x01u /* the entropy was measured */
+#define EXTENSION_PARTIAL 0x02u /* the message was not seen to its end: names may be missing */
+
+/* extension: kinds of fields. Names are printable ASCII; every other octet, and the backslash, is \DDD (RFC 1035, 5.1) */
+#define FIELD_SERVER_NAME 1u  /* TLS and QUIC: RFC 6066, 3 */
+#define FIELD_ALPN 2u         /* offered protocols (RFC 7301), with commas between them */
+#define FIELD_DNS_NAME 3u     /* of the first question, without the last dot */
+#define FIELD_DNS_TYPE 4u     /* its type: 2 octets in network order */
+#define FIELD_HTTP_HOST 5u
+#define FIELD_HTTP_METHOD 6u
+#define FIELD_SSH_VERSION 7u  /* the identification string (RFC 4253, 4.2) */
+#define FIELD_NAME_MAX 254u   /* octets of a name */
+
+struct digest_extension {
+    uint8_t application;
+    uint8_t flags;
+    uint8_t entropy; /* 255 is 8 bits an octet */
+    uint8_t unused;
+};
 
 struct digest {
     uint32_t type;
@@ -94,6 +128,7 @@ struct digest {
 _Static_assert(sizeof(struct digest) == DIGEST_MIN_BYTES, "two cache lines");
 _Static_assert(offsetof(struct digest, source_address) == 24, "key");
 _Static_assert(offsetof(struct digest, ip_octets) == 64, "the second line begins with the counters");
+_Static_assert(DIGEST_EXTENSION_MAX_BYTES >= sizeof(struct digest_extension) + 2 * (2 + FIELD_NAME_MAX), "two names");
 _Static_assert(offsetof(struct digest, length_again) == DIGEST_FIXED_BYTES, "fixed part");
 
 #endif

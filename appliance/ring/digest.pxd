@@ -8,6 +8,8 @@ cdef extern from "digest.h" nogil:
     const uint32_t DIGEST_FIXED_BYTES
     const uint32_t DIGEST_MIN_BYTES
     const uint32_t DIGEST_MAX_BYTES
+    const uint32_t DIGEST_EXTENSION_MAX_BYTES
+    const uint32_t DIGEST_EXTENDED_MAX_BYTES
     const uint32_t DIGEST_LIMIT_BYTES
     const uint32_t DIGEST_TRUNCATED
     const uint32_t DIGEST_CHECKSUM_NOT_READY
@@ -26,6 +28,28 @@ cdef extern from "digest.h" nogil:
     const uint32_t DIGEST_TCP_FLAGS
     const uint32_t DIGEST_WINDOW_SCALE_SHIFT
     const uint32_t DIGEST_CALLER_STATUS
+    const uint32_t APPLICATION_NONE
+    const uint32_t APPLICATION_TLS
+    const uint32_t APPLICATION_QUIC
+    const uint32_t APPLICATION_DNS
+    const uint32_t APPLICATION_HTTP
+    const uint32_t APPLICATION_SSH
+    const uint32_t APPLICATION_COUNT
+    const uint32_t EXTENSION_ENTROPY
+    const uint32_t EXTENSION_PARTIAL
+    const uint32_t FIELD_SERVER_NAME
+    const uint32_t FIELD_ALPN
+    const uint32_t FIELD_DNS_NAME
+    const uint32_t FIELD_DNS_TYPE
+    const uint32_t FIELD_HTTP_HOST
+    const uint32_t FIELD_HTTP_METHOD
+    const uint32_t FIELD_SSH_VERSION
+    const uint32_t FIELD_NAME_MAX
+
+    struct digest_extension:
+        uint8_t application
+        uint8_t flags
+        uint8_t entropy
 
     struct digest:
         uint32_t type

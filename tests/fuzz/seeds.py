@@ -12,11 +12,25 @@ from pathlib import Path
 
 import lz4.frame
 import zstandard
+from capture.payloads import (
+    INITIAL_1,
+    alpn,
+    client_hello,
+    digests,
+    extension,
+    handshake,
+    question,
+    record as tls_record,
+    server_name,
+    tcp,
+    udp,
+)
 from formats.craft import Packet, block, enhanced, interface, pcap_file, section
 from merge.rings import DIGEST, PACKET, record
 from meter.craft_ipfix import VARIABLE, a_set, message, options_template, template, variable
 from support.frames import Shape, numbered_frame
 
+from appliance.capture.application import Inspector
 from appliance.generator import FrameMaker, StreamShape
 from fuzz.targets import LINKTYPES
 
@@ -67,8 +81,8 @@ def shared() -> list[bytes]:
 
 def rings() -> list[bytes]:
     records = b"".join(record(PACKET, struct.pack("=II", 20, 20) + bytes(20), at) for at in range(4))
-    digests = b"".join(record(DIGEST, bytes(96), at) for at in range(4))
-    return [bytes([0, 0, 0, 0]) + bytes(8) + records, bytes([2, 1, 0, 9]) + bytes(8) + digests, bytes(64)]
+    empty = b"".join(record(DIGEST, bytes(96), at) for at in range(4))
+    return [bytes([0, 0, 0, 0]) + bytes(8) + records, bytes([2, 1, 0, 9]) + bytes(8) + empty, bytes(64)]
 
 
 def flow_files() -> list[bytes]:
@@ -76,6 +90,23 @@ def flow_files() -> list[bytes]:
     data = struct.pack("!HHQ", 256, 12, 7)
     message = struct.pack("!HHIII", 10, 16 + len(template) + len(data), 0, 0, 1) + template + data
     return [message, message * 3, message + message[:20]]
+
+
+def conversations() -> list[bytes]:
+    """Payloads of one connection, each with its length before it, behind an octet that says over what."""
+
+    def of(kind: int, *payloads: bytes) -> bytes:
+        return bytes([kind]) + b"".join(len(one).to_bytes(2, "big") + one for one in payloads)
+
+    hello = client_hello()
+    names = tls_record(handshake(server_name(b"a.example") + alpn(b"h2", b"http/1.1") + extension(21, bytes(400))))
+    frames = b"\x06\x00\x40\xff" + hello[5:260] + b"\x00\x01\x02\x05\x00\x01\x00\x00"
+    return [
+        of(1, hello), of(1, names), of(1, hello[:100], hello[100:300], hello[300:]), of(0, INITIAL_1), of(0, frames),
+        of(2, question("www.example.org")), of(3, b"\x00\x21" + question("www.example.org")),
+        of(7, b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"), of(7, b"HTTP/1.1 200 OK\r\n\r\n"),
+        of(1, b"SSH-2.0-OpenSSH_9.2\r\n"),
+    ]  # fmt: skip
 
 
 def payloads() -> list[bytes]:
@@ -120,13 +151,18 @@ def messages() -> list[bytes]:
 
 
 def seeds(target: str) -> list[bytes]:
+    if target == "application":
+        return conversations()
     if target == "headers":
         return [bytes([LINKTYPES.index(1)]) + packet for packet in packets()] + [
             bytes([number]) + packet[14:] for number in range(len(LINKTYPES)) for packet in packets()
         ]
     if target in ("reader", "salvage"):
         return captures()
-    if target in ("ring", "table"):
+    if target == "table":
+        frames = [tcp(client_hello()), udp(question("a.example"), 999, 53), tcp(b"SSH-2.0-a\r\n")]
+        return [*rings(), b"".join(digests(frames, Inspector(entropy=True)))]
+    if target == "ring":
         return rings()
     if target in ("ipfix", "collector"):
         return flow_files() + messages()

@@ -14,10 +14,12 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from merge.rings import DATA_OFFSET, DIGEST, PACKET, Source, blocks, make_merge, record
 
 from appliance.capture import headers, payload
+from appliance.capture.application import Inspector, crypto_findings, findings
 from appliance.capture.trigger import Gate, PortTap
 from appliance.capturer import CaptureError, parse_captured
 from appliance.config import parse
@@ -40,6 +42,9 @@ LINKTYPES = (0, 1, 9, 50, 101, 104, 108, 113, 147, 228, 229, 276)
 TAILS = (b"\x00", b"\xff", b"\x45")
 PACKET_BYTES_MAX = 2048
 BATCHES_MAX = 20
+PAYLOADS_MAX = 16
+PORTS = (443, 53, 5353, 80)
+DIGEST_BYTES, EXTENSION_AT, EXTENSION_BYTES_MAX = 128, 124, 520  # appliance/ring/digest.h
 RING_TURNS = 300
 FORMATS = ("erf", *LAYOUTS)
 TRACE_FORMATS = ("pcap", "json", "plist", "tree")
@@ -176,7 +181,8 @@ def fuzz_table(data: bytes) -> None:
         return
     buffer = ctypes.create_string_buffer(data[:length] + bytes(8))
     base = ctypes.addressof(buffer)
-    table = FlowTable(max_flows=64, idle_timeout_ns=10**9, active_timeout_ns=10**10, tcp_linger_ns=10**9)
+    timeouts = {"idle_timeout_ns": 10**9, "active_timeout_ns": 10**10, "tcp_linger_ns": 10**9}
+    table = FlowTable(max_flows=64, **timeouts, entropy=True, name_bytes=2048)
     done = 0
     with contextlib.suppress(ValueError):
         while done < length:
@@ -324,8 +330,52 @@ def fuzz_config(data: bytes) -> None:
         parse(tomllib.loads(data.decode()))
 
 
+def fuzz_application(data: bytes) -> None:
+    """The first octet says over what and to which port; then come payloads of one connection, each behind two octets
+    of its length. Whatever is found is printable, within its bounds, and does not depend on what follows the packet."""
+    if not data:
+        return
+    inspectors = [Inspector(entropy=True) for _ in TAILS]
+    kind, at, sequence = data[0], 1, 0
+    while at + 2 <= len(data) and at < PAYLOADS_MAX * PACKET_BYTES_MAX:
+        length = int.from_bytes(data[at : at + 2], "big") % PACKET_BYTES_MAX
+        said = data[at + 2 : at + 2 + length]
+        frame = frame_of(kind, sequence, said)
+        found = [what_is_found(frame, tail, one) for tail, one in zip(TAILS, inspectors, strict=True)]
+        assert all(one == found[0] for one in found), (kind, said.hex())
+        at, sequence = at + 2 + length, sequence + len(said)
+    check_findings(crypto_findings(data[1:]))
+
+
+def frame_of(kind: int, sequence: int, said: bytes) -> bytes:
+    to = PORTS[kind >> 1 & 3]
+    if kind & 1:
+        head = struct.pack(">HHIIBBHHH", 40000, to, sequence, 0, 0x50, 0x18, 1, 0, 0)
+    else:
+        head = struct.pack(">HHHH", 40000, to, 8 + len(said), 0)
+    total = 20 + len(head) + len(said)
+    ip = struct.pack(">BBHHHBBH", 0x45, 0, total, 0, 0, 64, 6 if kind & 1 else 17, 0) + bytes(8)
+    return bytes(12) + b"\x08\x00" + ip + head + said
+
+
+def what_is_found(frame: bytes, tail: bytes, inspector: Inspector) -> bytes:
+    body = struct.pack("=II", len(frame), len(frame) + 4) + frame + tail * (-len(frame) % 4)
+    content, _ = headers.digests(record(PACKET, body), [1], inspector=inspector)
+    assert len(content) <= DIGEST_BYTES + EXTENSION_BYTES_MAX
+    extension = content[EXTENSION_AT:-4]
+    if extension:
+        check_findings(findings(extension))
+    return extension
+
+
+def check_findings(found: dict[str, Any]) -> None:
+    texts = [value for value in found.values() if isinstance(value, str)]
+    assert all(text.isprintable() and text.isascii() and len(text) <= 254 for text in texts), texts
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "headers": fuzz_headers,
+    "application": fuzz_application,
     "reader": fuzz_reader,
     "salvage": fuzz_salvage,
     "ring": fuzz_ring,

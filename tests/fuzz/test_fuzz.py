@@ -28,6 +28,7 @@ INPUTS = {
     "traces": 300,
     "payload": 8000,
     "port": 1000,
+    "application": 3000,
 }
 FOUND = Path(__file__).parent / "found"
 OF_FILES = ("reader", "salvage", "flows", "traces")  # whose seeds are the captures

@@ -109,7 +109,8 @@ class Appliance:
             publish_ns=3 * SECOND // 10,
         )
         set_fields(self.pages["meter"], observed_packets=815, metered_packets=811, ignored_packets=4, active_flows=12)
-        set_fields(self.pages["meter"], evicted_half_open_flows=3, tcp_lost_segments=9)
+        set_fields(self.pages["meter"], evicted_half_open_flows=3, tcp_lost_segments=9, flows_quic=4)
+        set_fields(self.pages["meter"], dropped_names=2)
         set_fields(self.pages["meter"], export_delay_10_ms=5, export_delay_1000_ms=2, export_delay_ns=SECOND)
         set_fields(self.pages["export/0"], up=1, records=33, flow_records=30, messages=3)
         self.pages["supervisor"][restarts_field("merge/main")] = 2

@@ -68,6 +68,8 @@ def test_the_identity_can_be_read_off_the_metrics(running: Appliance) -> None:
         ("appliance_output_rotate_interval_seconds", {"output": "main"}, 10),
         ("appliance_meter_evicted_flows_total", {"kind": "half_open"}, 3),
         ("appliance_meter_tcp_segments_total", {"kind": "lost_segment"}, 9),
+        ("appliance_meter_applications_total", {"application": "quic"}, 4),
+        ("appliance_meter_dropped_names_total", {}, 2),
         ("appliance_meter_export_delay_seconds_bucket", {"le": "0.05"}, 5),
         ("appliance_meter_export_delay_seconds_bucket", {"le": "+Inf"}, 7),
         ("appliance_meter_export_delay_seconds_sum", {}, 1),

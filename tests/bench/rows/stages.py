@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from appliance.capture import headers
+from appliance.capture.application import Inspector
 from appliance.capture.digestfile import DigestFile
 from appliance.capture.filesource import FileCapture
 from appliance.config import Interface
@@ -36,6 +37,10 @@ SIZES = {"60 B": 60, "1500 B": 1500}
 MERGES = (1, 2, 4, 8)
 FLOWS = (1_000, 100_000, 400_000)
 DIGEST_BYTES = 128
+INSPECTIONS = {  # of payloads
+    "applications": {"applications": True},
+    "entropy": {"applications": False, "entropy": True},
+}
 TCP_SEQUENCE = 76 // 4  # in a digest (appliance/ring/digest.h)
 OUT_BYTES = 1 << 20
 WRITE_BYTES = 1 << 20
@@ -97,6 +102,8 @@ def _of_size(directory: Path, name: str, size: int, packets: int, times: Times) 
         difference = times["file to packet and digest ring"][name] - times["file to packet ring"][name]
         times["header digest (the difference)"] = {name: difference}
     note("file to digests alone", best(lambda: digest_file_ns(path)))
+    for stage, settings in INSPECTIONS.items():
+        note(f"file to digests alone, {stage}", best(lambda s=settings: digest_file_ns(path, inspection=s)))
     for count in MERGES:
         stage = f"merge of {count}, pcapng"
         note(stage, best(lambda count=count: _merge_ns(directory, count, size, packets, order.SINK_PCAPNG)))
@@ -170,10 +177,11 @@ def _capture_ns(path: Path, with_digests: bool) -> float:
             os.close(fd)
 
 
-def digest_file_ns(path: Path, *, inner: bool = False) -> float:
+def digest_file_ns(path: Path, *, inner: bool = False, inspection: dict[str, bool] | None = None) -> float:
     """As `appliance flows` reads a file."""
+    inspector = Inspector(**inspection) if inspection else None
     buffer = Buffer(DIGEST_BATCH_BYTES)
-    file = DigestFile(path, inner=inner)
+    file = DigestFile(path, inner=inner, inspector=inspector)
     try:
         begun = time.perf_counter_ns()
         while not file.ended:
