@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,17 +109,16 @@ def test_root_without_the_right_to_change_its_user_is_told_so() -> None:
 
 
 @requires_root
-def test_whether_a_user_may_run_a_program_is_asked_as_that_user(tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.stat().st_uid == 0 and not directory.stat().st_mode & 1:
-            directory.chmod(directory.stat().st_mode | 0o111)
-    assert process.may_run("nobody", str(program))
-    program.chmod(0o700)
-    assert not process.may_run("nobody", str(program))
-    assert process.may_run("root", str(program))
+def test_whether_a_user_may_run_a_program_is_asked_as_that_user() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to others
+        os.chmod(directory, 0o755)
+        program = Path(directory) / "program"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        assert process.may_run("nobody", str(program))
+        program.chmod(0o700)
+        assert not process.may_run("nobody", str(program))
+        assert process.may_run("root", str(program))
     assert os.geteuid() == 0
 
 

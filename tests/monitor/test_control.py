@@ -227,12 +227,17 @@ def test_a_service_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who may not connect")
 def test_a_user_outside_the_group_is_told_what_to_do(service: Service) -> None:
     service.path.parent.chmod(0o755)
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(65534)
     os.seteuid(65534)
     try:
         with pytest.raises((MissingPermissionError, NotRunningError)) as caught:
             ControlClient(service.path).ask("status")
     finally:
         os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
     assert "user 65534 may not connect; join the socket's group" in str(caught.value)
 
 
