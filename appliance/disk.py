@@ -42,3 +42,15 @@ def sync_file(path: str) -> int:
         return os.fstat(fd).st_size
     finally:
         os.close(fd)
+
+
+def sync_file_system(directory: str) -> bool:
+    """syncfs(2): all of the file system that the directory is on. False: it cannot be told that it is on the disk."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return bool(libc().syncfs(fd) == 0)
+    finally:
+        os.close(fd)

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TextIO
 
 from appliance.counters import CounterPage
-from appliance.process import libc
+from appliance.disk import rename_without_replacing, sync_directory, sync_file_system
 
 log = logging.getLogger(__name__)
 
@@ -305,39 +305,11 @@ def move_new(path: str, directory: str) -> str:
         name = f"{base}{extension}" if number == 1 else f"{base}-{number}{extension}"
         target = os.path.join(directory, name)
         try:
-            os.link(path, target, follow_symlinks=False)
+            rename_without_replacing(path, target)
         except FileExistsError:
             continue
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            if os.path.lexists(target):  # a file system without links
-                continue
-            os.rename(path, target)
-        else:
-            os.unlink(path)
         return name
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-
-
-def sync_file_system(directory: str) -> bool:
-    """False: it cannot be told that everything is on the disk."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return bool(libc().syncfs(fd) == 0)
-    finally:
-        os.close(fd)
-
-
-def sync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def settle_with_the_dead(page: CounterPage, ready: str) -> None:
