@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 COPY_BYTES = 1 << 20
 LOCK_WAIT_S = 10.0  # an orphaned compressor still has its last megabyte to write
+KILL_WAIT_S = 1.0  # until one that was killed is gone
 PLAIN, PACKED = ".salvage", ".salvage.packed"  # what is made of a leftover, beside it
 NOTHING_BYTES = 65536  # a larger file that cannot be decoded is kept: it may be worth a closer look
 
@@ -151,7 +153,7 @@ class Recovery:
     def _recover(self, path: str) -> None:
         """One leftover: published, quarantined, removed because it holds nothing, or left for the next start."""
         discard(path + PLAIN, path + PACKED)
-        if not wait_until_unlocked(path):
+        if not wait_until_unlocked(path, LOCK_WAIT_S) and not end_writers(path):
             log.warning("%s is still being written by another process; it is left for the next start", path)
             return
         if os.stat(path).st_nlink > 1:
@@ -296,10 +298,10 @@ def discard(*paths: str) -> None:
             os.unlink(path)
 
 
-def wait_until_unlocked(path: str) -> bool:
+def wait_until_unlocked(path: str, timeout_s: float) -> bool:
     """Whether nobody writes the file any longer."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + timeout_s
     try:
         while True:
             try:
@@ -311,6 +313,23 @@ def wait_until_unlocked(path: str) -> bool:
                 time.sleep(0.05)
     finally:
         os.close(fd)
+
+
+def end_writers(path: str) -> bool:
+    """Kills compressors that outlived their merge and hang (stopped, say): the file is their standard output. Whether
+    nobody writes it any longer; those of another user cannot be found."""
+    wanted = os.stat(path)
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(int(name))  # before the look: another process may get the number later
+            try:
+                found = os.stat(f"/proc/{name}/fd/1")
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    log.warning("%s: its compressor outlived the merge worker, and hung: it was killed", path)
+            finally:
+                os.close(pidfd)
+    return wait_until_unlocked(path, KILL_WAIT_S)
 
 
 def holds_nothing(path: str) -> bool:

@@ -73,6 +73,22 @@ def test_a_stopped_compressor_is_given_up_and_costs_its_file_alone(lab: Lab, dir
     assert not any(os.path.exists(f"/proc/{pid}") for pid in stopped)
 
 
+def test_a_hung_compressor_of_a_killed_merge_is_ended_and_what_it_wrote_recovered(lab: Lab, directory: Path) -> None:
+    service, traffic = start(lab, directory, compressor=["lz4", "-q", "-c"], rotate_seconds=3600)
+    traffic.send(2000)
+    balance(service, traffic.sent)
+    merge = service.pids()["merge/main"]
+    hung = descendants(merge)
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(merge, signal.SIGKILL)
+    service.wait_for_start("merge/main", merge)
+    traffic.send(1000)
+    service.wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in hung), "it is ended", timeout_s=40)
+    conclude(service, traffic)
+    assert "its compressor outlived the merge worker, and hung: it was killed" in service.log
+
+
 def test_a_slow_compressor_fills_the_ring_and_not_a_byte_more_memory(lab: Lab, directory: Path) -> None:
     """What it cannot take is dropped by the ring, the newest first, and counted."""
     slow = script(directory, "while dd bs=65536 count=1 status=none iflag=fullblock | grep -a . ; do sleep 0.05; done")
