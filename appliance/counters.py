@@ -298,9 +298,12 @@ class CounterPages:
         import ctypes
 
         size = max(1, len(layout)) * PAGE_BYTES
-        self.fd = os.memfd_create("appliance-counters", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        self._map = mmap.mmap(self.fd, size)
+        fd = os.memfd_create("appliance-counters", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            self._map = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
         view = memoryview(self._map)
         anchor = ctypes.c_char.from_buffer(self._map)
         base = ctypes.addressof(anchor)

@@ -133,7 +133,7 @@ def set_up_worker(context: WorkerContext, worker_log: WorkerLog) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     worker_log.use_in_worker()
-    keep = {0, 1, 2, context.channel.fileno(), context.pages.fd}
+    keep = {0, 1, 2, context.channel.fileno()}
     close_descriptors(keep.union(worker_log.worker_descriptors(), context.keep_descriptors))
     if context.capabilities and not context.name.startswith("capture/"):
         set_capabilities(())

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def configuration(directory: Path, interfaces: Sequence[Table], **tables: Any) -
     given = tables.pop("output", {})
     outputs = given if isinstance(given, list) else [given]
     base = {"directory": str(directory), "rotate_seconds": 1, "max_wait_ms": 500, "min_free_bytes": 0}
-    memory = {"ring_bytes": 16 << 20}  # and the kernel's ring as it is by default: it bridges a second
+    memory = {"ring_bytes": 16 << 20}  # the kernel's ring is that of the defaults: it bridges a second
     config: dict[str, Any] = {
         "interface": [memory | dict(interface) for interface in interfaces],
         "output": [base | output for output in outputs],
@@ -324,8 +323,6 @@ def refused(lab: Lab, directory: Path, config: Table | str, prefix: Sequence[str
     path.write_text(config if isinstance(config, str) else toml(config))
     path.chmod(0o644)
     command = [*prefix, *APPLIANCE, "run", "-c", str(path), "--no-figures"]
-    started = time.monotonic()
-    done = lab.run(command, check=False, timeout_s=30)
+    done = lab.run(command, check=False, timeout_s=60)  # LabError when it does not end
     path.unlink()
-    assert time.monotonic() - started < 20
     return done.returncode, done.stdout + done.stderr

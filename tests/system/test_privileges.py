@@ -95,7 +95,6 @@ def test_each_process_holds_its_own_descriptors_only(lab: Lab, directory: Path) 
     assert {key: len(value) for key, value in kinds(pids["capture/a"]).items()} == {
         "socket": 2,  # its channel, its packet socket
         "pipe": 1,  # its log
-        "appliance-counters": 1,
         "ring-a": 2,  # packets, digests
         "port-a": 1,  # port capture
         "anon_inode:[eventfd]": 3,  # its own, the merge's, the meter's
