@@ -81,7 +81,8 @@ class TestSeriesFromInterfaces:
         frames = 60_000
         with Lab() as lab:
             (a, a_peer), (b, b_peer) = lab.veth("a"), lab.veth("b")
-            flags = ["-G", "1", "-U", "--file-ext=.pcap.lz4", "--pipeout=lz4 -q -c"]
+            # Order is promised for packets that are not later than -w: on a busy machine half a second is.
+            flags = ["-w", "500", "-G", "1", "-U", "--file-ext=.pcap.lz4", "--pipeout=lz4 -q -c"]
             recording = Recording(lab, "-B", f"pcapfile:{tmp_path}", *flags, f"ring:{a}", f"ring:{b}")
             wait_for_capture(recording, 2)
             report = lab.send([a_peer, b_peer], frames=frames, rate=40_000)
