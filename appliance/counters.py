@@ -31,6 +31,17 @@ STATES = ("starting", "running", "draining", "ended")
 IGNORED_REASONS = ("not_ip", "truncated", "malformed", "too_many_layers", "link_type")
 IGNORED_FIELDS = (*(f"ignored_{reason}_packets" for reason in IGNORED_REASONS), "ignored_octets")  # on the wire
 
+# The kernel's counts of a live source, exact through every death of its worker (appliance/capture/kernel_counters.pxd).
+# They are for a successor; readers find their sums in the fields of the same meaning.
+KERNEL_ACCOUNT_FIELDS = (
+    "kernel_account_half",
+    *(
+        f"kernel_account_{half}_{name}"
+        for half in (0, 1)
+        for name in ("received", "dropped", "freezes", "answer", "answer_end")
+    ),
+)
+
 CAPTURE_FIELDS = COMMON_FIELDS + (
     "received_packets",  # tp_packets (the kernel's drops included), or packets read from a file
     "dropped_kernel_packets",  # tp_drops
@@ -57,6 +68,7 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
     *IGNORED_FIELDS,
     "input_errors",  # damaged input files
     "unpublished_packets",  # walked, and held for reorder_us
+    *KERNEL_ACCOUNT_FIELDS,
 )
 
 # Upper bounds of the histogram of the time from a segment's close to its publication.

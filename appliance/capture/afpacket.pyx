@@ -19,13 +19,14 @@ from posix.unistd cimport read
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
+from appliance.capture.kernel_counters cimport kernel_account, kernel_collect, kernel_half, kernel_total
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Producer
 
-from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS
+from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS
 
 cdef extern from "linux/if_packet.h" nogil:
     struct tpacket_hdr_variant1:
@@ -51,10 +52,6 @@ cdef extern from "linux/if_packet.h" nogil:
         tpacket_hdr_v1 bh1
     struct tpacket_block_desc:
         tpacket_bd_header_u hdr
-    struct tpacket_stats_v3:
-        unsigned int tp_packets
-        unsigned int tp_drops
-        unsigned int tp_freeze_q_cnt
     struct sockaddr_ll:
         uint16_t sll_protocol
         int sll_ifindex
@@ -68,7 +65,6 @@ cdef extern from "linux/if_packet.h" nogil:
         TP_STATUS_CSUMNOTREADY
         TP_STATUS_VLAN_VALID
         TP_STATUS_VLAN_TPID_VALID
-        PACKET_STATISTICS
         PACKET_OUTGOING
     uint32_t TPACKET_ALIGN(uint32_t length)
 
@@ -83,11 +79,6 @@ cdef extern from "poll.h" nogil:
         POLLERR
         POLLHUP
         POLLNVAL
-
-cdef extern from "sys/socket.h" nogil:
-    int getsockopt(int fd, int level, int name, void *value, uint32_t *length)
-    enum:
-        SOL_PACKET
 
 cdef extern from *:
     """
@@ -146,6 +137,7 @@ COMMITTED_FIELDS = (
     "truncated_packets", "clock_steps", "last_packet_ns", "digests_published", "digests_dropped",
     *IGNORED_FIELDS,
 )
+assert len(KERNEL_ACCOUNT_FIELDS) * sizeof(uint64_t) == sizeof(kernel_account)
 assert len(COMMITTED_FIELDS) == COMMITTED and len(IGNORED_REASONS) == REASONS
 
 
@@ -188,6 +180,7 @@ cdef class LiveCapture:
     cdef uint64_t counters[32]
     cdef uint64_t *page
     cdef uint32_t page_index[32]
+    cdef kernel_account *kernel     # in the page
     cdef uint32_t heartbeat_index, received_index, dropped_index, freezes_index, queued_index, unpublished_index
     cdef uint16_t linktype
     cdef bint cooked
@@ -239,6 +232,8 @@ cdef class LiveCapture:
         self.freezes_index = page.index("kernel_freezes")
         self.queued_index = page.index("kernel_queued_packets")
         self.unpublished_index = page.index("unpublished_packets")
+        self.kernel = <kernel_account *>&self.page[<uint32_t>page.index(KERNEL_ACCOUNT_FIELDS[0])]
+        self.store_kernel_counters(kernel_total(self.kernel))  # a predecessor may have died before it did
         self.start_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
         self.end_arrival = <uint64_t *>calloc(block_count, sizeof(uint64_t))
         if self.start_arrival == NULL or self.end_arrival == NULL:
@@ -822,14 +817,12 @@ cdef class LiveCapture:
             self.page[self.page_index[i]] = self.counters[i]
 
     cdef void collect_kernel_counters(self) noexcept nogil:
-        """PACKET_STATISTICS is reset by being read: this is its only reader, and it adds up (tp_packets includes
-        the drops)."""
-        cdef tpacket_stats_v3 stats
-        cdef uint32_t length = sizeof(stats)
-        if getsockopt(self.fd, SOL_PACKET, PACKET_STATISTICS, &stats, &length) == 0:
-            self.page[self.received_index] += stats.tp_packets
-            self.page[self.dropped_index] += stats.tp_drops
-            self.page[self.freezes_index] += stats.tp_freeze_q_cnt
+        self.store_kernel_counters(kernel_collect(self.kernel, self.fd))
+
+    cdef void store_kernel_counters(self, kernel_half total) noexcept nogil:
+        self.page[self.received_index] = total.received
+        self.page[self.dropped_index] = total.dropped
+        self.page[self.freezes_index] = total.freezes
 
     cdef void add_counters_record(self) noexcept nogil:
         """The cumulative counters travel with the packets, so that each file can state its own losses."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from support.faults import failing_calls
 from support.identities import recount
 from support.judges import capinfos, check_numbered
 from support.lab import Lab, Sender, requires_root, requires_tool, wait_until
@@ -17,6 +19,7 @@ from support.service import Service, descendants, process_name
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
 
 RATE = 10_000
+ANSWER_DELAY_S = 0.1
 
 
 def start_under_load(lab: Lab, directory: Path, rate: int = RATE, **tables: object) -> tuple[Service, Sender]:
@@ -144,6 +147,24 @@ def test_twenty_deaths_of_capture_workers_cost_no_packet(lab: Lab, directory: Pa
             os.kill(pids[worker], signal.SIGKILL)
         for worker in ("capture/a", "capture/b"):
             service.wait_for_start(worker, pids[worker])
+    assert stop_and_balance(service, sender) == (0, 0)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_deaths_right_after_the_kernel_told_its_count_cost_no_count(lab: Lab, directory: Path, tmp_path: Path) -> None:
+    """The kernel forgets what it has told. The worker dies between the answer's system call and its own next step."""
+    service, sender = start_under_load(
+        lab, directory, service={"restart_limit": 1000, "restart_window_s": 1}, rate=RATE
+    )
+    for death in range(3):
+        worker = service.pids()["capture/a"]
+        trace = tmp_path / f"trace{death}"
+        with failing_calls(worker, f"getsockopt:delay_exit={int(ANSWER_DELAY_S * 1e6)}", trace):
+            # Each answer but the first holds the packets of a whole delay. The next one waits when this one is noted.
+            wait_until(lambda trace=trace: trace.read_text().count("PACKET_STATISTICS") > 2, "answers of the kernel")
+            time.sleep(ANSWER_DELAY_S / 2)
+            os.kill(worker, signal.SIGKILL)
+            service.wait_for_start("capture/a", worker)
     assert stop_and_balance(service, sender) == (0, 0)
 
 
