@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 
 from appliance.process import libc
 
@@ -25,32 +27,33 @@ def rename_without_replacing(source: str, target: str) -> None:
     os.unlink(source)
 
 
-def sync_directory(path: str) -> None:
-    """After this the names in it are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextlib.contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """A descriptor of what is there, to read and to ask; `flags` beside O_RDONLY and O_CLOEXEC. OSError as os.open."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def sync_directory(path: str) -> None:
+    """After this the names in it are on the disk."""
+    with opened(path, os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
 
 def sync_file(path: str) -> int:
     """fsync; returns the file's bytes. Never tried twice: after a failed sync the pages may be gone."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_NOFOLLOW) as fd:
         os.fsync(fd)
         return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
 
 
 def sync_file_system(directory: str) -> bool:
     """syncfs(2): all of the file system that the directory is on. False: it cannot be told that it is on the disk."""
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with opened(directory, os.O_DIRECTORY) as fd:
+            return bool(libc().syncfs(fd) == 0)
     except OSError:
         return False
-    try:
-        return bool(libc().syncfs(fd) == 0)
-    finally:
-        os.close(fd)

@@ -15,6 +15,7 @@ from pathlib import Path
 from appliance.capture import bpf, opener
 from appliance.capture.gate import check_rules
 from appliance.config import Config, Output
+from appliance.disk import opened
 from appliance.errors import (
     CannotCreateError,
     ConfigError,
@@ -227,15 +228,12 @@ def check_programs(output: Output, user: str) -> list[str]:
 def is_locked(path: str) -> bool:
     """Whether another instance holds this lock file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with opened(path, os.O_NOFOLLOW) as fd:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
+    except OSError:
+        return False
     return False
 
 

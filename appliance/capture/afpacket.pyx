@@ -197,6 +197,7 @@ cdef class LiveCapture:
     cdef Inspector inspector        # None: payloads are not looked at
     cdef Inspection *inspection
     cdef uint32_t digest_room       # the longest digest
+    cdef uint64_t ignored[IGNORED_COUNTS]  # by the parser, of the packet at hand; else zero
     cdef PortTap port               # None: the interface has no port capture
     cdef Gate gate                  # None: everything is recorded
 
@@ -621,19 +622,18 @@ cdef class LiveCapture:
 
     cdef inline void digest_at(self, const uint8_t *data, uint32_t captured, uint32_t original, uint32_t status,
                                uint64_t stamp, bint outbound, tail_entry *entry) noexcept nogil:
-        cdef uint64_t ignored[IGNORED_COUNTS]
         cdef uint32_t length, i
         cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
             return
-        memset(ignored, 0, sizeof(ignored))
         length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_status(status, outbound), self.inner, self.inspection, room, ignored)
+                               digest_status(status, outbound), self.inner, self.inspection, room, self.ignored)
         if length == 0:
             for i in range(<uint32_t>REASONS):
-                if ignored[i]:
+                if self.ignored[i]:
                     entry.flags |= (i + 1) << REASON_SHIFT
+            memset(self.ignored, 0, sizeof(self.ignored))
             return
         entry.digest_bytes = length
         ring_advance(&self.digests.view, length)

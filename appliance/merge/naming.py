@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Protocol
 
+from appliance.disk import sync_directory
 from appliance.errors import CannotCreateError, InputOutputError, MissingPermissionError
 
 log = logging.getLogger(__name__)
@@ -389,11 +390,7 @@ def _replace(path: str, text: bytes, mode: int) -> None:
     finally:
         os.close(fd)
     os.rename(temporary, path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(os.path.dirname(path))
 
 
 def _overwrite(path: str, text: bytes) -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from appliance.counters import CounterPage, publish_bucket
-from appliance.disk import rename_without_replacing, sync_directory, sync_file
+from appliance.disk import opened, rename_without_replacing, sync_directory, sync_file
 from appliance.errors import InputOutputError
 from appliance.merge.compressor import CompressorSink, SinkError
 from appliance.merge.events import Announcer
@@ -66,14 +66,11 @@ def sync_and_hash(path: str) -> tuple[str, int]:
     sync_file(path)
     digest = hashlib.sha256()
     length = 0
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_NOFOLLOW) as fd:
         while chunk := os.read(fd, HASH_CHUNK_BYTES):
             digest.update(chunk)
             length += len(chunk)
-        return digest.hexdigest(), length
-    finally:
-        os.close(fd)
+    return digest.hexdigest(), length
 
 
 def write_durably(path: str, text: str, mode: int) -> None:

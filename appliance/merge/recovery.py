@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from appliance.config import Output
 from appliance.counters import CounterPage
-from appliance.disk import rename_without_replacing, sync_directory, sync_file
+from appliance.disk import opened, rename_without_replacing, sync_directory, sync_file
 from appliance.errors import ApplianceError, InputOutputError
 from appliance.formats.stream import InputStream
 from appliance.formats.unpack import DamagedStreamError, Unpacker
@@ -300,9 +300,8 @@ def discard(*paths: str) -> None:
 
 def wait_until_unlocked(path: str, timeout_s: float) -> bool:
     """Whether nobody writes the file any longer."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     deadline = time.monotonic() + timeout_s
-    try:
+    with opened(path, os.O_NOFOLLOW) as fd:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -311,8 +310,6 @@ def wait_until_unlocked(path: str, timeout_s: float) -> bool:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.05)
-    finally:
-        os.close(fd)
 
 
 def end_writers(path: str) -> bool:

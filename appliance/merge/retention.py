@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from appliance.config import Output
 from appliance.counters import CounterPage
+from appliance.disk import opened
 from appliance.merge.naming import Naming
 
 log = logging.getLogger(__name__)
@@ -246,18 +247,14 @@ class Retention:
 def unlink_unless_held(path: str) -> bool:
     """False: a process holds an flock(2) on the file. A file that is gone already is as good as unlinked."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with contextlib.suppress(FileNotFoundError):
+        with opened(path, os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
-        return True
     except BlockingIOError:
         return False
-    finally:
-        os.close(fd)
+    except FileNotFoundError:
+        pass
+    return True
 
 
 def last_packet_ns(sidecar: str) -> int | None:

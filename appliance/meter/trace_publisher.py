@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TextIO
 
 from appliance.counters import CounterPage
-from appliance.disk import rename_without_replacing, sync_directory, sync_file_system
+from appliance.disk import rename_without_replacing, sync_directory, sync_file, sync_file_system
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +163,7 @@ class Publisher:
         faults = {}
         for path in paths:
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                sync_file(path)
             except OSError as error:
                 faults[path] = error
         return faults

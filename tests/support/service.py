@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from appliance.monitor.view import LOSS_STAGES, InterfaceView, Snapshot
+from support.captures import write_pcap
 from support.equations import imbalances
 from support.judges import NumberedReport, check_numbered, packet_count
 from support.lab import Lab, wait_until
+from support.replay import send_frames
 
 APPLIANCE = [str(Path(sys.executable).with_name("appliance"))]  # the console script of this environment
 START_TIMEOUT_S = 20.0
@@ -289,6 +291,24 @@ class Service:
             path = self.directory / "ready" / sidecar["file"]
             assert sidecar["packets"] == packet_count([path]), sidecar
             assert sidecar["bytes"] == path.stat().st_size, sidecar
+
+
+def meter_frames(
+    lab: Lab, directory: Path, source: str, frames: Sequence[bytes], scratch: Path, **meter: object
+) -> list[Path]:
+    """A service's files of flow records of `frames`, which come from an interface or, `pcapfile`, from a file."""
+    name, peer = lab.veth("a")
+    is_file = source == "pcapfile"
+    target = write_pcap(scratch / "metered.pcap", list(enumerate(frames))) if is_file else name
+    settings = {"enabled": True, "export": [{"uri": "file:"}], **meter}
+    service = Service(lab, directory, [{"uri": f"{source}:{target}", "label": "a"}], meter=settings, wait=not is_file)
+    if is_file:
+        assert service.process.wait(timeout=30) == 0, service.log
+    else:
+        assert send_frames(lab, peer, frames, scratch) == len(frames)
+        service.wait_at_rest({"a": len(frames)})
+        assert service.stop() == 0
+    return sorted((directory / "flows").iterdir())
 
 
 def lost(view: InterfaceView) -> int:

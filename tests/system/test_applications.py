@@ -12,8 +12,7 @@ import pytest
 from capture.payloads import INITIAL_1, client_hello, handshake, question, record, server_name, tcp, udp
 from support.captures import write_pcap
 from support.lab import Lab, requires_root
-from support.replay import send_frames
-from support.service import APPLIANCE, Service
+from support.service import APPLIANCE, meter_frames
 
 pytestmark = requires_root
 
@@ -57,19 +56,5 @@ def test_flows_have_the_names_that_the_same_packets_have_in_a_file(
 ) -> None:
     expected = offline(tmp_path)
     assert [flow[1] for flow in expected] == ["dns", "quic", "tls", "http", "ssh", "tls"]
-    name, peer = lab.veth("a")
-    target = tmp_path / "frames.pcap" if source == "pcapfile" else name
-    service = Service(
-        lab,
-        directory,
-        [{"uri": f"{source}:{target}", "label": "a"}],
-        meter={"enabled": True, "applications": True, "entropy": True, "export": [{"uri": "file:"}]},
-        wait=source != "pcapfile",
-    )
-    if source == "pcapfile":
-        assert service.process.wait(timeout=30) == 0, service.log
-    else:
-        assert send_frames(lab, peer, FRAMES, tmp_path) == len(FRAMES)
-        service.wait_at_rest({"a": len(FRAMES)})
-        assert service.stop() == 0
-    assert named_flows(sorted((directory / "flows").iterdir())) == expected
+    files = meter_frames(lab, directory, source, FRAMES, tmp_path, applications=True, entropy=True)
+    assert named_flows(files) == expected

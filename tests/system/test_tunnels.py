@@ -11,8 +11,7 @@ from capture.crafted import C4, ETHERNET, TUNNELS, ethernet, ipv4, udp
 from meter.flow_packets import Decoder, flow_records, number
 from support.captures import write_pcap
 from support.lab import Lab, requires_root
-from support.replay import send_frames
-from support.service import APPLIANCE, Service
+from support.service import APPLIANCE, meter_frames
 
 pytestmark = requires_root
 
@@ -49,21 +48,7 @@ def test_flows_of_tunnels_are_those_of_the_same_packets_in_a_file(
     lab: Lab, directory: Path, tmp_path: Path, source: str, tunnels: str
 ) -> None:
     expected = offline(tmp_path, tunnels)
-    name, peer = lab.veth("a")
-    target = tmp_path / "frames.pcap" if source == "pcapfile" else name
-    service = Service(
-        lab,
-        directory,
-        [{"uri": f"{source}:{target}", "label": "a"}],
-        meter={"enabled": True, "tunnels": tunnels, "export": [{"uri": "file:"}]},
-        wait=source != "pcapfile",
-    )
-    if source == "pcapfile":
-        assert service.process.wait(timeout=30) == 0, service.log
-    else:
-        assert send_frames(lab, peer, FRAMES, tmp_path) == len(FRAMES)
-        service.wait_at_rest({"a": len(FRAMES)})
-        assert service.stop() == 0
-    assert flows_of(sorted((directory / "flows").iterdir())) == expected
+    files = meter_frames(lab, directory, source, FRAMES, tmp_path, tunnels=tunnels)
+    assert flows_of(files) == expected
     assert any(flow[0] == C4 for flow in expected) == (tunnels == "inner")
     assert sum(flow[5] for flow in expected) == len(FRAMES)
