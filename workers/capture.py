@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 1000
 REOPEN = b"reopen"  # worker to supervisor: the interface is another one now, or gone
-CHECK_EVERY_S = 1.0  # whether the interface is still there
-REOPEN_EVERY_S = 0.25  # whether it is back, while it is not
+CHECK_EVERY_S = 10.0  # whether the interface is still up; the kernel tells when it goes down
+CHECK_DOWN_EVERY_S = 1.0  # whether it is up again, or gone for good
+REOPEN_EVERY_S = 0.25  # whether it is back, while it is gone
 DRAIN_BLOCK_TIMEOUTS = 2
 DRAIN_SLEEP_S = 0.002
 DRAIN_STALLED_S = 1.0  # the kernel says that packets wait, and hands none over
@@ -130,6 +131,7 @@ class LiveWorker(SourceWorker):
         super().__init__(context, parts, records, digests)
         self.serial = parts.socket_serial
         self.is_gone = False
+        self.next_check = 0.0
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
         self.inspector = make_inspector(parts)
@@ -165,15 +167,13 @@ class LiveWorker(SourceWorker):
         self.context.page["interface_up"] = int(is_up(opened.ifindex))
 
     def run(self) -> None:
-        next_check = 0.0
         while not self.is_done():
             self.context.beat()
             now = time.monotonic()
-            if now >= next_check:
+            if now >= self.next_check:
                 self.check_interface()
-                next_check = now + (REOPEN_EVERY_S if self.is_gone else CHECK_EVERY_S)
             if self.drain_until is None:
-                self.serve(next_check - now)
+                self.serve(max(0.0, self.next_check - now))
             elif self.capture.pump():
                 self.progress_at = now
             else:
@@ -225,7 +225,10 @@ class LiveWorker(SourceWorker):
         """The interface may be down (the same socket goes on when it is up again), or another one of the same name (a
         new socket is needed; the old one is silent for ever)."""
         exists = opener.interface_exists(self.opened.ifindex)
-        self.context.page["interface_up"] = int(exists and is_up(self.opened.ifindex))
+        up = exists and is_up(self.opened.ifindex)
+        self.context.page["interface_up"] = int(up)
+        interval_s = CHECK_EVERY_S if up else CHECK_DOWN_EVERY_S if exists else REOPEN_EVERY_S
+        self.next_check = time.monotonic() + interval_s
         if exists or self.drain_until is not None:
             return
         if not self.is_gone:

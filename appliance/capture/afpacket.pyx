@@ -348,8 +348,7 @@ cdef class LiveCapture:
             if now >= until_ns:
                 return False
             timeout_ms = <int>min(<uint64_t>(until_ns - now) // 1000000 + 1, <uint64_t>1000)
-            if self.turn():
-                timeout_ms = 0
+            self.turn()
             # The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep.
             fds[2].events = 0 if self.held else POLLIN
             self.announce_sleep(RING_SLEEPS)
