@@ -131,6 +131,9 @@ MERGE_SOURCE_FIELDS = COMMON_FIELDS + (
     "settling_packets",  # what closed_packets becomes with the file of settling_inode
 )
 
+# What the publisher of flow traces counts with the rename of a file.
+TRACE_SETTLED_FIELDS = ("published_files", "published_packets", "published_bytes")
+
 TRACE_END_REASONS = ("idle", "closed", "reused", "evicted", "end")  # in the order of meter/traceflow_table.pyi
 
 # Upper bounds of the histogram of the time from a flow's end, by its time-out, to its record.
@@ -232,7 +235,7 @@ TRACEFLOW_FIELDS = COMMON_FIELDS + (
     "expired_files",
     "expired_bytes",
     "settling_inode",  # of the file that is being published; 0: none
-    "settling_packets",
+    *(f"settling_{name}" for name in TRACE_SETTLED_FIELDS),  # what they become with that file
     "stream_time_ns",
 )
 

@@ -98,7 +98,7 @@ class TraceflowWorker:
     def take_over(self, occupancies: list[tuple[int, int]]) -> None:
         """A predecessor's flows went with it: every packet that it took and did not publish is lost, and counted."""
         page = self.page
-        settle_with_the_dead(page, str(self.parts.directory / "ready"))
+        settle_with_the_dead(page, str(self.parts.directory / "work"))
         remove_leftovers(self.parts.directory / "work", page)
         page["observed_packets"] = sum(published - waiting for published, waiting in occupancies)
         known = ("other", "published", "unpublished", "cut", "refused", "failed", "lost_unclean")

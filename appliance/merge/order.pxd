@@ -108,9 +108,12 @@ cdef class Merge:
     cdef uint64_t promised_ns  # what is younger is forced
     cdef public uint64_t horizon_ns
     cdef public int64_t clock_offset_ns
+    cdef uint64_t looked_ns  # CLOCK_MONOTONIC at the last look at the clock
+    cdef uint64_t stood_still_ns  # left out of the holding times
     cdef uint64_t begun_ns
     cdef uint64_t start_grace_ns
 
+    cdef void leave_out_standstill(self) noexcept nogil
     cdef uint64_t now_ns(self) noexcept nogil
     cdef void refresh_all(self) noexcept nogil
     cdef bint refresh(self, merge_source *source, uint64_t now) noexcept nogil

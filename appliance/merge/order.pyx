@@ -71,7 +71,7 @@ cdef class Merge:
         self.sink = sink
         self.max_wait_ns = max_wait_ms * 1000000
         self.out_capacity = out_bytes
-        self.begun_ns = monotonic_ns()
+        self.begun_ns = self.looked_ns = monotonic_ns()
         self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
@@ -106,12 +106,24 @@ cdef class Merge:
         return status
 
     cdef uint64_t now_ns(self) noexcept nogil:
-        return monotonic_ns() + <uint64_t>self.clock_offset_ns
+        """The clock of the holding times."""
+        self.looked_ns = monotonic_ns()
+        return self.looked_ns - self.stood_still_ns + <uint64_t>self.clock_offset_ns
+
+    cdef void leave_out_standstill(self) noexcept nogil:
+        """A time in which nothing was done here counts as half of max_wait at most: where we could not run, neither
+        could the sources' workers, perhaps, and none of them was silent. While records are held, looks are at most a
+        quarter of max_wait apart."""
+        cdef uint64_t passed_ns = monotonic_ns() - self.looked_ns
+        if passed_ns > self.max_wait_ns / 2:
+            self.stood_still_ns += passed_ns - self.max_wait_ns / 2
 
     cdef void refresh_all(self) noexcept nogil:
         """Notes what arrived everywhere, so that holding times and fill levels are right."""
         cdef uint32_t i
-        cdef uint64_t now = self.now_ns()
+        cdef uint64_t now
+        self.leave_out_standstill()
+        now = self.now_ns()
         self.crowded = False
         for i in range(self.source_count):
             if self.sources[i].state != IS_ENDED:

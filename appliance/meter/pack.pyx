@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from appliance.meter.table cimport *
+from appliance.meter.flow_row cimport *
 
 cdef enum:
     MESSAGE_HEADER_BYTES = 16

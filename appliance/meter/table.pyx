@@ -15,34 +15,30 @@ from math import gcd
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset, strlen
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 cimport cython
 
 from appliance.counters import EXPORT_DELAY_BUCKETS_MS
+from appliance.meter.flow_row cimport *
 from appliance.meter.fragments cimport FragmentTable
+from appliance.meter.memory cimport give_back, map_memory, unmap_memory
 from appliance.meter.names cimport *
+from appliance.meter.row_fields cimport row_fields
+from appliance.meter.row_parts cimport fields_length, point_to_fields, report_round_trips, report_tcp
 from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 
 cdef extern from *:
     """
-    #include <string.h>
-    #include <sys/mman.h>
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
     static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
     static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
     static inline int lowest_bit(unsigned int word) { return __builtin_ctz(word); }
-    static inline void prefer_huge_pages(void *p, size_t n) { (void)madvise(p, n, MADV_HUGEPAGE); }
-    /* Anonymous memory of our own: it reads as zeros afterwards. */
-    static inline void give_back(void *p, size_t n) { if (madvise(p, n, MADV_DONTNEED)) memset(p, 0, n); }
     """
     void prefetch(const void* p) noexcept nogil
     void prefetch_for_write(const void* p) noexcept nogil
     int lowest_bit(unsigned int word) noexcept nogil
-    void prefer_huge_pages(void* p, size_t n) noexcept nogil
-    void give_back(void* p, size_t n) noexcept nogil
 
 cdef enum:
     GROUP = 16  # digests whose memory is fetched ahead
@@ -50,7 +46,6 @@ cdef enum:
     RECORDS_AHEAD = 2048  # octets: the digests themselves come out of another processor's cache
     SECRETS = 14  # of 64 bits, for hash_key
     EVICTION_SAMPLE = 16
-    HUGE_PAGE_BYTES = 2097152
     FIRST_SLOTS = 4096  # of the index; it doubles when half of them are taken
     WHEEL_BUCKETS = 8192
     WHEEL_DUE = WHEEL_BUCKETS  # the list that is being worked off
@@ -70,9 +65,6 @@ cdef enum:
     WORTH_MORE = 3
 
     DELAY_BUCKETS = 6  # EXPORT_DELAY_BUCKETS_MS
-
-    FORWARD = 0
-    REVERSE = 1
 
     PROTOCOL_TCP = 6
 
@@ -145,31 +137,6 @@ DELAY_FIELDS = (*(f"export_delay_{bound_ms}_ms" for bound_ms in EXPORT_DELAY_BUC
 cdef inline uint64_t pair(uint64_t words, const uint64_t* keys) noexcept nogil:
     """Two words of 32 bits under their two keys."""
     return (keys[0] + <uint32_t>words) * (keys[1] + (words >> 32))
-
-
-cdef size_t whole_pages(size_t length) noexcept nogil:
-    return (length + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-
-
-cdef void* map_memory(size_t length) except NULL:
-    """Zeroed memory on a huge page's border that costs nothing until it is touched; see unmap_memory."""
-    cdef size_t mapped = whole_pages(length) + HUGE_PAGE_BYTES
-    cdef void* memory = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-    cdef size_t before
-    if memory == MAP_FAILED:
-        raise MemoryError(f"the flow table's {length} bytes cannot be mapped")
-    before = whole_pages(<uintptr_t>memory) - <uintptr_t>memory
-    if before:
-        munmap(memory, before)
-    if before < HUGE_PAGE_BYTES:
-        munmap(<uint8_t*>memory + before + whole_pages(length), HUGE_PAGE_BYTES - before)
-    prefer_huge_pages(<uint8_t*>memory + before, length)  # the last one whole would be more than was asked for
-    return <uint8_t*>memory + before
-
-
-cdef void unmap_memory(void* memory, size_t length) noexcept:
-    if memory != NULL:
-        munmap(memory, whole_pages(length))
 
 
 @cython.final
@@ -1115,133 +1082,10 @@ cdef class FlowTable:
         }
 
 
-cdef inline uint32_t fields_length(const uint8_t* fields, uint32_t length) noexcept nogil:
-    """Of the whole fields of an extension, without padding and damage."""
-    cdef uint32_t at = 0
-    while length - at >= 2 and fields[at] != 0 and fields[at + 1] <= length - at - 2:
-        at += 2 + fields[at + 1]
-    return at
-
-
-cdef inline int text_of_field(uint8_t kind, int side) noexcept nogil:
-    """-1: it is none."""
-    if kind == FIELD_SERVER_NAME:
-        return TEXT_SERVER_NAME
-    if kind == FIELD_ALPN:
-        return TEXT_ALPN
-    if kind == FIELD_DNS_NAME:
-        return TEXT_DNS_NAME
-    if kind == FIELD_HTTP_HOST:
-        return TEXT_HTTP_HOST
-    if kind == FIELD_HTTP_METHOD:
-        return TEXT_HTTP_METHOD
-    if kind == FIELD_SSH_VERSION:
-        return TEXT_FORWARD_SSH if side == FORWARD else TEXT_REVERSE_SSH
-    return -1
-
-
-cdef void point_to_fields(FlowRow* row, const uint8_t* fields, uint32_t length, int side) noexcept nogil:
-    """The row's texts, to whole fields that stay where they are; a name of the forward direction goes first."""
-    cdef uint32_t at = 0
-    cdef int text
-    while at < length:
-        text = text_of_field(fields[at], side)
-        if text >= 0 and row.texts[text].length == 0:
-            row.texts[text].octets = fields + at + 2
-            row.texts[text].length = min(<uint32_t>fields[at + 1], FIELD_NAME_MAX)
-        elif fields[at] == FIELD_DNS_TYPE and fields[at + 1] == 2 and row.dns_type == 0:
-            row.dns_type = <uint16_t>((fields[at + 2] << 8) | fields[at + 3])
-        at += 2 + fields[at + 1]
-
-
-cdef void report_tcp(TcpReport* r, const TcpFlow* t, int side, uint64_t payload_octets) noexcept nogil:
-    cdef const TcpHalf* half = &t.halves[side]
-    cdef const TcpCounts* c = &t.counts[side]
-    cdef TcpCounts nothing
-    if not t.halves[0].has_counts:
-        memset(&nothing, 0, sizeof(nothing))
-        c = &nothing
-    r.goodput_octets = payload_octets - min(payload_octets, c.repeated_octets)
-    r.retransmitted_packets = c.retransmitted_packets
-    r.out_of_order_packets = c.out_of_order_packets
-    r.lost_segments = c.lost_segments
-    r.duplicate_acks = c.duplicate_acks
-    r.zero_windows = c.zero_windows
-    r.stalls = c.stalls
-    r.keep_alives = c.keep_alives
-    r.max_window = half.max_window
-    r.rtt_min_us = half.rtt_min_us
-    r.rtt_last_us = half.rtt_last_us
-    r.rtt_samples = half.rtt_samples
-    r.initial_rtt_us = t.halves[0].initial_rtt_us
-    r.mss = half.mss
-    r.window_scale = half.window_scale - 1 if half.window_scale != 0 else 0
-
-
-cdef void report_round_trips(FlowRow* row) noexcept nogil:
-    """This is somewhere on the way: from here to either end and back is the whole way once."""
-    cdef const TcpReport* f = &row.forward_tcp
-    cdef const TcpReport* r = &row.reverse_tcp
-    row.rtt_min_us = row.rtt_last_us = f.initial_rtt_us
-    row.rtt_samples = f.rtt_samples + r.rtt_samples
-    if f.rtt_samples != 0 and r.rtt_samples != 0:
-        row.rtt_last_us = f.rtt_last_us + r.rtt_last_us
-        if row.rtt_min_us == 0 or f.rtt_min_us + r.rtt_min_us < row.rtt_min_us:
-            row.rtt_min_us = f.rtt_min_us + r.rtt_min_us
-
-
 TCP_EVENT_NAMES = (
     "retransmission", "fast_retransmission", "spurious_retransmission", "out_of_order", "lost_segment",
     "duplicate_ack", "keep_alive", "keep_alive_ack", "zero_window", "zero_window_probe",
 )
-
-
-cdef dict direction_fields(const Direction* x):
-    return {
-        "packets": x.packets, "octets": x.octets, "first_ns": x.first_ns, "last_ns": x.last_ns,
-        "payload_octets": x.payload_octets, "tcp_sequence": x.tcp_sequence,
-        "min_length": x.min_length, "max_length": x.max_length, "min_ttl": x.min_ttl, "max_ttl": x.max_ttl,
-        "tos": x.tos, "fragment_flags": x.fragment_flags, "entropy": x.entropy if x.has_entropy else None,
-        "tcp_flags": x.tcp_flags, "tcp_initial_flags": x.tcp_initial_flags, "tcp_later_flags": x.tcp_later_flags,
-    }
-
-
-cdef dict tcp_fields(const TcpReport* r):
-    return {
-        "goodput_octets": r.goodput_octets, "retransmitted_packets": r.retransmitted_packets,
-        "out_of_order_packets": r.out_of_order_packets, "lost_segments": r.lost_segments,
-        "duplicate_acks": r.duplicate_acks, "zero_windows": r.zero_windows, "stalls": r.stalls,
-        "keep_alives": r.keep_alives, "max_window": r.max_window,
-        "rtt_min_us": r.rtt_min_us, "rtt_last_us": r.rtt_last_us, "rtt_samples": r.rtt_samples,
-        "initial_rtt_us": r.initial_rtt_us, "mss": r.mss, "window_scale": r.window_scale,
-    }
-
-
-cdef dict row_fields(const FlowRow* row):
-    cdef Py_ssize_t address_bytes = 4 if row.ip_version == 4 else 16
-    return {
-        "source_address": (<const char*>row.source_address)[:address_bytes],
-        "destination_address": (<const char*>row.destination_address)[:address_bytes],
-        "source_port": row.source_port, "destination_port": row.destination_port,
-        "protocol": row.protocol, "ip_version": row.ip_version,
-        "vlan_tags": row.vlan_tags, "vlan_outer": row.vlan_outer, "vlan_inner": row.vlan_inner,
-        "interface": row.interface, "mpls": row.mpls, "icmp_type_code": row.icmp_type_code,
-        "end_reason": row.end_reason, "due_ns": row.due_ns,
-        "biflow_direction": row.biflow_direction, "flow_id": row.flow_id,
-        "start_ns": row.start_ns, "end_ns": row.end_ns,
-        "source_mac": (<const char*>row.source_mac)[:6], "destination_mac": (<const char*>row.destination_mac)[:6],
-        "packet_sequence": [
-            (row.notes[i].time_ns, row.notes[i].length, row.notes[i].direction, row.notes[i].tcp_flags)
-            for i in range(row.noted_packets)
-        ],
-        "forward": direction_fields(&row.forward), "reverse": direction_fields(&row.reverse),
-        "rtt_min_us": row.rtt_min_us, "rtt_last_us": row.rtt_last_us, "rtt_samples": row.rtt_samples,
-        "dns_type": row.dns_type, "texts": [
-            (<const char*>row.texts[i].octets)[: row.texts[i].length].decode("latin-1") if row.texts[i].length else ""
-            for i in range(TEXT_COUNT)
-        ],
-        "forward_tcp": tcp_fields(&row.forward_tcp), "reverse_tcp": tcp_fields(&row.reverse_tcp),
-    }
 
 
 FLOW_BYTES = sizeof(Flow)

@@ -1,7 +1,8 @@
 """The thread that publishes finished flow traces, and keeps as many as the limits allow, newest first.
 
 It alone writes the published, unpublished, stored, expired and settling fields of the page. A file's rename and its
-count cannot be parted by a death: before the rename the page names the file's inode (`settle_with_the_dead`).
+count cannot be parted by a death: before the rename the page names the file's inode, and what its counters become
+(`settle_with_the_dead`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TextIO
 
-from appliance.counters import CounterPage
+from appliance.counters import TRACE_SETTLED_FIELDS, CounterPage
 from appliance.disk import rename_without_replacing, sync_directory, sync_file, sync_file_system
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,8 @@ class Publisher:
         try:
             if fault is not None:
                 raise fault
-            self._page["settling_packets"] = flow.packets
+            for field, count in zip(TRACE_SETTLED_FIELDS, (1, flow.packets, flow.bytes), strict=True):
+                self._page[f"settling_{field}"] = self._page[field] + count
             self._page["settling_inode"] = os.stat(flow.path, follow_symlinks=False).st_ino
             name = move_new(flow.path, self._ready)
         except OSError as error:
@@ -183,10 +185,7 @@ class Publisher:
             with contextlib.suppress(OSError):
                 os.unlink(flow.path)
             return ""
-        self._page.add("published_packets", flow.packets)
-        self._page["settling_inode"] = 0
-        self._page.add("published_files")
-        self._page.add("published_bytes", flow.bytes)
+        settle(self._page)
         self._store(StoredFile(name, flow.bytes, time.time_ns()))
         return name
 
@@ -308,10 +307,17 @@ def move_new(path: str, directory: str) -> str:
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
-def settle_with_the_dead(page: CounterPage, ready: str) -> None:
-    """Counts the file that a predecessor died publishing, if it got there."""
+def settle(page: CounterPage) -> None:
+    """The file of the page's inode was published. To do it twice changes nothing."""
+    for field in TRACE_SETTLED_FIELDS:
+        page[field] = page[f"settling_{field}"]
+    page["settling_inode"] = 0
+
+
+def settle_with_the_dead(page: CounterPage, work: str) -> None:
+    """Counts the file that a predecessor died publishing, if it got there: then it is no longer in `work`. In `ready` a
+    consumer may have taken it already."""
     inode = page["settling_inode"]
-    if inode and any(entry.inode() == inode for entry in os.scandir(ready)):
-        page.add("published_packets", page["settling_packets"])
-        page.add("published_files")
+    if inode and all(entry.inode() != inode for entry in os.scandir(work)):
+        settle(page)
     page["settling_inode"] = 0

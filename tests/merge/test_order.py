@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import struct
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
@@ -40,6 +41,7 @@ from appliance.merge import order
 from appliance.ring.ring import Consumer, Producer
 
 MAX_WAIT_MS = 3_600_000  # an hour: how long a test takes makes no difference
+STANDSTILL_MS = 100
 STEP_NS = MAX_WAIT_MS * 1_000_000 // 8
 NEVER = (1 << 64) - 1
 Make = Callable[[int], list[Source]]
@@ -240,6 +242,20 @@ def test_an_idle_source_holds_a_record_up_for_max_wait_and_no_longer(make: Make)
     assert drain(merge) == (order.IDLE, [(0, 100)])
     assert merge.forced == 1
     assert merge.hold_ms is None
+
+
+def test_a_time_in_which_the_merge_did_not_run_counts_as_half_of_max_wait_at_most(make: Make) -> None:
+    """A machine that stood still is no silent source: its worker is asked once more, and has the time to answer."""
+    busy, silent = sources = make(2)
+    merge = make_merge(sources, max_wait_ms=STANDSTILL_MS)
+    busy.packets_at(100, watermark=100)
+    silent.producer.promise(99)
+    assert drain(merge) == (order.IDLE, [])
+    time.sleep(3 * STANDSTILL_MS / 1000)
+    assert drain(merge) == (order.IDLE, [])
+    time.sleep(3 * STANDSTILL_MS / 1000)
+    assert drain(merge) == (order.IDLE, [(0, 100)])
+    assert merge.forced == 1
 
 
 def test_a_record_behind_a_source_that_lags_is_not_held_for_longer_than_max_wait(make: Make) -> None:

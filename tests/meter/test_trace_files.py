@@ -211,10 +211,25 @@ def test_the_file_that_a_worker_died_publishing_is_counted_if_it_got_there(bench
     bench.files.close()
     path = (bench.ready if got_there else bench.work) / "a.pcap"
     path.write_bytes(entries())
-    bench.page["settling_inode"], bench.page["settling_packets"] = path.stat().st_ino, 5
-    settle_with_the_dead(bench.page, str(bench.ready))
-    assert bench.page["published_packets"] == (5 if got_there else 0)
+    begun = {"settling_inode": path.stat().st_ino, "settling_published_files": 3, "settling_published_packets": 5}
+    for name, value in begun.items():
+        bench.page[name] = value
+    settle_with_the_dead(bench.page, str(bench.work))
+    assert (bench.page["published_files"], bench.page["published_packets"]) == ((3, 5) if got_there else (0, 0))
     assert bench.page["settling_inode"] == 0
+
+
+def test_a_file_that_a_worker_died_right_after_counting_is_counted_once(bench: Bench) -> None:
+    """And although a consumer has taken it away already."""
+    bench.trace(1, packets=4)
+    bench.files.close()
+    counted = bench.page.snapshot()
+    (published,) = (path for path in bench.ready.iterdir() if path.suffix == ".pcap")
+    bench.page["settling_inode"] = published.stat().st_ino
+    published.unlink()
+    settle_with_the_dead(bench.page, str(bench.work))
+    assert bench.page.snapshot() == counted
+    assert counted["published_packets"] == 4
 
 
 def test_what_cannot_be_synced_is_not_published(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,26 @@ def test_deaths_right_after_the_kernel_told_its_count_cost_no_count(lab: Lab, di
     assert stop_and_balance(service, sender) == (0, 0)
 
 
+def test_a_machine_that_stood_still_costs_no_order(lab: Lab, directory: Path) -> None:
+    """The merge holds the packets of one interface for those of the other when everything stops for longer than
+    max_wait; it goes on first, the capture workers after it."""
+    service, sender = start_under_load(lab, directory, output={"max_wait_ms": 400})
+    merge, a, b = (service.pids()[name] for name in ("merge/main", "capture/a", "capture/b"))
+    for _ in range(3):
+        os.kill(b, signal.SIGSTOP)
+        time.sleep(0.03)
+        for pid in (merge, a):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.6)
+        os.kill(merge, signal.SIGCONT)
+        time.sleep(0.02)
+        for pid in (a, b):
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.4)
+    assert stop_and_balance(service, sender) == (0, 0)
+    assert check_numbered(service.ready()).inversions == 0
+
+
 def test_a_stopped_worker_is_ended_and_started_again(lab: Lab, directory: Path) -> None:
     service, sender = start_under_load(lab, directory, service={"heartbeat_timeout_s": 2})
     pids = service.pids()
