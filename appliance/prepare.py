@@ -15,7 +15,6 @@ from pathlib import Path
 from appliance.capture import bpf, opener
 from appliance.capture.gate import check_rules
 from appliance.config import Config, Output
-from appliance.disk import opened
 from appliance.errors import (
     CannotCreateError,
     ConfigError,
@@ -228,12 +227,15 @@ def check_programs(output: Output, user: str) -> list[str]:
 def is_locked(path: str) -> bool:
     """Whether another instance holds this lock file."""
     try:
-        with opened(path, os.O_NOFOLLOW) as fd:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
     return False
 
 

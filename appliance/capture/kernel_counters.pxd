@@ -1,7 +1,7 @@
 """The kernel's own counts of a packet socket, added up so that no death of ours costs one.
 
-The kernel forgets what PACKET_STATISTICS has told (packet(7)). A worker that were killed between the answer and the
-addition would take those packets out of every balance. So the kernel writes its answer where it outlives us, in the
+The kernel forgets what PACKET_STATISTICS has told (packet(7)). A worker that was killed between the answer and the
+addition took those packets out of every balance. So the kernel writes its answer where it outlives us, in the
 worker's counter page, next to the sum that it belongs to; what was received is that sum and that answer, at any moment:
 
 1. The other half gets sum + answer of this one as its sum, and an answer of nothing.

@@ -229,12 +229,18 @@ def test_of_equal_times_the_first_source_goes_first_and_within_it_the_first_arri
 # ---- holding times ----
 
 
-def test_an_idle_source_holds_a_record_up_for_max_wait_and_no_longer(make: Make) -> None:
+def held_up_by_an_idle_source(make: Make, max_wait_ms: int) -> order.Merge:
+    """A record at 100 waits in source 0; source 1 has promised nothing beyond 99."""
     busy, idle = sources = make(2)
-    merge = make_merge(sources, max_wait_ms=MAX_WAIT_MS)
+    merge = make_merge(sources, max_wait_ms=max_wait_ms)
     busy.packets_at(100, watermark=100)
     idle.producer.promise(99)
     assert drain(merge) == (order.IDLE, [])
+    return merge
+
+
+def test_an_idle_source_holds_a_record_up_for_max_wait_and_no_longer(make: Make) -> None:
+    merge = held_up_by_an_idle_source(make, MAX_WAIT_MS)
     assert merge.hold_ms is not None and MAX_WAIT_MS - 10_000 < merge.hold_ms <= MAX_WAIT_MS
     merge.clock_offset_ns = 7 * STEP_NS
     assert drain(merge) == (order.IDLE, [])
@@ -246,11 +252,7 @@ def test_an_idle_source_holds_a_record_up_for_max_wait_and_no_longer(make: Make)
 
 def test_a_time_in_which_the_merge_did_not_run_counts_as_half_of_max_wait_at_most(make: Make) -> None:
     """A machine that stood still is no silent source: its worker is asked once more, and has the time to answer."""
-    busy, silent = sources = make(2)
-    merge = make_merge(sources, max_wait_ms=STANDSTILL_MS)
-    busy.packets_at(100, watermark=100)
-    silent.producer.promise(99)
-    assert drain(merge) == (order.IDLE, [])
+    merge = held_up_by_an_idle_source(make, STANDSTILL_MS)
     time.sleep(3 * STANDSTILL_MS / 1000)
     assert drain(merge) == (order.IDLE, [])
     time.sleep(3 * STANDSTILL_MS / 1000)
