@@ -20,6 +20,7 @@ from posix.unistd cimport read
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
 from appliance.capture.kernel_counters cimport kernel_account, kernel_collect, kernel_half, kernel_total
+from appliance.capture.plain cimport has_plain_syn, is_plain, put_plain
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
@@ -99,6 +100,7 @@ cdef enum:
     REASON_SHIFT = 8  # ENTRY flags: 1 + index of the reason why it is not metered
     REASONS = 5
     BLOCKS_PER_TURN = 32
+    PACKETS_PER_PUBLISH = 1024  # of a block: what is published together is still in the cache then
 
 # Words of the commit slot, behind COMMIT_WORD_PUBLISHED. From WORD_COUNTERS on they are in the order of
 # COMMITTED_FIELDS.
@@ -197,6 +199,9 @@ cdef class LiveCapture:
     cdef Inspector inspector        # None: payloads are not looked at
     cdef Inspection *inspection
     cdef uint32_t digest_room       # the longest digest
+    cdef bint leaves_plain          # the meter makes the digests of plain packets
+    cdef uint32_t publish_at        # so long a tail is looked through for what may be published
+    cdef bint owes_wake             # something was published since the consumers were woken
     cdef uint64_t ignored[IGNORED_COUNTS]  # by the parser, of the packet at hand; else zero
     cdef PortTap port               # None: the interface has no port capture
     cdef Gate gate                  # None: everything is recorded
@@ -218,9 +223,11 @@ cdef class LiveCapture:
         self.inspector = inspector
         self.inspection = inspection_of(inspector)
         self.digest_room = DIGEST_MAX_BYTES if inspector is None else DIGEST_EXTENDED_MAX_BYTES
+        self.leaves_plain = linktype == LINKTYPE_ETHERNET and inspector is None
         self.snaplen = snaplen
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
+        self.publish_at = PACKETS_PER_PUBLISH
         self.held_ms = max(reorder_us // 1000 + 1, block_timeout_ms)
         self.step_ns = step_ms * 1000000
         self.tail = ReorderTail()
@@ -396,9 +403,9 @@ cdef class LiveCapture:
         while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
             if self.held == self.block_count:
                 self.publish(UINT64_MAX)  # the whole kernel ring is in the tail: it must go back
+            self.collect_kernel_counters()  # before any packet of the block is published: never more than received
             self.walk(self.block(self.block_index), stepped, now, offset)
             taken += 1
-            self.collect_kernel_counters()
             self.add_counters_record()
             self.publish(older_by(self.tail.newest_ns, self.reorder_ns))
         if self.kernel_is_empty():
@@ -477,6 +484,8 @@ cdef class LiveCapture:
                 if stepped and self.differs(offset) and self.is_of_new_epoch(packet, now, offset):
                     self.begin_epoch(offset)
                 self.take(packet)
+                if self.tail.count >= self.publish_at:
+                    self.publish_quietly(older_by(self.tail.newest_ns, self.reorder_ns))
             at += packet.tp_next_offset
         if self.port is not None and self.port.is_on:
             self.show_port(block)
@@ -569,7 +578,8 @@ cdef class LiveCapture:
         record_set_prefix(room, RECORD_PACKET, length, self.interface, stamp)
         entry.record_bytes = length
         if self.digests is not None:
-            self.digest_at(room + RECORD_PACKET_DATA, captured, original, packet.tp_status, stamp, outbound, entry)
+            self.digest_at(data if inserted == 0 else room + RECORD_PACKET_DATA, captured, original, packet.tp_status,
+                           stamp, outbound, entry)
         if self.gate is not None and not self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound):
             return
         ring_advance(&self.records.view, length)
@@ -626,8 +636,12 @@ cdef class LiveCapture:
         if room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
             return
-        length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
-                               digest_status(status, outbound), self.inner, self.inspection, room, self.ignored)
+        if self.leaves_plain and is_plain(data, captured, self.inner) and not has_plain_syn(data):
+            put_plain(data, captured, original, self.interface, stamp, digest_status(status, outbound), room)
+            length = PLAIN_DIGEST_BYTES
+        else:
+            length = digest_packet(data, captured, original, self.linktype, self.interface, stamp,
+                                   digest_status(status, outbound), self.inner, self.inspection, room, self.ignored)
         if length == 0:
             for i in range(<uint32_t>REASONS):
                 if self.ignored[i]:
@@ -701,17 +715,31 @@ cdef class LiveCapture:
 
     cdef void publish(self, uint64_t boundary_ns) noexcept nogil:
         """Everything up to `boundary_ns` becomes visible, as far as a clean cut allows, and is promised."""
+        self.publish_quietly(boundary_ns)
+        if self.owes_wake:
+            self.owes_wake = False
+            self.records.wake()
+            if self.digests is not None:
+                self.digests.wake()
+
+    cdef void publish_quietly(self, uint64_t boundary_ns) noexcept nogil:
+        """The same, and the consumers are woken with the next `publish`: once for a block."""
         cdef uint64_t watermark = boundary_ns
-        cdef uint32_t cut
-        cdef uint64_t record_bytes = 0, digest_bytes = 0
-        cdef uint64_t digest_head = 0
-        cut = self.tail.cut(boundary_ns, &watermark)
+        cdef uint32_t cut = self.tail.cut(boundary_ns, &watermark)
         if boundary_ns == UINT64_MAX:
             watermark = older_by(self.tail.newest_ns, self.reorder_ns)
         if cut == 0:
             self.promise(watermark)
-            self.give_back_blocks()  # of a block that a predecessor had published, nothing is in the tail
-            return
+        else:
+            self.publish_entries(cut, watermark)
+            self.owes_wake = True
+        self.publish_at = self.tail.count + PACKETS_PER_PUBLISH
+        self.give_back_blocks()  # also when nothing was published now: a predecessor may have published all of one
+
+    cdef void publish_entries(self, uint32_t cut, uint64_t watermark) noexcept nogil:
+        """The first `cut` of the tail, with the promise that goes with them."""
+        cdef uint64_t record_bytes = 0, digest_bytes = 0
+        cdef uint64_t digest_head = 0
         self.tail.sort(cut, &self.records.view, &self.digests.view if self.digests is not None else NULL)
         self.count(cut, &record_bytes, &digest_bytes)
         if self.digests is not None:
@@ -723,11 +751,8 @@ cdef class LiveCapture:
                      self.records.words, WORD_COUNTERS + COMMITTED)
         if self.digests is not None:
             ring_publish(&self.digests.view, digest_head, watermark, &self.counters[DIGESTS_PUBLISHED], 1)
-            self.digests.wake()
-        self.records.wake()
         self.tail.drop(cut)
         self.store_counters()
-        self.give_back_blocks()
 
     cdef void promise(self, uint64_t watermark) noexcept nogil:
         if <int64_t>watermark <= self.records.view.header.watermark_ns:
@@ -744,26 +769,33 @@ cdef class LiveCapture:
         """Adds the first `cut` entries to the counters: what is counted here is what is published with them."""
         cdef uint32_t i
         cdef tail_entry *entry
+        cdef uint64_t arrived = 0, arrived_bytes = 0, published = 0, published_bytes = 0, digests = 0, truncated = 0
+        cdef uint64_t newest_ns = self.counters[LAST_PACKET]
         for i in range(cut):
             entry = &self.tail.entries[i]
             record_bytes[0] += entry.record_bytes
             digest_bytes[0] += entry.digest_bytes
             if entry.flags & ENTRY_CONTROL:
                 continue
-            self.published_arrivals += 1
-            self.counters[READ_PACKETS] += 1
-            self.counters[READ_BYTES] += entry.original_length
-            if entry.timestamp_ns > self.counters[LAST_PACKET]:
-                self.counters[LAST_PACKET] = entry.timestamp_ns
-            if entry.digest_bytes:
-                self.counters[DIGESTS_PUBLISHED] += 1
+            arrived += 1
+            arrived_bytes += entry.original_length
+            if entry.timestamp_ns > newest_ns:
+                newest_ns = entry.timestamp_ns
+            digests += entry.digest_bytes != 0
             if entry.record_bytes:
-                self.counters[PUBLISHED_PACKETS] += 1
-                self.counters[PUBLISHED_BYTES] += entry.captured_length
-                if entry.captured_length < entry.original_length:
-                    self.counters[TRUNCATED] += 1
+                published += 1
+                published_bytes += entry.captured_length
+                truncated += entry.captured_length < entry.original_length
             if entry.flags:
                 self.count_flags(entry.flags, entry.original_length)
+        self.published_arrivals += arrived
+        self.counters[READ_PACKETS] += arrived
+        self.counters[READ_BYTES] += arrived_bytes
+        self.counters[LAST_PACKET] = newest_ns
+        self.counters[DIGESTS_PUBLISHED] += digests
+        self.counters[PUBLISHED_PACKETS] += published
+        self.counters[PUBLISHED_BYTES] += published_bytes
+        self.counters[TRUNCATED] += truncated
         self.counters[REORDERED] += self.tail.reordered
         self.tail.reordered = 0
 

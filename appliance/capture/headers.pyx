@@ -10,6 +10,7 @@ from libc.string cimport memcpy, memset
 
 from appliance.capture.application cimport Inspection, Inspector, inspect, inspection_of
 from appliance.capture.cursor cimport *
+from appliance.capture.plain cimport *
 from appliance.capture.tunnels cimport enter_tunnel, is_tunnel_port
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
@@ -18,23 +19,11 @@ cdef extern from *:
     """
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
     static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
-
-    /* Not memset: gcc makes a string instruction of it here, which costs as much as all the parsing. */
-    typedef uint64_t sixteen_octets __attribute__((vector_size(16), aligned(4), may_alias));
-    static inline void clear_digest(void *digest)
-    {
-        sixteen_octets *at = (sixteen_octets *)digest;
-        const sixteen_octets zero = {0, 0};
-        at[0] = zero, at[1] = zero, at[2] = zero, at[3] = zero;
-        at[4] = zero, at[5] = zero, at[6] = zero, at[7] = zero;
-    }
     """
     void prefetch(const void* p) noexcept nogil
-    void clear_digest(void* digest) noexcept nogil
 
 cdef enum:
     AHEAD = 8  # packets whose headers are fetched ahead
-    PLAIN_OCTETS = 54  # Ethernet, IPv4 and TCP without options
     METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
 
     # pcap link types (https://www.tcpdump.org/linktypes.html)
@@ -56,7 +45,6 @@ cdef enum:
     LINKTYPE_IPV6 = 229
     LINKTYPE_LINUX_SLL2 = 276
 
-    TCP_SYN = 0x02
     TCP_OPTION_END = 0
     TCP_OPTION_NOP = 1
     TCP_OPTION_MSS = 2
@@ -597,44 +585,12 @@ cdef int parse_packet(const uint8_t* packet, uint32_t captured_length, uint32_t 
 
 
 cdef inline bint parse_plain(const uint8_t* p, uint32_t captured_length, digest* d, bint inner) noexcept nogil:
-    """Most packets: Ethernet, IPv4 without options and not fragmented, TCP or UDP, all their headers captured. What the
-    steps above would have written, in a third of the time; False, and nothing written: it is not one of these."""
-    cdef uint32_t total, fragment, header_octets = 8
-    if captured_length < PLAIN_OCTETS or be16(p + 12) != ETHERTYPE_IPV4 or p[14] != 0x45:
+    """False, and nothing written: it is not a plain packet."""
+    if not is_plain(p, captured_length, inner):
         return False
-    total = be16(p + 16)
-    fragment = be16(p + 20)
-    if total < PLAIN_OCTETS - 14 or fragment & 0x3FFF or (p[23] != PROTOCOL_TCP and p[23] != PROTOCOL_UDP):
-        return False
-    if inner and p[23] == PROTOCOL_UDP and (is_tunnel_port(be16(p + 34)) or is_tunnel_port(be16(p + 36))):
-        return False
-    memcpy(d.destination_mac, p, 6)
-    memcpy(d.source_mac, p + 6, 6)
-    d.ip_version = 4
-    d.tos = p[15]
-    d.ip_octets = total
-    d.fragment_id = be16(p + 18)
-    d.ttl = p[22]
-    d.protocol = p[23]
-    memcpy(d.source_address, p + 26, 4)
-    memcpy(d.destination_address, p + 30, 4)
-    d.source_port = be16(p + 34)
-    d.destination_port = be16(p + 36)
-    d.status |= DIGEST_LINK_ADDRESSES | DIGEST_PORTS | (DIGEST_DONT_FRAGMENT if fragment & 0x4000 else 0)
-    if d.protocol == PROTOCOL_TCP:
-        d.tcp_sequence = be32(p + 38)
-        d.tcp_acknowledgement = be32(p + 42)
-        d.tcp_flags = be16(p + 46) & 0x0FFF
-        d.tcp_window = be16(p + 48)
-        d.status |= DIGEST_TCP
-        header_octets = (p[46] >> 4) * 4
-        if header_octets < 20 or 20 + header_octets > total:
-            d.status |= DIGEST_CUT_TRANSPORT
-            return True
-        if d.tcp_flags & TCP_SYN:
-            parse_syn_options(p + PLAIN_OCTETS, p + min(34 + header_octets, captured_length), d)
-    d.payload_offset = <uint16_t>(34 + header_octets)
-    d.payload_octets = total - 20 - header_octets
+    read_plain(p, d)
+    if d.protocol == PROTOCOL_TCP and d.tcp_flags & TCP_SYN and not d.status & DIGEST_CUT_TRANSPORT:
+        parse_syn_options(p + PLAIN_HEADERS_BYTES, p + min(<uint32_t>d.payload_offset, captured_length), d)
     return True
 
 
@@ -662,24 +618,13 @@ cdef inline uint32_t digest_by(
     cdef int result
     if original_length < captured_length:
         original_length = captured_length
-    clear_digest(out)
-    d.status = <uint16_t>(status & DIGEST_CALLER_STATUS)
-    if captured_length < original_length:
-        d.status |= DIGEST_TRUNCATED
+    begin_digest(d, captured_length, original_length, status)
     if not (plain and linktype == LINKTYPE_ETHERNET and parse_plain(packet, captured_length, d, inner)):
         result = parse_packet(packet, captured_length, original_length, d, linktype, inner)
         if result != METERED:
             ignore(ignored, result, original_length)
             return 0
-    d.type = RECORD_DIGEST
-    d.length = DIGEST_MIN_BYTES
-    d.interface = interface
-    d.timestamp_high = <uint32_t>(timestamp_ns >> 32)
-    d.timestamp_low = <uint32_t>timestamp_ns
-    d.version = DIGEST_VERSION
-    d.original_length = original_length
-    d.captured_length = captured_length
-    d.length_again = DIGEST_MIN_BYTES
+    end_digest(d, interface, <uint32_t>(timestamp_ns >> 32), <uint32_t>timestamp_ns, captured_length, original_length)
     if inspection != NULL:
         return inspect(inspection, packet, d)
     return DIGEST_MIN_BYTES

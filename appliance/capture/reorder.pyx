@@ -98,6 +98,8 @@ cdef class ReorderTail:
         cdef uint64_t record_bytes = 0, digest_bytes = 0
         cdef sort_key *keys
         cdef bint needed = False
+        if not self.disordered:
+            return 0
         for i in range(1, cut):
             if self.entries[i].timestamp_ns < self.entries[i - 1].timestamp_ns:
                 needed = True
@@ -158,7 +160,7 @@ cdef class ReorderTail:
     cdef void drop(self, uint32_t cut) noexcept nogil:
         """The first `cut` entries are published."""
         cdef uint32_t i
-        for i in range(cut):
+        for i in range(0 if self.disordered or cut == 0 else cut - 1, cut):
             if self.entries[i].timestamp_ns > self.published_ns:
                 self.published_ns = self.entries[i].timestamp_ns
         self.count -= cut

@@ -18,9 +18,11 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from appliance.capture.plain cimport expand_plain
 from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
 from appliance.merge.tap cimport Tap
+from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer, signal_eventfd
 
@@ -525,7 +527,10 @@ cdef class Merge:
         cdef uint32_t interface, captured, number
         cdef size_t written
         source.consumed += 1
-        if self.sink == TO_DIGESTS:
+        if self.sink == TO_DIGESTS and length == PLAIN_DIGEST_BYTES:
+            expand_plain(<const plain_digest *>record, index, <digest *>target)
+            self.out_bytes += DIGEST_MIN_BYTES
+        elif self.sink == TO_DIGESTS:
             self.copy_record(target, record, RECORD_DIGEST, length, index)
         elif self.sink == TO_RECORDS:
             captured = record_u32(record + 20)

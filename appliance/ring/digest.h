@@ -16,7 +16,10 @@
  * An extension stands between the fixed part and the closing length: what inspection of the payload found, if that is
  * wanted, and only of packets in which it found something. It begins with a digest_extension; then come fields of one
  * octet kind, one octet length, and the value, to its end or to a kind of 0. A reader takes what it knows and skips the
- * rest by `length`. Fields change only with DIGEST_VERSION. */
+ * rest by `length`. Fields change only with DIGEST_VERSION.
+ *
+ * A live source leaves the digest of a plain packet (plain.pxd) as a plain_digest, in two thirds of the room: a record
+ * of the same type, told by its length, with the headers as they were on the wire. The merge of the digests expands it. */
 #ifndef APPLIANCE_RING_DIGEST_H
 #define APPLIANCE_RING_DIGEST_H
 
@@ -125,6 +128,25 @@ struct digest {
     uint32_t length_again;     /* here only without an extension */
 };
 
+#define PLAIN_HEADERS_BYTES 54u /* Ethernet, IPv4 and TCP, both without options; or UDP and what comes then */
+#define PLAIN_DIGEST_BYTES 92u
+
+struct plain_digest {
+    uint32_t type;
+    uint32_t length;
+    uint32_t interface;
+    uint32_t timestamp_high;
+    uint32_t timestamp_low;
+    uint8_t version;
+    uint8_t unused;
+    uint16_t status; /* of DIGEST_CALLER_STATUS */
+    uint32_t captured_length;
+    uint32_t original_length;
+    uint8_t headers[PLAIN_HEADERS_BYTES + 2u];
+    uint32_t length_again;
+};
+
+_Static_assert(sizeof(struct plain_digest) == PLAIN_DIGEST_BYTES, "in whole words of 4 octets");
 _Static_assert(sizeof(struct digest) == DIGEST_MIN_BYTES, "two cache lines");
 _Static_assert(offsetof(struct digest, source_address) == 24, "key");
 _Static_assert(offsetof(struct digest, ip_octets) == 64, "the second line begins with the counters");

@@ -11,6 +11,8 @@ cdef extern from "digest.h" nogil:
     const uint32_t DIGEST_EXTENSION_MAX_BYTES
     const uint32_t DIGEST_EXTENDED_MAX_BYTES
     const uint32_t DIGEST_LIMIT_BYTES
+    const uint32_t PLAIN_HEADERS_BYTES
+    const uint32_t PLAIN_DIGEST_BYTES
     const uint32_t DIGEST_TRUNCATED
     const uint32_t DIGEST_CHECKSUM_NOT_READY
     const uint32_t DIGEST_OUTGOING
@@ -88,4 +90,17 @@ cdef extern from "digest.h" nogil:
         uint32_t captured_length
         uint16_t payload_offset
         uint16_t extension_length
+        uint32_t length_again
+
+    struct plain_digest:
+        uint32_t type
+        uint32_t length
+        uint32_t interface
+        uint32_t timestamp_high
+        uint32_t timestamp_low
+        uint8_t version
+        uint16_t status
+        uint32_t captured_length
+        uint32_t original_length
+        uint8_t headers[56]
         uint32_t length_again

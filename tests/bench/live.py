@@ -1,8 +1,11 @@
 """One trial of a live row: veth pairs, a program that captures from them, a sender, and what became of its frames.
 
-A first part of the traffic is not measured: it pays for what is paid once. CPU time is taken from the rest after that
-to the rest after the traffic proper, so start, end and warming up are left out; loss and order are those of all frames.
-It is the scheduler's own count, in nanoseconds, of every thread of every process.
+A first part of the traffic is not measured: it pays for what is paid once. The rest goes in bursts, and CPU time is
+taken from the rest before each to the rest after it, less what the program spends in as long a time without traffic: so
+start, end, warming up and idling are left out. A trial's figure is the median of its bursts'; loss and order are those
+of all frames. CPU time is the scheduler's own count, in nanoseconds, of every thread of every process.
+
+Memory is made warm for each burst (see `WarmMemory`): a burst is short, so that it still is at its end.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from support.lab import Lab, wait_until
 from support.service import toml
 
 from bench.context import Bench
-from bench.measure import find, median, memory_bytes, peak_resident_bytes, touch_free_memory, tree
+from bench.measure import WarmMemory, find, median, memory_bytes, peak_resident_bytes, tree
 
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
@@ -30,7 +34,9 @@ STOP_TIMEOUT_S = 30.0
 REST_INTERVAL_S = 0.2
 REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
+BURSTS = 3
 WARM_UP = 0.25  # of the traffic
+IDLE_S = 1.0  # so long the program is watched without traffic before each burst
 REST_TIMEOUT_S = 20.0
 Pair = tuple[str, str]
 
@@ -63,17 +69,33 @@ class Traffic:
     flows: int | None = None
 
 
+@dataclass(frozen=True)
+class Burst:
+    """Measured traffic: packets that arrived, the seconds that sending them took, and the CPU time in ns of each
+    process, by its name."""
+
+    packets: int
+    seconds: float
+    cpu_ns: dict[str, float]
+
+    def ns_per_packet(self, kinds: Sequence[str] = ()) -> float:
+        """Of the processes of these kinds (`capture` of `capture/eth0`); of all without any."""
+        spent = (ns for name, ns in self.cpu_ns.items() if not kinds or kind_of(name) in kinds)
+        return sum(spent) / self.packets
+
+
+def kind_of(process: str) -> str:
+    return process.partition("/")[0]
+
+
 @dataclass
 class Trial:
-    """What one trial found. `offered`: what arrived at the interfaces, `measured` of it while CPU time was taken.
-    `files` are gone when the next trial begins."""
+    """What one trial found. `offered`: what arrived at the interfaces. `files` are gone when the next trial begins."""
 
     offered: int = 0
     lost: int = 0  # set by whoever counts the files
-    measured: int = 0
     offered_by_id: dict[int, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    cpu_ns: dict[str, int] = field(default_factory=dict)  # by process name
+    bursts: list[Burst] = field(default_factory=list)
     peak_bytes: int = 0
     files: list[Path] = field(default_factory=list)
     directory: Path = Path()
@@ -82,19 +104,22 @@ class Trial:
 
     @property
     def rate_pps(self) -> float:
-        return self.measured / self.seconds
-
-    @property
-    def total_cpu_ns(self) -> int:
-        return sum(self.cpu_ns.values())
+        return sum(burst.packets for burst in self.bursts) / sum(burst.seconds for burst in self.bursts)
 
     @property
     def kept(self) -> float:
-        """How many of the measured packets were kept. CPU time is divided by that: what drops early is not cheap."""
-        return self.measured * (1 - self.lost / self.offered) if self.offered else 0.0
+        """The share of the packets that were kept. CPU time is divided by theirs: what drops early is not cheap."""
+        return 1 - self.lost / self.offered if self.offered else 0.0
 
-    def ns_per_packet(self) -> float | None:
-        return self.total_cpu_ns / self.kept if self.kept > 0 else None
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(kind_of(name) for burst in self.bursts for name in burst.cpu_ns))
+
+    def ns_per_packet(self, *kinds: str) -> float | None:
+        """CPU time of each packet that was kept, of the processes of these kinds; of all without any."""
+        if self.kept <= 0 or not self.bursts:
+            return None
+        return median(burst.ns_per_packet(kinds) for burst in self.bursts) / self.kept
 
 
 def appliance_commands(
@@ -159,22 +184,46 @@ def _send(
     """The traffic, and what the program's processes spent on it."""
     found = Trial()
     offered = _arrived(lab, pairs)
+    each = traffic.packets // len(pairs)
     warm_up = int(traffic.packets * WARM_UP) // len(pairs)
     _run_sender(bench, lab, pairs, traffic, (0, warm_up))
-    before = _rest(processes)
-    touch_free_memory(bench.quick)
-    warm = _arrived(lab, pairs)
-    found.seconds = _run_sender(bench, lab, pairs, traffic, (warm_up, traffic.packets // len(pairs)))
-    time.sleep(LINGER_S)
-    after = _rest(processes)
+    cuts = [warm_up + (each - warm_up) * i // BURSTS for i in range(BURSTS + 1)]
+    with WarmMemory(bench.quick) as memory:
+        for numbers in pairwise(cuts):
+            found.bursts.append(_burst(bench, lab, pairs, processes, traffic, numbers, memory))
     found.peak_bytes = _memory(processes)
     arrived = _arrived(lab, pairs)
     found.offered_by_id = {i: now - then for i, (now, then) in enumerate(zip(arrived, offered, strict=True))}
     found.offered = sum(arrived) - sum(offered)
-    found.measured = sum(arrived) - sum(warm)
-    for pid, (name, spent) in after.items():
-        found.cpu_ns[name] = found.cpu_ns.get(name, 0) + spent - before.get(pid, (name, 0))[1]
     return found
+
+
+def _burst(
+    bench: Bench,
+    lab: Lab,
+    pairs: Sequence[Pair],
+    processes: Sequence[subprocess.Popen[bytes]],
+    traffic: Traffic,
+    numbers: tuple[int, int],
+    memory: WarmMemory,
+) -> Burst:
+    """Sends the frames of these numbers (from, before) on each interface, between two rests."""
+    resting, resting_s = _rest(processes), time.monotonic()
+    time.sleep(IDLE_S)
+    arrived = sum(_arrived(lab, pairs))
+    before, before_s = _cpu(processes), time.monotonic()
+    memory.release()
+    seconds = _run_sender(bench, lab, pairs, traffic, numbers)
+    memory.hold()
+    time.sleep(LINGER_S)
+    after = _rest(processes)
+    waited = (time.monotonic() - before_s) / (before_s - resting_s)  # in times without traffic as long as that
+    spent: dict[str, float] = {}
+    for pid, (name, ns) in after.items():
+        at_begin = before.get(pid, (name, 0))[1]
+        idling = at_begin - resting.get(pid, (name, at_begin))[1]
+        spent[name] = spent.get(name, 0.0) + ns - at_begin - idling * waited
+    return Burst(sum(_arrived(lab, pairs)) - arrived, seconds, spent)
 
 
 def _arrived(lab: Lab, pairs: Sequence[Pair]) -> list[int]:
@@ -265,11 +314,7 @@ def by_process(trials: Sequence[Trial]) -> str:
     """CPU ns per packet of each kind of process: `capture 40, merge 21`. Sources of one kind count together."""
     kinds: dict[str, list[float]] = {}
     for one in trials:
-        sums: dict[str, float] = {}
-        for name, spent in one.cpu_ns.items():
-            kind = name.partition("/")[0]
-            sums[kind] = sums.get(kind, 0) + spent / max(1.0, one.kept)
-        for kind, value in sums.items():
-            kinds.setdefault(kind, []).append(value)
+        for kind in one.kinds:
+            kinds.setdefault(kind, []).append(one.ns_per_packet(kind) or 0.0)
     shown = [(kind, median(values)) for kind, values in kinds.items()]
     return ", ".join(f"{kind} {value:.0f}" for kind, value in shown if value >= 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -10,10 +11,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from support.lab import end_process
 
@@ -21,7 +24,11 @@ from appliance.ring.memory import MADV_POPULATE_WRITE
 
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.001
-TOUCHED_BYTES = 2 << 30
+HELD_BYTES = 2 << 30
+HOLDERS = 2  # threads
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class MeasureError(Exception):
@@ -125,12 +132,43 @@ def _follow(process: subprocess.Popen[bytes]) -> tuple[str, Any]:
         time.sleep(POLL_INTERVAL_S)
 
 
-def touch_free_memory(quick: bool) -> None:
-    """A virtual machine may have given its free memory back to the host, and whoever uses a page first pays dearly for
-    it, in whatever program that happens: here it is paid by nobody's account."""
-    length = TOUCHED_BYTES // (4 if quick else 1)
-    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):
-        memory.madvise(MADV_POPULATE_WRITE)
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class WarmMemory:
+    """Free memory that the machine really has.
+
+    A virtual machine may hand its free memory to the host (free page reporting), some two seconds after it became free.
+    Whoever uses such a page first pays for getting it back, ten times what a write into it costs, whatever program that
+    is. So memory is held while nothing is measured, and `release`d right before something is: then it is nobody's
+    account.
+    """
+
+    def __init__(self, quick: bool = False) -> None:
+        self._length = HELD_BYTES // (4 if quick else 1)
+        self._memory: mmap.mmap | None = None
+
+    def __enter__(self) -> Self:
+        self.hold()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def hold(self) -> None:
+        self.release()
+        self._memory = mmap.mmap(-1, self._length)
+        start, part = address_of(self._memory), self._length // HOLDERS
+        with ThreadPoolExecutor(HOLDERS) as pool:  # EINVAL: a kernel that cannot
+            list(pool.map(lambda i: _libc.madvise(start + i * part, part, MADV_POPULATE_WRITE), range(HOLDERS)))
+
+    def release(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
 
 def find(program: str) -> str | None:

@@ -19,7 +19,7 @@ from support.lab import requires_root, wait_until
 
 from bench.__main__ import ROWS, measure
 from bench.context import Bench, scratch_directory
-from bench.live import Program, Trial, by_process, medians
+from bench.live import Burst, Program, Trial, by_process, medians
 from bench.measure import CpuTime
 from bench.results import Picture, RowResult, Table
 from bench.rows import idle, ipfix_pack, latency, live_meter, live_one, offline_flows
@@ -53,14 +53,21 @@ def test_scratch_data_is_gone_after_an_interrupt(tmp_path: Path) -> None:
 
 
 def test_a_packet_that_was_dropped_makes_the_others_dearer() -> None:
-    one = Trial(offered=1000, measured=800, lost=500, cpu_ns={"capture/a": 30_000, "merge/main": 10_000})
-    assert one.ns_per_packet() == pytest.approx(100)
-    assert Trial(offered=10, measured=10, lost=10, cpu_ns={"x": 1}).ns_per_packet() is None
+    spent = {"capture/a": 30_000.0, "merge/main": 10_000.0}
+    assert Trial(offered=1000, lost=500, bursts=[Burst(800, 1.0, spent)]).ns_per_packet() == pytest.approx(100)
+    assert Trial(offered=10, lost=10, bursts=[Burst(10, 1.0, {"x": 1.0})]).ns_per_packet() is None
+
+
+def test_a_burst_that_was_disturbed_does_not_count() -> None:
+    bursts = [Burst(10, 1.0, {"merge/main": ns}) for ns in (100.0, 5000.0, 120.0)]
+    assert Trial(offered=30, bursts=bursts).ns_per_packet() == pytest.approx(12)
 
 
 def test_sources_of_one_kind_count_together() -> None:
-    one = Trial(offered=10, measured=10, cpu_ns={"capture/a": 100, "capture/b": 200, "merge/main": 50, "opener": 1})
+    spent = {"capture/a": 100.0, "capture/b": 200.0, "merge/main": 50.0, "opener": 1.0}
+    one = Trial(offered=10, bursts=[Burst(10, 1.0, spent)])
     assert by_process([one]) == "capture 30, merge 5"
+    assert one.ns_per_packet("capture", "opener") == pytest.approx(30.1)
 
 
 def test_a_median_needs_every_round() -> None:

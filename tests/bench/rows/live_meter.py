@@ -127,19 +127,13 @@ def _report(
     )  # fmt: skip
 
 
-def process_ns(one: Trial, *kinds: str) -> float | None:
-    """CPU ns per packet of the processes of these kinds."""
-    spent = sum(ns for name, ns in one.cpu_ns.items() if name.partition("/")[0] in kinds)
-    return spent / one.measured if one.measured else None
-
-
 def _targets(flows: int, trials: dict[str, list[Trial]], lost: dict[str, list[int]], result: RowResult) -> None:
     job = f"meter on, {flows:,} flows"
     result.targets.append(absolute(job, "lost", max(lost.get(WITH, []), default=None), "<=", 0))
-    on = medians(trials[WITH], lambda t: process_ns(t, *CAPTURE_AND_MERGE))
-    off = medians(trials[WITHOUT], lambda t: process_ns(t, *CAPTURE_AND_MERGE))
+    on = medians(trials[WITH], lambda t: t.ns_per_packet(*CAPTURE_AND_MERGE))
+    off = medians(trials[WITHOUT], lambda t: t.ns_per_packet(*CAPTURE_AND_MERGE))
     result.targets.append(Target(job, "capture and merge, ns per packet", on, "meter off", off, "<=", GROWTH))
-    meter = medians(trials[WITH], lambda t: process_ns(t, "meter"))
+    meter = medians(trials[WITH], lambda t: t.ns_per_packet("meter"))
     measure = "meter worker, ns per packet"
     if "yaf" in trials:
         result.targets.append(

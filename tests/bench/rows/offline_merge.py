@@ -10,7 +10,7 @@ from pathlib import Path
 from support.judges import capinfos
 
 from bench.context import Bench
-from bench.measure import Run, find, line, median, run, touch_free_memory
+from bench.measure import Run, WarmMemory, find, line, median, run
 from bench.results import Picture, RowResult, Table, Target
 from bench.traffic import NAMED_SIZES, Mix, packets_of, write_capture
 
@@ -79,7 +79,8 @@ def _frames(bench: Bench, directory: Path, frames: str, mix: Mix, counts: tuple[
             for count in counts:
                 bench.progress.step(f"{frames}: round {i + 1} of {bench.rounds}: {program.name}, {FILES} x {count:,}")
                 output.unlink(missing_ok=True)
-                touch_free_memory(bench.quick)
+                with WarmMemory(bench.quick):
+                    pass  # it is released right before the run
                 runs.setdefault((program.name, count), []).append(run(program.argv(output, inputs[count])))
             if i == 0:
                 orders[program.name] = _judged(output, FILES * packets_of(counts[1], mix))
