@@ -48,12 +48,14 @@ def parse(
     *,
     inner: bool = False,
     plain: bool = True,
+    left: bool = False,
 ) -> dict[str, Any]:
     """The digest of one packet as a dictionary of the fields of digest.h, or `{"ignored": reason}`.
 
     `captured_length` below `len(packet)` leaves octets behind the packet that must not matter. `status` holds the
     DIGEST_* bits; addresses and MACs are bytes in wire order. Without `plain` the short way for the commonest packets
-    is not taken; the result is the same. For tests and single looks, not for traffic.
+    is not taken, with `left` they are left as they are and expanded, as between a live source and the meter; the result
+    is the same. For tests and single looks, not for traffic.
     """
 
 def digests(

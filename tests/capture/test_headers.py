@@ -417,3 +417,4 @@ def test_the_short_way_for_common_packets_gives_what_the_long_one_gives(
     captured = min(captured or len(changed), len(changed))
     short = headers.parse(changed, ETHERNET, captured + longer, captured, inner=inner)
     assert short == headers.parse(changed, ETHERNET, captured + longer, captured, inner=inner, plain=False)
+    assert short == headers.parse(changed, ETHERNET, captured + longer, captured, inner=inner, left=True)

@@ -44,6 +44,7 @@ PACKET_BYTES_MAX = 2048
 BATCHES_MAX = 20
 PAYLOADS_MAX = 16
 PORTS = (443, 53, 5353, 80)
+PLAIN_BODY_BYTES = 60  # a digest with so much behind its first eight octets is one that was left plain
 DIGEST_BYTES, EXTENSION_AT, EXTENSION_BYTES_MAX = 128, 124, 520  # appliance/ring/digest.h
 RING_TURNS = 300
 FORMATS = ("erf", *LAYOUTS)
@@ -148,7 +149,8 @@ def fuzz_ring(data: bytes) -> None:
     kind = DIGEST if sink == order.SINK_DIGESTS else PACKET
     source = Source()
     try:
-        source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes(20 + n), n) for n in range(8)))
+        plain = PLAIN_BODY_BYTES if kind == DIGEST else 20
+        source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes((20, plain)[n % 2] + n // 2), n) for n in range(8)))
         if data[1] & 1:
             source.poke(128 + data[2] % 24, data[4:12])  # head, watermark, and what is beside them
         source.poke(DATA_OFFSET + 4 * (data[3] % 64), data[12 : 12 + 4096])

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
 import pytest
+from capture.crafted import SEEDS
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from merge.rings import (
@@ -35,6 +36,7 @@ from merge.rings import (
     take,
 )
 
+from appliance.capture import headers
 from appliance.formats.encode import InterfaceDescription, interface_record
 from appliance.formats.record import pcap_packet
 from appliance.merge import order
@@ -44,6 +46,7 @@ MAX_WAIT_MS = 3_600_000  # an hour: how long a test takes makes no difference
 STANDSTILL_MS = 100
 STEP_NS = MAX_WAIT_MS * 1_000_000 // 8
 NEVER = (1 << 64) - 1
+PLAIN_BODY_BYTES = 60  # a digest with so much behind its first eight octets is one that was left plain
 Make = Callable[[int], list[Source]]
 
 
@@ -657,6 +660,22 @@ def test_digests_go_out_with_the_number_of_their_source(make: Make) -> None:
     assert drain(merge) == (order.ENDED, [(1, 1), (0, 2)])
 
 
+def plain_digest(frame: bytes, timestamp_ns: int) -> bytes:
+    """As a live source leaves it (struct plain_digest of digest.h)."""
+    lengths = struct.pack("=BxHII", 1, 0, len(frame), len(frame))
+    return record(DIGEST, lengths + frame[:54].ljust(56, b"\0"), timestamp_ns)
+
+
+def test_a_digest_that_its_source_left_plain_goes_out_whole(make: Make) -> None:
+    (source,) = sources = make(1)
+    merge = make_merge(sources, sink=order.SINK_DIGESTS, mapped=False)
+    _, frame = SEEDS["tcp over ipv4"]
+    source.write(plain_digest(frame, 1_700_000_000_123_456_789))
+    merge.fill()
+    whole, _ = headers.digests(packet(1_700_000_000_123_456_789, frame), [1])
+    assert bytes(merge.output()) == whole
+
+
 # ---- hostile memory ----
 
 
@@ -740,7 +759,8 @@ def test_whatever_stands_in_a_ring_whole_blocks_come_out(
 ) -> None:
     source = Source()
     kind = DIGEST if sink == order.SINK_DIGESTS else PACKET
-    source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes(20 + n), n) for n in range(8)))
+    body = PLAIN_BODY_BYTES if kind == DIGEST else 20
+    source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes(body + n % 2), n) for n in range(8)))
     for offset, value in noise:
         source.poke(DATA_OFFSET + offset, value)
     for offset, value in header:
