@@ -24,7 +24,7 @@ from appliance.ring.memory import MADV_POPULATE_WRITE
 
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.001
-HELD_BYTES = 2 << 30
+HELD_BYTES = 3 << 30
 HOLDERS = 2  # threads
 
 _libc = ctypes.CDLL(None)

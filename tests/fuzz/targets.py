@@ -149,8 +149,8 @@ def fuzz_ring(data: bytes) -> None:
     kind = DIGEST if sink == order.SINK_DIGESTS else PACKET
     source = Source()
     try:
-        plain = PLAIN_BODY_BYTES if kind == DIGEST else 20
-        source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes((20, plain)[n % 2] + n // 2), n) for n in range(8)))
+        body = (20, PLAIN_BODY_BYTES if kind == DIGEST else 20)
+        source.write(*(record(kind, struct.pack("=II", 20, 20) + bytes(body[n % 2] + n // 2), n) for n in range(8)))
         if data[1] & 1:
             source.poke(128 + data[2] % 24, data[4:12])  # head, watermark, and what is beside them
         source.poke(DATA_OFFSET + 4 * (data[3] % 64), data[12 : 12 + 4096])
