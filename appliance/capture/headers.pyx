@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 from appliance.capture.application cimport Inspection, Inspector, inspect, inspection_of
 from appliance.capture.cursor cimport *
 from appliance.capture.plain cimport *
-from appliance.capture.tunnels cimport enter_tunnel, is_tunnel_port
+from appliance.capture.tunnels cimport enter_tunnel
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 

@@ -1,4 +1,4 @@
-"""What a packet costs with 1 to 16 interfaces, at one and the same total rate."""
+"""What a packet costs with 1 to 16 interfaces, at the sender's limit and at one and the same lower rate."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ TITLE = "Cost of a packet with 1 to 16 interfaces"
 NEEDS_ROOT = True
 
 INTERFACES = (1, 2, 4, 8, 16)
-RATE_PPS = 400_000.0
+RATES = {"limit": 0.0, "400 kpps": 400_000.0}
 GROWTH = 1.5
 
 
 def run_row(bench: Bench) -> RowResult:
-    program = Program("mtracecap", mtracecap_commands)
-    traffic = Traffic(int((1 if bench.quick else 3) * RATE_PPS), RATE_PPS)
     table = Table(
         NAME,
-        f"{TITLE}: mtracecap, 60 B, {RATE_PPS / 1e3:.0f} kpps in all",
-        ("interfaces", "program", "offered", "lost", "inversions", "CPU ns per packet", "by process", "peak MiB"),
-        pictures=[Picture("CPU ns per packet", "interfaces", "program", lines=True)],
-    )
+        f"{TITLE}: mtracecap, 60 B, one and the same rate of all interfaces together",
+        ("rate", "interfaces", "program", "offered", "kpps", "lost", "inversions", "CPU ns per packet", "by process",
+         "peak MiB"),
+        pictures=[Picture("CPU ns per packet", "interfaces", "rate", lines=True)],
+    )  # fmt: skip
+    result = RowResult(NAME, TITLE, [table], conditions=bench.pinning)
+    for rate_name, rate in RATES.items():
+        traffic = Traffic(int((1 if bench.quick else 3) * (rate or 800_000)), rate)
+        _measure(bench, rate_name, traffic, table, result)
+    return result
+
+
+def _measure(bench: Bench, rate_name: str, traffic: Traffic, table: Table, result: RowResult) -> None:
+    program = Program("mtracecap", mtracecap_commands)
     trials: dict[int, list[Trial]] = {}
     lost: dict[int, int] = {}
     inversions: dict[int, int] = {}
     with bench.recording_directory() as scratch:
         for i in range(bench.rounds):
             for count in INTERFACES:
-                bench.progress.step(f"round {i + 1} of {bench.rounds}: {count} interfaces")
+                bench.progress.step(f"{rate_name}: round {i + 1} of {bench.rounds}: {count} interfaces")
                 one = trial(bench, program, count, traffic, scratch / "out")
                 found = count_numbered(one.files)
                 trials.setdefault(count, []).append(one)
@@ -40,10 +48,20 @@ def run_row(bench: Bench) -> RowResult:
     for count, rounds in trials.items():
         offered = int(medians(rounds, lambda t: t.offered) or 0)
         cpu, memory = medians(rounds, Trial.ns_per_packet), medians(rounds, lambda t: t.peak_bytes / 2**20)
-        table.add(count, program.name, offered, lost[count], inversions[count], cpu, by_process(rounds), memory)
-    result = RowResult(NAME, TITLE, [table], conditions=bench.pinning)
+        kpps = medians(rounds, lambda t: t.rate_pps / 1e3)
+        table.add(
+            rate_name,
+            count,
+            program.name,
+            offered,
+            kpps,
+            lost[count],
+            inversions[count],
+            cpu,
+            by_process(rounds),
+            memory,
+        )
     one, many = (medians(trials[count], Trial.ns_per_packet) for count in (1, 16))
     result.targets.append(
-        Target("cost per packet, 16 interfaces", "CPU ns per packet", many, "1 interface", one, "<=", GROWTH)
+        Target(f"16 interfaces, {rate_name}", "CPU ns per packet", many, "1 interface", one, "<=", GROWTH)
     )
-    return result
