@@ -20,11 +20,12 @@ from posix.unistd cimport read
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
 from appliance.capture.kernel_counters cimport kernel_account, kernel_collect, kernel_half, kernel_total
-from appliance.capture.plain cimport has_plain_syn, is_plain, put_plain
+from appliance.capture.plain cimport has_plain_syn, is_plain
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
+from appliance.ring.plain cimport put_plain
 from appliance.ring.ring cimport Producer
 
 from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS

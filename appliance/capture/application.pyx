@@ -8,12 +8,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from appliance.capture.cursor cimport PROTOCOL_TCP, PROTOCOL_UDP, be16
+from appliance.capture.cursor cimport PROTOCOL_TCP, PROTOCOL_UDP
 from appliance.capture.findings cimport *
 from appliance.capture.hello cimport *
 from appliance.capture.messages cimport *
 from appliance.capture.quic cimport *
 from appliance.ring.digest cimport *
+from appliance.ring.network_order cimport be16
 
 cdef enum:
     HELLOS = 64  # that are on their way in pieces, at once

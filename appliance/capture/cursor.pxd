@@ -53,14 +53,6 @@ cdef struct Cursor:
     uint32_t ethertype  # of what is at `offset`
 
 
-cdef inline uint16_t be16(const uint8_t* p) noexcept nogil:
-    return <uint16_t>((<uint32_t>p[0] << 8) | p[1])
-
-
-cdef inline uint32_t be32(const uint8_t* p) noexcept nogil:
-    return (<uint32_t>p[0] << 24) | (<uint32_t>p[1] << 16) | (<uint32_t>p[2] << 8) | p[3]
-
-
 cdef inline bint holds(const Cursor* c, uint64_t length) noexcept nogil:
     return c.offset + length <= c.end
 

@@ -14,6 +14,8 @@ from appliance.capture.plain cimport *
 from appliance.capture.tunnels cimport enter_tunnel
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
+from appliance.ring.network_order cimport be16, be32
+from appliance.ring.plain cimport *
 
 cdef extern from *:
     """

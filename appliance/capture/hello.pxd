@@ -5,8 +5,8 @@ A message may end early: what stands before its end is found. Every loop advance
 
 from libc.stdint cimport uint8_t, uint32_t
 
-from appliance.capture.cursor cimport be16
 from appliance.capture.findings cimport *
+from appliance.ring.network_order cimport be16
 
 cdef enum:
     RECORD_HEADER_BYTES = 5

@@ -2,8 +2,8 @@
 
 from libc.stdint cimport uint8_t, uint32_t
 
-from appliance.capture.cursor cimport be16
 from appliance.capture.findings cimport *
+from appliance.ring.network_order cimport be16
 
 cdef enum:
     DNS_HEADER_BYTES = 12

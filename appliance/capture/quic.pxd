@@ -5,7 +5,7 @@ ClientHello. OpenSSL's libcrypto does the arithmetic; an authentication tag that
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from appliance.capture.cursor cimport be32
+from appliance.ring.network_order cimport be32
 
 cdef extern from "openssl/evp.h" nogil:
     ctypedef struct EVP_CIPHER_CTX:

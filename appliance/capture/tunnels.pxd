@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from appliance.capture.cursor cimport *
 from appliance.ring.digest cimport DIGEST_LATER_FRAGMENT, DIGEST_PORTS, digest
+from appliance.ring.network_order cimport be16, be32
 
 cdef enum:
     # UDP ports (IANA), and the one that Linux and flannel take for VXLAN

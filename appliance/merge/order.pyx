@@ -18,12 +18,12 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from appliance.capture.plain cimport expand_plain
 from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
 from appliance.merge.tap cimport Tap
 from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
+from appliance.ring.plain cimport expand_plain
 from appliance.ring.ring cimport Consumer, signal_eventfd
 
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)

@@ -34,7 +34,6 @@ STOP_TIMEOUT_S = 30.0
 REST_INTERVAL_S = 0.2
 REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
-BURSTS = 3
 WARM_UP = 0.25  # of the traffic
 IDLE_S = 1.0  # so long the program is watched without traffic before each burst
 REST_TIMEOUT_S = 20.0
@@ -61,12 +60,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Traffic:
-    """`packets` of all interfaces together; `rate_pps` 0 is the sender's limit."""
+    """`packets` of all interfaces together; `rate_pps` 0 is the sender's limit. What is measured goes in `bursts`."""
 
     packets: int
     rate_pps: float = 0.0
     sizes: tuple[int, ...] = (60,)
     flows: int | None = None
+    bursts: int = 3
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _send(
     each = traffic.packets // len(pairs)
     warm_up = int(traffic.packets * WARM_UP) // len(pairs)
     _run_sender(bench, lab, pairs, traffic, (0, warm_up))
-    cuts = [warm_up + (each - warm_up) * i // BURSTS for i in range(BURSTS + 1)]
+    cuts = [warm_up + (each - warm_up) * i // traffic.bursts for i in range(traffic.bursts + 1)]
     with WarmMemory(bench.quick) as memory:
         for numbers in pairwise(cuts):
             found.bursts.append(_burst(bench, lab, pairs, processes, traffic, numbers, memory))
@@ -214,8 +214,9 @@ def _burst(
     before, before_s = _cpu(processes), time.monotonic()
     memory.release()
     seconds = _run_sender(bench, lab, pairs, traffic, numbers)
+    sent_s = time.monotonic()
     memory.hold()
-    time.sleep(LINGER_S)
+    time.sleep(max(0.0, sent_s + LINGER_S - time.monotonic()))
     after = _rest(processes)
     waited = (time.monotonic() - before_s) / (before_s - resting_s)  # in times without traffic as long as that
     spent: dict[str, float] = {}

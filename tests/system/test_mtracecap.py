@@ -95,7 +95,7 @@ class TestSeriesFromInterfaces:
         subprocess.run(["lz4", "-q", "-m", "-t", *files], check=True)
         check_numbered(files).assert_exact(report.sent_by_id)
         assert packet_count(files) == 2 * frames
-        assert all(capinfos(path).in_order for path in files)
+        assert all(capinfos(path).in_order for path in files), said
 
     def test_a_silent_interface_holds_nothing_back(self, tmp_path: Path) -> None:
         with Lab() as lab:

@@ -31,7 +31,7 @@ FLOWS = (1_000, 100_000)
 WITH, WITHOUT = "appliance, meter on", "appliance, meter off"
 CAPTURE_AND_MERGE = ("capture", "merge")
 GROWTH = 1.15
-MORE_ROUNDS = 3  # times as many of our own two: their difference is smaller than what one round is off
+MORE_ROUNDS = 2  # times as many of our own two: their difference is smaller than what one round is off
 YAF_NS = {1_000: 100.0, 100_000: 360.0}  # CPU per packet, measured where it could be installed
 
 
