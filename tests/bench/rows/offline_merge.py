@@ -78,8 +78,9 @@ def _frames(bench: Bench, directory: Path, frames: str, mix: Mix, counts: tuple[
         for program in programs:
             for count in counts:
                 bench.progress.step(f"{frames}: round {i + 1} of {bench.rounds}: {program.name}, {FILES} x {count:,}")
+                output.unlink(missing_ok=True)
                 with WarmMemory(bench.quick):
-                    pass  # it is released right before the run, as is the last output, which the program truncates
+                    pass  # it is released right before the run
                 runs.setdefault((program.name, count), []).append(run(program.argv(output, inputs[count])))
             if i == 0:
                 orders[program.name] = _judged(output, FILES * packets_of(counts[1], mix))
