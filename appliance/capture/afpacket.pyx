@@ -20,7 +20,7 @@ from posix.unistd cimport read
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
 from appliance.capture.kernel_counters cimport kernel_account, kernel_collect, kernel_half, kernel_total
-from appliance.capture.plain cimport has_plain_syn, is_plain
+from appliance.capture.plain cimport may_be_left
 from appliance.capture.reorder cimport *
 from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
@@ -637,7 +637,7 @@ cdef class LiveCapture:
         if room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
             return
-        if self.leaves_plain and is_plain(data, captured, self.inner) and not has_plain_syn(data):
+        if self.leaves_plain and may_be_left(data, captured, self.inner):
             put_plain(data, captured, original, self.interface, stamp, digest_status(status, outbound), room)
             length = PLAIN_DIGEST_BYTES
         else:

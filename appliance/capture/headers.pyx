@@ -26,7 +26,6 @@ cdef extern from *:
 
 cdef enum:
     AHEAD = 8  # packets whose headers are fetched ahead
-    PLAIN_DIGEST_ROOM = 92
     METERED = -1  # a parsing step's result when all is well; otherwise one of IGNORED_*
 
     # pcap link types (https://www.tcpdump.org/linktypes.html)
@@ -797,16 +796,16 @@ def parse(
 ):
     cdef uint64_t[IGNORED_COUNTS] ignored
     cdef digest d
-    cdef uint8_t[PLAIN_DIGEST_ROOM] room
+    cdef plain_digest headers
     cdef uint32_t captured = packet.shape[0] if captured_length is None else captured_length
     cdef uint32_t original = captured if original_length is None else original_length
     cdef const unsigned char* data = &packet[0] if packet.shape[0] else <const unsigned char*>&d
     if captured > packet.shape[0]:
         raise ValueError(f"captured_length {captured} exceeds the {packet.shape[0]} octets given")
     memset(ignored, 0, sizeof(ignored))
-    if left and linktype == LINKTYPE_ETHERNET and is_plain(data, captured, inner) and not has_plain_syn(data):
-        put_plain(data, captured, original, 0, 0, 0, room)
-        expand_plain(<const plain_digest*>room, 0, &d)
+    if left and linktype == LINKTYPE_ETHERNET and may_be_left(data, captured, inner):
+        put_plain(data, captured, original, 0, 0, 0, <uint8_t*>&headers)
+        expand_plain(&headers, 0, &d)
         return digest_fields(&d)
     if not digest_by(plain, data, captured, original, <uint16_t>linktype, 0, 0, 0, inner, NULL, <uint8_t*>&d, ignored):
         for i in range(IGNORED_REASON_COUNT):

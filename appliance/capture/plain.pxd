@@ -24,6 +24,6 @@ cdef inline bint is_plain(const uint8_t* p, uint32_t captured_length, bint inner
     )
 
 
-cdef inline bint has_plain_syn(const uint8_t* p) noexcept nogil:
-    """A plain packet that opens a connection: its TCP options matter."""
-    return p[23] == PROTOCOL_TCP and p[47] & TCP_SYN
+cdef inline bint may_be_left(const uint8_t* p, uint32_t captured_length, bint inner) noexcept nogil:
+    """A plain packet whose headers say it all. Those of a SYN do not: its TCP options matter."""
+    return is_plain(p, captured_length, inner) and not (p[23] == PROTOCOL_TCP and p[47] & TCP_SYN)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from merge.rings import DATA_OFFSET, DIGEST, PACKET, Source, blocks, make_merge, record
+from merge.rings import DATA_OFFSET, DIGEST, PACKET, PLAIN_BODY_BYTES, Source, blocks, make_merge, record
 
 from appliance.capture import headers, payload
 from appliance.capture.application import Inspector, crypto_findings, findings
@@ -44,7 +44,6 @@ PACKET_BYTES_MAX = 2048
 BATCHES_MAX = 20
 PAYLOADS_MAX = 16
 PORTS = (443, 53, 5353, 80)
-PLAIN_BODY_BYTES = 60  # a digest with so much behind its first eight octets is one that was left plain
 DIGEST_BYTES, EXTENSION_AT, EXTENSION_BYTES_MAX = 128, 124, 520  # appliance/ring/digest.h
 RING_TURNS = 300
 FORMATS = ("erf", *LAYOUTS)

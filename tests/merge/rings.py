@@ -17,6 +17,7 @@ PACKET, INTERFACE = 6, 1
 DIGEST, COUNTERS, EPOCH = 0x80000D16, 0x80000C07, 0x80000E90
 HEAD_OFFSET, WATERMARK_OFFSET, COMMIT_OFFSET, DATA_OFFSET = 128, 136, 256, 4096
 S = 10**9
+PLAIN_BODY_BYTES = 60  # a digest with so much behind its first eight octets is one that was left plain
 
 
 def record(kind: int, body: bytes, timestamp_ns: int = 0, interface: int = 0) -> bytes:

@@ -23,6 +23,7 @@ from merge.rings import (
     DIGEST,
     HEAD_OFFSET,
     PACKET,
+    PLAIN_BODY_BYTES,
     WATERMARK_OFFSET,
     S,
     Source,
@@ -46,7 +47,6 @@ MAX_WAIT_MS = 3_600_000  # an hour: how long a test takes makes no difference
 STANDSTILL_MS = 100
 STEP_NS = MAX_WAIT_MS * 1_000_000 // 8
 NEVER = (1 << 64) - 1
-PLAIN_BODY_BYTES = 60  # a digest with so much behind its first eight octets is one that was left plain
 Make = Callable[[int], list[Source]]
 
 
