@@ -14,6 +14,7 @@ from types import ModuleType
 
 from bench import pictures, report
 from bench.context import DISK, Bench, Progress, machine, scratch_directory
+from bench.pace import Pace
 from bench.results import RowResult
 
 PROJECT = Path(__file__).parents[2]
@@ -47,15 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with scratch_directory(arguments.scratch) as scratch, scratch_directory(arguments.recordings) as recordings:
         bench = _bench(arguments, scratch, recordings)
         try:
-            for name in arguments.rows:
-                results.append(measure(name, bench))
-                print(f"\n{report.row_text(results[-1])}", flush=True)
+            with bench.pace:
+                for name in arguments.rows:
+                    results.append(measure(name, bench))
+                    print(f"\n{report.row_text(results[-1])}", flush=True)
         except KeyboardInterrupt:
             interrupted = True
             print("\nbench: interrupted; what follows is of the rows that were finished", file=sys.stderr)
         finally:
             bench.progress.clear()
     print(f"\n{report.targets_text(results)}")
+    if bench.pace.text:
+        print(f"\n{bench.pace.text}")
     save(arguments, about, results, heading)
     return EXIT_INTERRUPTED if interrupted else 0
 
@@ -100,6 +104,7 @@ def _bench(arguments: argparse.Namespace, scratch: Path, recordings: Path) -> Be
         sender_cpu=cpus[0] if pinned else None,
         tool_cpus=(cpus[1],) if pinned else None,
         recordings=recordings,
+        pace=Pace(cpus),
         progress=Progress(),
     )
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from bench.pace import Pace
+
 SHARED_MEMORY = Path("/dev/shm")
 DISK = Path("/var/tmp")
 
@@ -52,7 +54,7 @@ class Progress:
 @dataclass
 class Bench:
     """The run of the benchmark. `scratch`: in memory. `recordings`: where live rows record, on a disk as others do too;
-    None: in `scratch`. `sender_cpu` and `tool_cpus` are None when nothing is pinned."""
+    None: in `scratch`. `pace` tells which measurements the host slowed. `sender_cpu` and `tool_cpus` are None when nothing is pinned."""
 
     scratch: Path
     rounds: int = 3
@@ -60,6 +62,7 @@ class Bench:
     sender_cpu: int | None = None
     tool_cpus: tuple[int, ...] | None = None
     recordings: Path | None = None
+    pace: Pace = field(default_factory=lambda: Pace(()))  # without CPUs: nothing is measured twice
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -1,8 +1,8 @@
 """One trial of a live row: veth pairs, a program that captures from them, a sender, and what became of its frames.
 
 A first part of the traffic is not measured: it pays for what is paid once. The rest goes in bursts, and CPU time is
-taken from the rest before each to the rest after it, less what the program spends in as long a time without traffic: so
-start, end, warming up and idling are left out. A trial's figure is the median of its bursts'; loss and order are those
+taken from the rest before each to the rest after it, less what the program spends without traffic in as long a time as
+nothing was sent in: so start, end, warming up and idling are left out. A burst that the host slowed is sent again. A trial's figure is the median of its bursts'; loss and order are those
 of all frames. CPU time is the scheduler's own count, in nanoseconds, of every thread of every process.
 
 Memory is made warm for each burst (see `WarmMemory`): a burst is short, so that it still is at its end.
@@ -11,6 +11,7 @@ Memory is made warm for each burst (see `WarmMemory`): a burst is short, so that
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -19,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from support.lab import Lab, wait_until
@@ -27,6 +27,7 @@ from support.service import toml
 
 from bench.context import Bench
 from bench.measure import WarmMemory, find, median, memory_bytes, peak_resident_bytes, tree
+from bench.pace import Span
 
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
@@ -35,6 +36,7 @@ REST_INTERVAL_S = 0.2
 REST_CPU_NS = 5_000_000  # less than this in an interval is rest
 LINGER_S = 1.2  # after the last frame: libpcap's programs leave a kernel block open for up to a second
 WARM_UP = 0.25  # of the traffic
+WARM_BYTES = 1 << 30  # more than a burst takes
 IDLE_S = 1.0  # so long the program is watched without traffic before each burst
 REST_TIMEOUT_S = 20.0
 Pair = tuple[str, str]
@@ -60,7 +62,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Traffic:
-    """`packets` of all interfaces together; `rate_pps` 0 is the sender's limit. What is measured goes in `bursts`."""
+    """`packets` of all interfaces together, more if bursts must be sent again; `rate_pps` 0 is the sender's limit. What is
+    measured goes in `bursts`."""
 
     packets: int
     rate_pps: float = 0.0
@@ -187,10 +190,16 @@ def _send(
     each = traffic.packets // len(pairs)
     warm_up = int(traffic.packets * WARM_UP) // len(pairs)
     _run_sender(bench, lab, pairs, traffic, (0, warm_up))
-    cuts = [warm_up + (each - warm_up) * i // traffic.bursts for i in range(traffic.bursts + 1)]
-    with WarmMemory(bench.quick) as memory:
-        for numbers in pairwise(cuts):
-            found.bursts.append(_burst(bench, lab, pairs, processes, traffic, numbers, memory))
+    frames = (each - warm_up) // traffic.bursts
+    numbers = ((first, first + frames) for first in itertools.count(warm_up, frames))
+    with WarmMemory(WARM_BYTES) as memory:
+        for _ in range(traffic.bursts):
+            found.bursts.append(
+                bench.pace.steadiest(
+                    lambda span: _burst(bench, lab, pairs, processes, traffic, next(numbers), memory, span),
+                    bench.tool_cpus,
+                )
+            )
     found.peak_bytes = _memory(processes)
     arrived = _arrived(lab, pairs)
     found.offered_by_id = {i: now - then for i, (now, then) in enumerate(zip(arrived, offered, strict=True))}
@@ -206,6 +215,7 @@ def _burst(
     traffic: Traffic,
     numbers: tuple[int, int],
     memory: WarmMemory,
+    span: Span,
 ) -> Burst:
     """Sends the frames of these numbers (from, before) on each interface, between two rests."""
     resting, resting_s = _rest(processes), time.monotonic()
@@ -213,12 +223,13 @@ def _burst(
     arrived = sum(_arrived(lab, pairs))
     before, before_s = _cpu(processes), time.monotonic()
     memory.release()
-    seconds = _run_sender(bench, lab, pairs, traffic, numbers)
+    with span:
+        seconds = _run_sender(bench, lab, pairs, traffic, numbers)
     sent_s = time.monotonic()
     memory.hold()
     time.sleep(max(0.0, sent_s + LINGER_S - time.monotonic()))
     after = _rest(processes)
-    waited = (time.monotonic() - before_s) / (before_s - resting_s)  # in times without traffic as long as that
+    waited = (time.monotonic() - before_s - seconds) / (before_s - resting_s)  # in times without traffic as long as that
     spent: dict[str, float] = {}
     for pid, (name, ns) in after.items():
         at_begin = before.get(pid, (name, 0))[1]

@@ -24,7 +24,6 @@ from appliance.ring.memory import MADV_POPULATE_WRITE
 
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.001
-HELD_BYTES = 3 << 30
 HOLDERS = 2  # threads
 
 _libc = ctypes.CDLL(None)
@@ -145,8 +144,8 @@ class WarmMemory:
     account.
     """
 
-    def __init__(self, quick: bool = False) -> None:
-        self._length = HELD_BYTES // (4 if quick else 1)
+    def __init__(self, length_bytes: int) -> None:
+        self._length = length_bytes
         self._memory: mmap.mmap | None = None
 
     def __enter__(self) -> Self:

@@ -10,10 +10,12 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.context import Bench
 from bench.measure import Run, find, line, median, run
+from bench.pace import Span
 from bench.results import Picture, RowResult, Table, Target
 from bench.traffic import NAMED_SIZES, Mix, packets_of, write_capture
 
@@ -123,9 +125,7 @@ def _flows(bench: Bench, directory: Path, flows: int, counts: tuple[int, int], t
             for program in programs:
                 for count in counts:
                     bench.progress.step(f"{flows:,} flows: round {i + 1} of {bench.rounds}: {program.name}, {count:,}")
-                    shutil.rmtree(output, ignore_errors=True)
-                    output.mkdir()
-                    done = run(program.argv(inputs[count], output, port))
+                    done = bench.pace.steadiest(partial(_run, program.argv(inputs[count], output, port), output))
                     runs.setdefault((program.name, count), []).append(done)
                 records[program.name] = program.records(done, output)
     low, high = (packets_of(count, mix) for count in counts)
@@ -140,6 +140,13 @@ def _flows(bench: Bench, directory: Path, flows: int, counts: tuple[int, int], t
         rate = made / whole if made else None
         marginal = line(low, small, high, large).per_second / 1e6
         table.add(flows, program.name, high / whole / 1e6, marginal, cpu / high * 1e6, made, rate)
+
+
+def _run(argv: list[str], output: Path, span: Span) -> Run:
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    with span:
+        return run(argv)
 
 
 @contextlib.contextmanager

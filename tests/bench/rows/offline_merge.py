@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from support.judges import capinfos
 
 from bench.context import Bench
 from bench.measure import Run, WarmMemory, find, line, median, run
+from bench.pace import Span
 from bench.results import Picture, RowResult, Table, Target
 from bench.traffic import NAMED_SIZES, Mix, packets_of, write_capture
 
@@ -20,6 +22,7 @@ NEEDS_ROOT = False
 
 FILES = 4
 FACTORS = {"60 B": 2.5, "IMIX": 1.3}  # times mergecap's rate
+OUTPUT_BYTES = 3 << 30  # more than the largest output
 MTRACECAP = str(Path(sys.executable).with_name("mtracecap"))
 
 
@@ -78,10 +81,8 @@ def _frames(bench: Bench, directory: Path, frames: str, mix: Mix, counts: tuple[
         for program in programs:
             for count in counts:
                 bench.progress.step(f"{frames}: round {i + 1} of {bench.rounds}: {program.name}, {FILES} x {count:,}")
-                output.unlink(missing_ok=True)
-                with WarmMemory(bench.quick):
-                    pass  # it is released right before the run
-                runs.setdefault((program.name, count), []).append(run(program.argv(output, inputs[count])))
+                one = bench.pace.steadiest(partial(_run, program.argv(output, inputs[count]), output, bench.quick))
+                runs.setdefault((program.name, count), []).append(one)
             if i == 0:
                 orders[program.name] = _judged(output, FILES * packets_of(counts[1], mix))
     low, high = (FILES * packets_of(count, mix) for count in counts)
@@ -95,6 +96,14 @@ def _frames(bench: Bench, directory: Path, frames: str, mix: Mix, counts: tuple[
         whole = median(one.wall_s for one in large)
         judged = orders[program.name]
         table.add(frames, program.name, wall.per_second / 1e6, cpu.marginal_s * 1e6, wall.setup_s, whole, judged)
+
+
+def _run(argv: list[str], output: Path, quick: bool, span: Span) -> Run:
+    output.unlink(missing_ok=True)
+    with WarmMemory(OUTPUT_BYTES // (2 if quick else 1)):
+        pass  # it is released right before the run
+    with span:
+        return run(argv)
 
 
 def _judged(output: Path, expected: int) -> str:
