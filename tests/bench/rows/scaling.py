@@ -26,7 +26,7 @@ def run_row(bench: Bench) -> RowResult:
     )  # fmt: skip
     result = RowResult(NAME, TITLE, [table], conditions=bench.pinning)
     for rate_name, rate in RATES.items():
-        traffic = Traffic(int((1 if bench.quick else 3) * (rate or 800_000)), rate)
+        traffic = Traffic(int((1 if bench.quick else 4) * (rate or 800_000)), rate, bursts=3 if bench.quick else 5)
         _measure(bench, rate_name, traffic, table, result)
     return result
 
