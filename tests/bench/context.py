@@ -53,8 +53,9 @@ class Progress:
 
 @dataclass
 class Bench:
-    """The run of the benchmark. `scratch`: in memory. `recordings`: where live rows record, on a disk as others do too;
-    None: in `scratch`. `pace` tells which measurements the host slowed. `sender_cpu` and `tool_cpus` are None when nothing is pinned."""
+    """The run of the benchmark. `scratch`: in memory. `recordings`: where live rows record, on a disk as others do
+    too; None: in `scratch`. `pace` tells which measurements the host slowed. `sender_cpu` and `tool_cpus` are None
+    when nothing is pinned."""
 
     scratch: Path
     rounds: int = 3

@@ -2,8 +2,9 @@
 
 A first part of the traffic is not measured: it pays for what is paid once. The rest goes in bursts, and CPU time is
 taken from the rest before each to the rest after it, less what the program spends without traffic in as long a time as
-nothing was sent in: so start, end, warming up and idling are left out. A burst that the host slowed is sent again. A trial's figure is the median of its bursts'; loss and order are those
-of all frames. CPU time is the scheduler's own count, in nanoseconds, of every thread of every process.
+nothing was sent in: so start, end, warming up and idling are left out. A burst that the host slowed is sent again. A
+trial's figure is the median of its bursts'; loss and order are those of all frames. CPU time is the scheduler's own
+count, in nanoseconds, of every thread of every process.
 
 Memory is made warm for each burst (see `WarmMemory`): a burst is short, so that it still is at its end.
 """
@@ -62,8 +63,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Traffic:
-    """`packets` of all interfaces together, more if bursts must be sent again; `rate_pps` 0 is the sender's limit. What is
-    measured goes in `bursts`."""
+    """`packets` of all interfaces together, more if bursts must be sent again; `rate_pps` 0 is the sender's limit. What
+    is measured goes in `bursts`."""
 
     packets: int
     rate_pps: float = 0.0
@@ -229,7 +230,7 @@ def _burst(
     memory.hold()
     time.sleep(max(0.0, sent_s + LINGER_S - time.monotonic()))
     after = _rest(processes)
-    waited = (time.monotonic() - before_s - seconds) / (before_s - resting_s)  # in times without traffic as long as that
+    waited = (time.monotonic() - before_s - seconds) / (before_s - resting_s)  # in times without traffic of that length
     spent: dict[str, float] = {}
     for pid, (name, ns) in after.items():
         at_begin = before.get(pid, (name, 0))[1]

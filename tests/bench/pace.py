@@ -50,10 +50,17 @@ class Span:
 
 
 class Pace:
-    """Watches `cpus` from `__enter__` to `__exit__`. `measured`: measurements so far; `repeated`: those that
-    were thrown away; `hindered`: those that were kept although every try was slowed."""
+    """Watches `cpus` from `__enter__` to `__exit__`, by the CPU time in ns that `work_ns` says it took.
 
-    def __init__(self, cpus: Iterable[int]) -> None:
+    `measured`: measurements so far; `repeated`: those that were thrown away; `hindered`: those that were kept although
+    every try was slowed.
+    """
+
+    def __init__(
+        self, cpus: Iterable[int], work_ns: Callable[[], int] | None = None, settle_s: float = SETTLE_S
+    ) -> None:
+        self._work_ns = work_ns or _piece_of_work
+        self._settle_s = settle_s
         self._samples: dict[int, list[int]] = {cpu: [] for cpu in cpus}
         self._fastest_ns: dict[int, float] = {}
         self._threads: list[threading.Thread] = []
@@ -64,7 +71,7 @@ class Pace:
         for cpu, samples in self._samples.items():
             self._threads.append(threading.Thread(target=self._watch, args=(cpu, samples), daemon=True))
             self._threads[-1].start()
-        time.sleep(SETTLE_S)
+        time.sleep(self._settle_s)
         return self
 
     def __exit__(
@@ -109,7 +116,7 @@ class Pace:
     def _watch(self, cpu: int, samples: list[int]) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread
         while not self._ends.wait(INTERVAL_S):
-            samples.append(_piece_of_work())
+            samples.append(self._work_ns())
             if len(samples) >= WINDOW:
                 window_ns = _mean(samples[-WINDOW:])
                 self._fastest_ns[cpu] = min(self._fastest_ns.get(cpu, window_ns), window_ns)
