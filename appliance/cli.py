@@ -179,9 +179,9 @@ def check_config(config: ConfigFile, as_json: AsJson = False) -> None:
     """
     from appliance.capture.interfaces import host_interfaces
     from appliance.config import expand_interfaces, load
+    from appliance.meter_settings import check_meter
     from appliance.plan import make_plan
     from appliance.prepare import check_statically
-    from appliance.wiring import check_meter
 
     loaded = expand_interfaces(load(config), host_interfaces())
     plan = make_plan(loaded)

@@ -252,3 +252,14 @@ def available_memory_bytes(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
             except (OSError, ValueError):
                 continue
     return limit
+
+
+def no_port_because(source: Source) -> str:
+    """Why a source has no port capture; empty when it has."""
+    if source.uri.scheme != "ring":
+        return f"{source.label}: port capture needs a ring: source, {source.uri} is none"
+    if source.interface.fanout > 1:
+        return f"{source.label}: port capture needs all packets in one worker, and fanout is {source.interface.fanout}"
+    if not source.interface.capture_buffer_bytes:
+        return f"{source.label}: port capture is switched off (capture_buffer_bytes = 0)"
+    return ""

@@ -1,7 +1,8 @@
 """The supervisor: starts what the plan says, watches it, restarts or gives up, and ends it in the order of the data.
 
 It never sees a packet. It owns what must outlive a worker: the packet sockets, the rings, the counter pages. It has one
-thread only, because it forks. `run` is the way in; wiring.py says what each worker is given.
+thread only, because it forks. `run` is the way in; wiring.py opens what a run needs, parts.py says what each worker is
+given of it, takeup.py what a new configuration changes.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from multiprocessing.process import BaseProcess
 
 import sdnotify
 
-from appliance import logs, wiring
+from appliance import logs, takeup
 from appliance.capture.opener import OpenerGoneError, send_opened
 from appliance.config import Config, load
 from appliance.counters import restarts_field
 from appliance.errors import EXIT_GAVE_UP, EXIT_IO, ApplianceError, CannotCreateError
-from appliance.monitor.render import identity_line, live_line, systemd_status, traceflow_line
+from appliance.monitor.render import identity_line, live_line, state_lines, systemd_status, traceflow_line
 from appliance.monitor.view import Snapshot
+from appliance.parts import cpus_of, parts_of
 from appliance.process import DRAIN, EXIT_CRASHED, LOG_LEVEL, RENEW, ROTATE, WorkerContext, drop_privileges, run_worker
 from appliance.reload import Changes, changes_between
-from appliance.wiring import Prepared, RunOptions, Wiring
+from appliance.wiring import RunOptions, Wiring
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +218,7 @@ class Supervisor:
             changes = changes_between(self.config, load(path))
             while self.reopening:
                 self.hear_opener()  # its answers come in the order of the requests
-            prepared = self.wired.prepare_reload(changes)
+            prepared = takeup.prepare_reload(self.wired, changes)
         except ApplianceError as error:
             if isinstance(error, OpenerGoneError):
                 self.lose_opener(error)  # an answer that comes late would be taken for that to another request
@@ -230,9 +232,9 @@ class Supervisor:
         self.take_up(changes, prepared)
         log.info("reload: %s", "done" if changes else "nothing that can change while it runs has changed")
 
-    def take_up(self, changes: Changes, prepared: Prepared) -> None:
+    def take_up(self, changes: Changes, prepared: takeup.Prepared) -> None:
         self.config = changes.config
-        self.wired.take_up(changes.config, prepared)
+        takeup.take_up(self.wired, changes.config, prepared)
         level = self.config.service.log_level.upper()
         logging.getLogger().setLevel(level)
         told = list(prepared.words.items())
@@ -253,7 +255,7 @@ class Supervisor:
 
     def log_state(self) -> None:
         snapshot = self.wired.view.snapshot()
-        for line in wiring.state_lines(snapshot):
+        for line in state_lines(snapshot):
             log.info("%s", line)
         for worker in self.workers.values():
             state = "ended" if worker.ended else f"pid {worker.process.pid}" if worker.process else "waiting to restart"
@@ -292,7 +294,7 @@ class Supervisor:
         self.selector.register(worker_log, selectors.EVENT_READ, lambda: self.hear_log(worker))
 
     def fork(self, worker: Worker, channel: socket.socket, worker_log: logs.WorkerLog) -> BaseProcess:
-        main, parts = self.wired.parts(worker.name, worker.lives)
+        main, parts = parts_of(self.wired, worker.name, worker.lives)
         context = WorkerContext(
             name=worker.name,
             pages=self.wired.pages,
@@ -302,7 +304,7 @@ class Supervisor:
             config=self.config,
             parts=parts,
             keep_descriptors=parts.descriptors if parts is not None else (),
-            cpus=self.wired.cpus(worker.name),
+            cpus=cpus_of(self.wired, worker.name),
             capabilities=self.wired.kept_capabilities,
         )
         context.set_state("starting")

@@ -57,11 +57,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Asks every stage, before there is a process, whether it could start.
     "appliance.prepare": {"appliance.capture", "appliance.merge", "appliance.plan"},
     "appliance.reload": set(),
-    # Makes of a plan what each worker is given; with the preparation the only part that sees all stages at once.
-    "appliance.wiring": {"appliance.capture", "appliance.merge", "appliance.meter", "appliance.monitor"}
-    | {"appliance.plan", "appliance.prepare", "appliance.reload", "workers"},
+    # The meter's tables of the configuration as its settings.
+    "appliance.meter_settings": {"appliance.meter", "appliance.prepare"},
+    # Makes of a plan what there is; with the preparation and the parts all that sees every stage at once.
+    "appliance.wiring": {"appliance.capture", "appliance.merge", "appliance.monitor"}
+    | {"appliance.meter_settings", "appliance.plan", "appliance.prepare"},
+    "appliance.parts": {"appliance.merge", "appliance.meter", "appliance.monitor", "workers"}
+    | {"appliance.meter_settings", "appliance.plan", "appliance.wiring"},
+    "appliance.takeup": {"appliance.capture.bpf", "appliance.merge", "appliance.monitor", "appliance.plan"}
+    | {"appliance.meter_settings", "appliance.reload", "appliance.wiring"},
     "appliance.supervisor": {"appliance.capture.opener", "appliance.monitor", "appliance.plan", "appliance.reload"}
-    | {"appliance.wiring"},
+    | {"appliance.parts", "appliance.takeup", "appliance.wiring"},
     # The user's ends wire whole parts together.
     "appliance.cli": {"appliance", "workers"},
     "appliance.start": {"appliance.cli", "appliance.flows_command"},

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from appliance.config import Output
 from appliance.errors import InputOutputError, MissingInputError
 
 PIPE_BYTES = 1 << 20
@@ -308,3 +309,7 @@ class CompressorSink:
 def lock(fd: int) -> None:
     """Marks a staging file as being written, for as long as any process holds this open file."""
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def hook_argv(output: Output) -> tuple[str, ...]:
+    return program_argv(output.hook, "hook") if output.hook else ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
 
 from appliance.console import Table, duration_text, rate_text, size_text
 from appliance.monitor.view import InterfaceView, Snapshot, TraceflowView
@@ -206,3 +208,11 @@ def _rate(now: Snapshot, before: Snapshot | None, get: Callable[[Snapshot], int]
     if before is None or elapsed_s <= 0:  # the clock was set back
         return f"- {unit}"
     return rate_text(max(0, get(now) - get(before)) / elapsed_s, unit)
+
+
+def state_lines(snapshot: Snapshot) -> Sequence[str]:
+    """For USR2: everything, a line an object."""
+    lines = [live_line(snapshot), *snapshot.problems]
+    for group in (snapshot.interfaces, snapshot.outputs, snapshot.exports, snapshot.workers):
+        lines += [json.dumps(dataclasses.asdict(entry)) for entry in group]
+    return lines

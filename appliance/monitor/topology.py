@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from appliance.monitor.view import ExportInfo, OutputInfo, SourceInfo, Topology, WorkerInfo
@@ -64,3 +65,10 @@ def topology_of(plan: Plan, config: Config, version: str) -> Topology:
         workers=tuple(WorkerInfo(name.partition("/")[0], name) for name in plan.workers),
         heartbeat_timeout_s=config.service.heartbeat_timeout_s,
     )
+
+
+def program_version() -> str:
+    try:
+        return version("capture-appliance")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"

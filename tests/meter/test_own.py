@@ -14,7 +14,7 @@ from appliance.config import load
 from appliance.errors import ConfigError
 from appliance.meter.own import own_elements
 from appliance.meter.settings import MeterSettings
-from appliance.wiring import meter_settings
+from appliance.meter_settings import meter_settings
 
 ELEMENTS = (
     "siteNumber(77777/1)<unsigned16> = 7",
