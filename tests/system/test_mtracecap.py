@@ -95,7 +95,8 @@ class TestSeriesFromInterfaces:
         subprocess.run(["lz4", "-q", "-m", "-t", *files], check=True)
         check_numbered(files).assert_exact(report.sent_by_id)
         assert packet_count(files) == 2 * frames
-        assert all(capinfos(path).in_order for path in files), said
+        # None: the first or the last second may be one without packets, which have no order.
+        assert all(capinfos(path).in_order is not False for path in files), said
 
     def test_a_silent_interface_holds_nothing_back(self, tmp_path: Path) -> None:
         with Lab() as lab:
