@@ -18,6 +18,7 @@ from appliance.ring.network_order cimport be16
 
 cdef enum:
     HELLOS = 64  # that are on their way in pieces, at once
+    HELLO_WAYS = 4  # places that one direction may take: so many meet before one drives another out
     ENTROPY_BYTES = 1024  # of a payload that are looked at
     MEASURED = 1 << 15  # directions that are known to have been measured
     HELLO_TIMEOUT_S = 2
@@ -119,11 +120,20 @@ cdef inline void forget_measured(Inspection* s, const digest* d) noexcept nogil:
 # ---- a ClientHello in pieces ----
 
 cdef inline Hello* hello_place(Inspection* s, const digest* d, bint begin) noexcept nogil:
-    """Where this direction's pieces are; `begin`: else an empty place, whatever was there. NULL: there are none."""
+    """Where this direction's pieces are; `begin`: else an empty place, or the one of its set that rested longest,
+    whatever was there. NULL: there are none."""
     cdef uint64_t tag = direction_tag(s, d)
-    cdef uint32_t number = <uint32_t>((tag >> 32) % HELLOS)
-    cdef Hello* hello = &s.hellos[number]
     cdef uint64_t now = time_of(d)
+    cdef uint32_t first = <uint32_t>((tag >> 32) % (HELLOS // HELLO_WAYS)) * HELLO_WAYS
+    cdef uint32_t number = first
+    cdef uint32_t i
+    for i in range(first, first + HELLO_WAYS):
+        if s.hello_tags[i] == tag:
+            number = i
+            break
+        if s.hello_tags[number] != 0 and (s.hello_tags[i] == 0 or s.hellos[i].time_ns < s.hellos[number].time_ns):
+            number = i
+    cdef Hello* hello = &s.hellos[number]
     if s.hello_tags[number] == tag and now - min(now, hello.time_ns) <= HELLO_TIMEOUT_S * NS_PER_S:
         hello.time_ns = now
         return hello

@@ -52,16 +52,29 @@ def test_a_client_hello_in_two_segments_is_put_together(cut: int) -> None:
     assert second == found("tls", server_name="www.example.org", alpn="h2,http/1.1")
 
 
-def test_a_client_hello_in_many_segments_is_put_together_beside_others() -> None:
-    hello = record(handshake(extension(21, bytes(3000)) + server_name(b"far.example")))
-    other = record(handshake(extension(21, bytes(3000)) + server_name(b"other.example")))
-    frames = []
-    for at in range(0, len(hello), 536):
-        frames += [tcp(hello[at : at + 536], 40000, sequence=at), tcp(other[at : at + 536], 40001, sequence=at)]
-    assert [one for one in look(*frames) if one and not one["partial"]] == [
-        found("tls", server_name="far.example"),
-        found("tls", server_name="other.example"),
-    ]
+def test_four_client_hellos_in_many_segments_are_put_together_beside_one_another() -> None:
+    """Four, whatever places the hash gives them: its secrets are new in each process."""
+    names = ("far.example", "other.example", "third.example", "fourth.example")
+    hellos = [record(handshake(extension(21, bytes(3000)) + server_name(name.encode()))) for name in names]
+    for _ in range(50):
+        frames = [
+            tcp(hello[at : at + 536], 40000 + number, sequence=at)
+            for at in range(0, len(hellos[-1]), 536)
+            for number, hello in enumerate(hellos)
+        ]
+        found_whole = [one for one in look(*frames) if one and not one["partial"]]
+        assert sorted(found_whole, key=str) == sorted((found("tls", server_name=name) for name in names), key=str)
+
+
+def test_of_more_client_hellos_than_a_set_of_places_has_the_longest_waiting_gives_way() -> None:
+    hello = record(handshake(extension(21, bytes(900)) + server_name(b"far.example")))
+    ports = range(20000, 20064)
+    ended = []
+    for _ in range(20):
+        firsts = [tcp(hello[:500], port, sequence=0) for port in ports]
+        last = tcp(hello[500:], ports[-1], sequence=500)
+        ended.append(look(*firsts, last)[-1])
+    assert ended == [found("tls", server_name="far.example")] * 20
 
 
 def test_a_client_hello_whose_rest_is_lost_out_of_order_or_late_stays_partial() -> None:

@@ -76,9 +76,16 @@ def traceflow(service: Service) -> TraceflowView:
 
 
 def wait_for_rest(service: Service) -> Snapshot:
-    """Until every packet that was recorded is accounted for in the traces too."""
-    service.wait_until(lambda: not imbalances(service.snapshot()), "the identities hold")
-    return service.snapshot()
+    """Until every packet that was recorded is accounted for in the traces too; the snapshot of that moment: in the
+    next one the kernel may have asked for an address again."""
+    last: list[Snapshot] = []
+
+    def is_at_rest() -> bool:
+        last[:] = [service.snapshot()]
+        return not imbalances(last[0])
+
+    service.wait_until(is_at_rest, "the identities hold")
+    return last[0]
 
 
 def index(service: Service) -> list[dict[str, Any]]:
