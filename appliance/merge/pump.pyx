@@ -22,7 +22,10 @@ cdef extern from "<poll.h>" nogil:
 
 cdef enum:
     HEARTBEAT_MS = 500
-    GATHER_MS = 8  # a live output that has just written waits for so long before it looks again: a turn has its price
+    # A live output that has just written waits for so long before it looks again: a turn has its price, and each source
+    # adds to it, so that one more of so many is worth another ms.
+    GATHER_MS = 8
+    SOURCES_PER_GATHER_MS = 4
     FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
 
 # Not in an enum: see order.pyx. A packet cannot have been captured later than this from now, whatever clock is wrong.
@@ -132,14 +135,20 @@ cdef class Pump:
         with nogil:
             self.sleep_for(timeout_ms)
 
+    @property
+    def gather_ms(self):
+        return self.longest_rest_ms()
+
+    cdef int64_t longest_rest_ms(self) noexcept nogil:
+        return min(GATHER_MS + <int64_t>self.merge.source_count // SOURCES_PER_GATHER_MS, self.quarter_of_max_wait())
+
     cdef bint rest(self) noexcept nogil:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
-        cdef int64_t timeout_ms = GATHER_MS
+        cdef int64_t timeout_ms = self.longest_rest_ms()
         cdef int64_t hold_ms = self.merge.hold_left_ms()
         cdef pollfd channel
         if self.merge.crowded:
             return False
-        timeout_ms = min(timeout_ms, self.quarter_of_max_wait())
         if hold_ms >= 0:
             timeout_ms = min(timeout_ms, hold_ms)
         if self.merge.boundary_ns != UINT64_MAX:

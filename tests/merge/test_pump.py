@@ -150,3 +150,13 @@ def test_the_rings_are_given_back_before_the_batch_is_written(bench: Bench) -> N
 def test_a_source_without_a_page_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="one page"):
         Books(bench.merge, bench.page, bench.source_pages[:1])
+
+
+@pytest.mark.parametrize(("sources", "max_wait_ms", "gather_ms"), [(1, 50, 8), (4, 50, 9), (16, 50, 12), (16, 10, 2)])
+def test_many_sources_are_gathered_for_longer_within_a_quarter_of_max_wait(
+    sources: int, max_wait_ms: int, gather_ms: int
+) -> None:
+    bench = Bench(tuple(f"source{number}" for number in range(sources)))
+    bench.pump.max_wait_ms = max_wait_ms
+    assert bench.pump.gather_ms == gather_ms
+    bench.close()
