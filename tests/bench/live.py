@@ -174,6 +174,7 @@ def trial(bench: Bench, program: Program, interfaces: int, traffic: Traffic, dir
         _wait_for_capture(processes, interfaces, directory / "said")
         _rest(processes)
         found = _send(bench, lab, pairs, processes, traffic)
+        _check_running(processes, directory / "said")
         found.seen = program.look(directory)
         _stop(processes, program)
     found.directory = directory
@@ -236,7 +237,10 @@ def _burst(
         at_begin = before.get(pid, (name, 0))[1]
         idling = at_begin - resting.get(pid, (name, at_begin))[1]
         spent[name] = spent.get(name, 0.0) + ns - at_begin - idling * waited
-    return Burst(sum(_arrived(lab, pairs)) - arrived, seconds, spent)
+    packets = sum(_arrived(lab, pairs)) - arrived
+    if packets == 0:
+        raise RuntimeError("no frame of a burst arrived")
+    return Burst(packets, seconds, spent)
 
 
 def _arrived(lab: Lab, pairs: Sequence[Pair]) -> list[int]:
@@ -261,15 +265,20 @@ def _wait_for_capture(processes: Sequence[subprocess.Popen[bytes]], interfaces: 
     """Until there is a bound packet socket for every interface. RuntimeError: the program ended before that."""
 
     def captures() -> bool:
-        for process in processes:
-            if process.poll() is not None:
-                text = said.read_text(errors="replace")[-1000:]
-                raise RuntimeError(f"{process.args}: ended with {process.returncode}: {text}")
+        _check_running(processes, said)
         rows = Path(f"/proc/{processes[0].pid}/net/packet").read_text().splitlines()[1:]
         bound = {row.split()[4] for row in rows if row.split()[4] != "0" and row.split()[5] == "1"}
         return len(bound) >= interfaces
 
     wait_until(captures, "a packet socket for every interface", START_TIMEOUT_S)
+
+
+def _check_running(processes: Sequence[subprocess.Popen[bytes]], said: Path) -> None:
+    """RuntimeError: the program ended; what it spent until then is no figure."""
+    for process in processes:
+        if process.poll() is not None:
+            text = said.read_text(errors="replace")[-1000:]
+            raise RuntimeError(f"{process.args}: ended with {process.returncode}: {text}")
 
 
 def _rest(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, tuple[str, int]]:

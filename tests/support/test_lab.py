@@ -122,6 +122,16 @@ def test_a_paced_sender_ends_though_its_signal_came_before_the_call() -> None:
 
 
 @needs_live_frames
+def test_a_rate_that_cannot_be_reached_is_sent_at_the_limit() -> None:
+    """Calls that a timer breaks before they have begun would send next to nothing."""
+    with Lab() as lab:
+        pair = lab.veth("a")
+        report = lab.start_fast_sender([pair], frames=400_000, rate=50e6).report(timeout_s=60)
+        assert report.total == 400_000
+        assert lab.statistics(pair[0])["rx_packets"] == 400_000
+
+
+@needs_live_frames
 @pytest.mark.parametrize("rate", [0.0, 50_000.0])
 def test_an_endless_sender_from_the_kernel_ends_when_told(rate: float) -> None:
     with Lab() as lab:

@@ -305,7 +305,8 @@ class XdpSender:
             struct.pack_into("=I", self._value, _INTERFACES_OFFSET + 4 * i, _ifindex(name))
             for place, size in enumerate(shape.sizes):
                 offset = _ENTRIES_OFFSET + _ENTRY.size * (_MAXIMUM_SIZES * i + place)
-                self._value[offset : offset + _ENTRY.size] = _entry(Template(i, size, shape), largest.size)
+                entry = _entry(Template(i, size, shape), largest.size)
+                struct.pack_into(f"{_ENTRY.size}s", self._value, offset, entry)
         tables = [largest.checksum(value << (56 - 8 * byte)) ^ base for byte in range(8) for value in range(256)]
         struct.pack_into(f"={len(tables)}I", self._value, _TABLES_OFFSET, *tables)
         self._program = _load(_numbering_program(self._map, len(interfaces), largest, shape))
@@ -327,10 +328,11 @@ class XdpSender:
         self._map_access(_MAP_UPDATE)
         try:
             while (left := self.total - self.sent) > 0 and not stop.wanted:
+                due_s = 0.0  # what is late is all due, and goes at the limit
                 if self.rate_pps:
-                    due_s = (started_ns - time.monotonic_ns()) / 1e9 + self.total / self.rate_pps
-                    signal.setitimer(signal.ITIMER_REAL, min(max(0.001, due_s), LONGEST_CALL_S), _TICK_S)
-                self._run_program(_ENDLESS if self.rate_pps else min(left, _ENDLESS))
+                    due_s = max(0.0, (started_ns - time.monotonic_ns()) / 1e9 + self.total / self.rate_pps)
+                    signal.setitimer(signal.ITIMER_REAL, min(due_s, LONGEST_CALL_S), _TICK_S)
+                self._run_program(_ENDLESS if due_s else min(left, _ENDLESS))
         finally:
             stop.then = None
             signal.setitimer(signal.ITIMER_REAL, 0)
