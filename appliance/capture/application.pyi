@@ -6,7 +6,8 @@ the first of it. By what the payload says, not by its port, DNS excepted:
 
 - TLS: a handshake record that begins with a ClientHello (server name, offered ALPN protocols) or a ServerHello. A
   ClientHello in several segments is put together when they come in order, 64 of them at once, 4096 octets each, for 2
-  seconds; what its first segment says is told at once. One in several records is read as far as the first one goes.
+  seconds; where more than four meet by their hash, the one that waited longest gives way. What its first segment says
+  is told at once. One in several records is read as far as the first one goes.
 - QUIC: versions 1 and 2 and the drafts 23 to 34. A client's Initial packets are decrypted, at most 10,000 a second, and
   their CRYPTO frames put together in any order, over several datagrams too, within the same bounds.
 - DNS, over UDP and TCP to or from ports 53, 5353 and 5355: name and type of the first question.

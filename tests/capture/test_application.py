@@ -62,8 +62,8 @@ def test_four_client_hellos_in_many_segments_are_put_together_beside_one_another
             for at in range(0, len(hellos[-1]), 536)
             for number, hello in enumerate(hellos)
         ]
-        found_whole = [one for one in look(*frames) if one and not one["partial"]]
-        assert sorted(found_whole, key=str) == sorted((found("tls", server_name=name) for name in names), key=str)
+        whole = [one for one in look(*frames) if one and not one["partial"]]
+        assert whole == [found("tls", server_name=name) for name in names]
 
 
 def test_of_more_client_hellos_than_a_set_of_places_has_the_longest_waiting_gives_way() -> None:

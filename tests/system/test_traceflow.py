@@ -19,13 +19,12 @@ from typing import Any
 
 import pytest
 from support.captures import write_capture
-from support.equations import imbalances
 from support.identities import Traffic, conclude
 from support.judges import capinfos, packet_count, packets
 from support.lab import TESTS_DIRECTORY, Lab, requires_root, requires_tool, wait_until
 from support.service import APPLIANCE, Service, refused
 
-from appliance.monitor.view import Snapshot, TraceflowView
+from appliance.monitor.view import TraceflowView
 
 pytestmark = [requires_root, requires_tool("capinfos", "tshark")]
 
@@ -75,19 +74,6 @@ def traceflow(service: Service) -> TraceflowView:
     return found
 
 
-def wait_for_rest(service: Service) -> Snapshot:
-    """Until every packet that was recorded is accounted for in the traces too; the snapshot of that moment: in the
-    next one the kernel may have asked for an address again."""
-    last: list[Snapshot] = []
-
-    def is_at_rest() -> bool:
-        last[:] = [service.snapshot()]
-        return not imbalances(last[0])
-
-    service.wait_until(is_at_rest, "the identities hold")
-    return last[0]
-
-
 def index(service: Service) -> list[dict[str, Any]]:
     """All lines of all indexes."""
     paths = sorted((service.directory / "traces" / "ready").glob("flows-*.jsonl"))
@@ -127,7 +113,7 @@ def test_live_flows_are_those_of_tshark_and_of_the_recorded_file(
     settings = {"enabled": True, "bidirectional": bidirectional}
     service = Service(lab, directory, [{"uri": "ring:a"}], output=PLAIN, traceflow=settings)
     talk.connect(60, resets=20)
-    last = wait_for_rest(service)
+    last = service.wait_at_rest({})
     view = last.traceflow
     assert view is not None
     assert view.observed_packets == last.interfaces[0].written_packets
@@ -171,7 +157,7 @@ def test_a_killed_worker_under_traffic_costs_no_recorded_packet_and_its_flows_ar
     service.wait_for_start("traceflow", killed)
     talk.connect(20)
     traffic.stop(sender)
-    last = wait_for_rest(service)
+    last = service.wait_at_rest({})
     view = last.traceflow
     assert view is not None
     views = {row.label: row for row in last.interfaces}
@@ -246,7 +232,7 @@ def test_retention_keeps_the_newest_flows_and_a_long_one_is_cut(lab: Lab, direct
     service.wait_until(lambda: traceflow(service).stored_files <= 8, "the oldest are gone")
     talk.connect(1, octets=200_000)
     service.wait_until(lambda: traceflow(service).published_files == 22, "the long one too")
-    view = wait_for_rest(service).traceflow
+    view = service.wait_at_rest({}).traceflow
     assert view is not None
     assert view.expired_files >= 14
     assert view.left_out["cut"] > 0
@@ -271,7 +257,7 @@ def test_textual_formats_and_a_choice_of_interfaces(lab: Lab, directory: Path) -
     service = Service(lab, directory, [{"uri": "ring:a"}, {"uri": "ring:b"}], output=PLAIN, traceflow=settings)
     traffic.send(500)
     talk.connect(3)
-    last = wait_for_rest(service)
+    last = service.wait_at_rest({})
     assert last.traceflow is not None
     assert last.traceflow.tapped_packets == next(row.written_packets for row in last.interfaces if row.label == "a")
     assert service.stop() == 0, service.log
@@ -292,7 +278,7 @@ def test_two_outputs_of_recorded_files_are_traced_as_one_stream(lab: Lab, direct
     first.mkdir()
     live = Service(lab, first, [{"uri": "ring:a"}], output=PLAIN)
     talk.connect(10)
-    wait_for_rest(live)
+    live.wait_at_rest({})
     assert live.stop() == 0
     (recorded,) = live.ready()
     outputs = [{"name": name, "directory": str(directory / name)} | PLAIN for name in ("one", "two")]
@@ -362,7 +348,7 @@ def test_a_killed_merge_takes_no_flow_with_it_and_every_identity_holds(lab: Lab,
     service.wait_for_start("merge/main", killed)
     talk.connect(10)
     traffic.stop(sender)
-    last = wait_for_rest(service)
+    last = service.wait_at_rest({})
     view = last.traceflow
     assert view is not None
     assert (view.missed_packets, view.lost_unclean_packets) == (0, 0)
@@ -388,7 +374,7 @@ def test_live_outputs_are_traced_together_in_the_order_of_time(lab: Lab, directo
     )
     talk.connect(8)
     service.wait_until(lambda: traceflow(service).published_files == 8, "the idle output holds nothing back for long")
-    last = wait_for_rest(service)
+    last = service.wait_at_rest({})
     assert last.traceflow is not None
     assert last.traceflow.late_packets == 0
     assert service.stop() == 0, service.log
@@ -406,7 +392,7 @@ def test_every_count_is_a_metric_that_promtool_takes(lab: Lab, directory: Path) 
         monitor={"listen": "127.0.0.1:9751"},
     )
     talk.connect(3)
-    wait_for_rest(service)
+    service.wait_at_rest({})
     fetch = (
         "import sys, urllib.request as u; sys.stdout.write(u.urlopen('http://127.0.0.1:9751/metrics').read().decode())"
     )
