@@ -113,7 +113,7 @@ cdef class Merge:
     cdef uint64_t begun_ns
     cdef uint64_t start_grace_ns
 
-    cdef void leave_out_standstill(self) noexcept nogil
+    cdef uint64_t clock_ns(self) noexcept nogil
     cdef uint64_t now_ns(self) noexcept nogil
     cdef void refresh_all(self) noexcept nogil
     cdef bint refresh(self, merge_source *source, uint64_t now) noexcept nogil

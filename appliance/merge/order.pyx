@@ -31,6 +31,7 @@ SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF, SINK_RECORDS = 
 
 cdef enum:
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
+    SHORTEST_STANDSTILL_NS = 2000000  # a sleep of a ms may take that long
 
 # Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
 cdef uint32_t UNMAPPED = 0xFFFFFFFF
@@ -107,24 +108,24 @@ cdef class Merge:
             status = self.run()
         return status
 
-    cdef uint64_t now_ns(self) noexcept nogil:
-        """The clock of the holding times."""
-        self.looked_ns = monotonic_ns()
-        return self.looked_ns - self.stood_still_ns + <uint64_t>self.clock_offset_ns
+    cdef uint64_t clock_ns(self) noexcept nogil:
+        return monotonic_ns() + <uint64_t>self.clock_offset_ns
 
-    cdef void leave_out_standstill(self) noexcept nogil:
-        """A time in which nothing was done here counts as half of max_wait at most: where we could not run, neither
-        could the sources' workers, perhaps, and none of them was silent. While records are held, looks are at most a
-        quarter of max_wait apart."""
-        cdef uint64_t passed_ns = monotonic_ns() - self.looked_ns
-        if passed_ns > self.max_wait_ns / 2:
-            self.stood_still_ns += passed_ns - self.max_wait_ns / 2
+    cdef uint64_t now_ns(self) noexcept nogil:
+        """The clock of the holding times. Of a time in which nothing was done here a quarter of max_wait counts at most:
+        where we could not run, neither could the sources' workers, perhaps, and none of them was silent. While records
+        are held, looks at this clock are that far apart at most. A host takes a CPU away between any two of them."""
+        cdef uint64_t now = monotonic_ns()
+        cdef uint64_t counted_ns = max(self.max_wait_ns / 4, SHORTEST_STANDSTILL_NS)
+        if now - self.looked_ns > counted_ns:
+            self.stood_still_ns += now - self.looked_ns - counted_ns
+        self.looked_ns = now
+        return now - self.stood_still_ns + <uint64_t>self.clock_offset_ns
 
     cdef void refresh_all(self) noexcept nogil:
         """Notes what arrived everywhere, so that holding times and fill levels are right."""
         cdef uint32_t i
         cdef uint64_t now
-        self.leave_out_standstill()
         now = self.now_ns()
         self.crowded = False
         for i in range(self.source_count):
@@ -695,7 +696,7 @@ cdef class Merge:
         Returns how many sources hold records up.
         """
         cdef uint32_t i, best = 0
-        cdef uint64_t now = self.now_ns()
+        cdef uint64_t now = self.clock_ns()
         cdef uint32_t holding = 0
         cdef merge_source *source
         cdef bint waiting = self.pick(&best)
@@ -737,7 +738,7 @@ cdef class Merge:
     cdef void ask_all(self) noexcept nogil:
         """Asks every empty live source: the stream's time must move although no packet comes."""
         cdef uint32_t i
-        cdef uint64_t now = self.now_ns()
+        cdef uint64_t now = self.clock_ns()
         for i in range(self.source_count):
             if self.sources[i].live and self.sources[i].state == IS_EMPTY:
                 self.ask(i, now)

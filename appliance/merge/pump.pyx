@@ -172,7 +172,7 @@ cdef class Pump:
             timeout_ms = self.quarter_of_max_wait()
         hold_ms = self.merge.hold_left_ms()
         if hold_ms >= 0:
-            timeout_ms = min(timeout_ms, max(<int64_t>1, hold_ms))
+            timeout_ms = min(timeout_ms, max(<int64_t>1, hold_ms), self.quarter_of_max_wait())
         if self.live and not self.merge.held and self.merge.boundary_ns != UINT64_MAX:
             timeout_ms = min(timeout_ms, self.until_boundary_ms())
         return self.sleep_for(<int>min(timeout_ms, <int64_t>HEARTBEAT_MS))
