@@ -52,8 +52,9 @@ class Span:
 class Pace:
     """Watches `cpus` from `__enter__` to `__exit__`, by the CPU time in ns that `work_ns` says it took.
 
-    `measured`: measurements so far; `repeated`: those that were thrown away; `hindered`: those that were kept although
-    every try was slowed.
+    `measured`: measurements so far; `repeated`: those that were thrown away, of all together not many more than were
+    kept: a host that is always busy makes a benchmark twice as long, not endless. `hindered`: those that were kept
+    although every try was slowed.
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class Pace:
             thread.join()
 
     def steadiest(self, measure: Callable[[Span], T], cpus: Iterable[int] | None = None) -> T:
-        """What `measure` found while these CPUs (all of them) went at their pace; after TRIES without that, what it
-        found when they were slowed least. The part that matters is to run inside of the span that it is given."""
+        """What `measure` found while these CPUs (all of them) went at their pace; after TRIES without that, or fewer if
+        too much was thrown away before, what it found when they were slowed least. The part that matters is to run
+        inside of the span that it is given."""
         watched = list(self._samples if cpus is None else cpus)
         found: list[tuple[float, T]] = []
-        while not found or (found[-1][0] > HINDERED and len(found) < TRIES):
+        tries = min(TRIES, TRIES + self.measured - self.repeated)
+        while not found or (found[-1][0] > HINDERED and len(found) < tries):
             span = Span(self._samples)
             value = measure(span)
             found.append((max((self.slowness(cpu, span) for cpu in watched), default=0.0), value))
@@ -110,7 +113,7 @@ class Pace:
             return ""
         return (
             f"{self.measured} measurements; {self.repeated} more were thrown away because the host slowed a CPU "
-            f"meanwhile, {self.hindered} were kept although it did so {TRIES} times"
+            f"meanwhile, {self.hindered} were kept although it did so each time"
         )
 
     def _watch(self, cpu: int, samples: list[int]) -> None:

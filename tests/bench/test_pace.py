@@ -71,6 +71,15 @@ def test_of_nothing_but_slowed_ones_the_least_slowed_is_kept_and_said() -> None:
     assert "1 were kept" in pace.text
 
 
+def test_on_a_host_that_is_always_busy_no_more_than_was_kept_is_thrown_away() -> None:
+    machine = Machine()
+    with machine.watched() as pace:
+        for _ in range(6):
+            measured(pace, machine, [20] * TRIES)
+    assert (pace.measured, pace.hindered) == (6, 6)
+    assert pace.repeated <= TRIES - 1 + pace.measured
+
+
 def test_slowness_outside_of_the_span_does_not_matter() -> None:
     machine = Machine()
 
