@@ -112,7 +112,7 @@ cdef class Merge:
         return monotonic_ns() + <uint64_t>self.clock_offset_ns
 
     cdef uint64_t now_ns(self) noexcept nogil:
-        """The clock of the holding times. Of a time in which nothing was done here a quarter of max_wait counts at most:
+        """The clock of the holding times. A time in which nothing was done here counts as max_wait / 4 at most:
         where we could not run, neither could the sources' workers, perhaps, and none of them was silent. While records
         are held, looks at this clock are that far apart at most. A host takes a CPU away between any two of them."""
         cdef uint64_t now = monotonic_ns()
