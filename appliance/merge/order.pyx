@@ -125,8 +125,7 @@ cdef class Merge:
     cdef void refresh_all(self) noexcept nogil:
         """Notes what arrived everywhere, so that holding times and fill levels are right."""
         cdef uint32_t i
-        cdef uint64_t now
-        now = self.now_ns()
+        cdef uint64_t now = self.now_ns()
         self.crowded = False
         for i in range(self.source_count):
             if self.sources[i].state != IS_ENDED:
