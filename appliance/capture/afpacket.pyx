@@ -206,6 +206,7 @@ cdef class LiveCapture:
     cdef uint64_t ignored[IGNORED_COUNTS]  # by the parser, of the packet at hand; else zero
     cdef PortTap port               # None: the interface has no port capture
     cdef Gate gate                  # None: everything is recorded
+    cdef bint only_records          # neither meter nor gate look at the packets
 
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
@@ -248,6 +249,7 @@ cdef class LiveCapture:
         if self.start_arrival == NULL or self.end_arrival == NULL:
             raise MemoryError
         self.gate = gate
+        self.only_records = digests is None and gate is None
         self.port = port
         if port is not None:
             port.attach(socket_serial, linktype)
@@ -529,67 +531,88 @@ cdef class LiveCapture:
 
     # ---- a packet ----
 
-    cdef void take(self, tpacket3_hdr *packet) noexcept nogil:
+    cdef inline void take(self, tpacket3_hdr *packet) noexcept nogil:
         cdef sockaddr_ll *link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
         cdef uint64_t stamp = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
-        cdef tail_entry *entry = self.tail.add(stamp)
+        cdef tail_entry *entry = tail_add(self.tail, stamp)
+        cdef uint32_t inserted
+        cdef uint8_t *room
         if entry == NULL:
             self.publish(UINT64_MAX)
-            entry = self.tail.add(stamp)
+            entry = tail_add(self.tail, stamp)
         self.arrivals += 1
         if link.sll_ifindex != self.ifindex:
             entry.flags |= ENTRY_FOREIGN
             return
-        self.copy(packet, link, stamp, entry)
+        inserted = self.inserted_bytes(packet)
+        room = self.copy(packet, link, stamp, inserted, entry)
+        if self.only_records or self.digest_and_gate(packet, link, room, stamp, inserted, entry):
+            ring_advance(&self.records.view, entry.record_bytes)
 
-    cdef void copy(self, tpacket3_hdr *packet, sockaddr_ll *link, uint64_t stamp, tail_entry *entry) noexcept nogil:
-        """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3), the VLAN tag back in its place."""
-        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
-        cdef uint32_t captured = packet.tp_snaplen
-        cdef uint32_t original = packet.tp_len
-        cdef uint32_t inserted = 0
-        cdef uint32_t padded, length
-        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
-        cdef uint8_t *room
+    cdef inline uint32_t inserted_bytes(self, tpacket3_hdr *packet) noexcept nogil:
+        """What the kernel keeps apart from the data, and belongs there."""
         if self.cooked:
-            inserted = SLL2_HEADER_BYTES
-        elif packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and captured >= 12:
-            inserted = VLAN_TAG_BYTES
-        original += inserted
-        captured += inserted
-        if captured > self.snaplen:
-            captured = self.snaplen
+            return SLL2_HEADER_BYTES
+        if packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and packet.tp_snaplen >= 12:
+            return VLAN_TAG_BYTES
+        return 0
+
+    cdef inline uint8_t *copy(self, tpacket3_hdr *packet, sockaddr_ll *link, uint64_t stamp, uint32_t inserted,
+                              tail_entry *entry) noexcept nogil:
+        """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3), the VLAN tag back in its place. NULL: the
+        ring is full."""
+        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
+        cdef uint32_t original = packet.tp_len + inserted
+        cdef uint32_t captured = min(packet.tp_snaplen + inserted, self.snaplen)
+        cdef uint32_t padded = (captured + 3) & ~<uint32_t>3
+        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
+        cdef uint32_t length = RECORD_PACKET_MIN + padded + (OUTBOUND_OPTION_BYTES if outbound else 0)
+        cdef uint8_t *room
         entry.original_length = original
         entry.captured_length = captured
-        padded = (captured + 3) & ~<uint32_t>3
-        length = RECORD_PACKET_MIN + padded + (OUTBOUND_OPTION_BYTES if outbound else 0)
         room = ring_reserve(&self.records.view, length)
         if room == NULL:
             entry.flags |= ENTRY_RING_DROPPED
-            self.digest(data, packet, inserted, stamp, outbound, entry)
-            return
+            return NULL
+        # The padding: the last word of the data is cleared, and then copied over. Of no data it is the original length.
+        record_set_u32(room + RECORD_PACKET_DATA + padded - 4, 0)
+        if inserted:
+            self.copy_inserting(room + RECORD_PACKET_DATA, data, captured, inserted, packet, link)
+        else:
+            record_copy(room + RECORD_PACKET_DATA, data, captured)
         record_set_u32(room + 20, captured)
         record_set_u32(room + 24, original)
-        self.copy_data(room + RECORD_PACKET_DATA, data, captured, inserted, packet, link)
-        memset(room + RECORD_PACKET_DATA + captured, 0, padded - captured)
         if outbound:
-            record_set_u32(room + RECORD_PACKET_DATA + padded, 2 | (4 << 16))  # epb_flags, 4 octets
-            record_set_u32(room + RECORD_PACKET_DATA + padded + 4, 2)  # outbound
-            record_set_u32(room + RECORD_PACKET_DATA + padded + 8, 0)  # opt_endofopt
+            self.put_outbound_option(room + RECORD_PACKET_DATA + padded)
         record_set_prefix(room, RECORD_PACKET, length, self.interface, stamp)
         entry.record_bytes = length
-        if self.digests is not None:
-            self.digest_at(data if inserted == 0 else room + RECORD_PACKET_DATA, captured, original, packet.tp_status,
-                           stamp, outbound, entry)
-        if self.gate is not None and not self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound):
-            return
-        ring_advance(&self.records.view, length)
+        return room
 
-    cdef inline void copy_data(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
-                               tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
-        if inserted == 0:
-            memcpy(target, data, captured)
-        elif self.cooked:
+    cdef bint digest_and_gate(self, tpacket3_hdr *packet, sockaddr_ll *link, uint8_t *room, uint64_t stamp,
+                              uint32_t inserted, tail_entry *entry) noexcept nogil:
+        """What looks into the packet. `room`: its record; NULL: our ring is full. The meter, whose ring is not, counts
+        it all the same, from the kernel's own bytes. Returns whether the record stays."""
+        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
+        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
+        if inserted and room != NULL:
+            data = room + RECORD_PACKET_DATA
+        if self.digests is not None and inserted and room == NULL:
+            entry.flags |= ENTRY_DIGEST_DROPPED
+        elif self.digests is not None:
+            self.digest_at(data, packet.tp_status, stamp, outbound, entry)
+        if room == NULL or self.gate is None:
+            return room != NULL
+        return self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound)
+
+    cdef void put_outbound_option(self, uint8_t *options) noexcept nogil:
+        record_set_u32(options, 2 | (4 << 16))  # epb_flags, 4 octets
+        record_set_u32(options + 4, 2)  # outbound
+        record_set_u32(options + 8, 0)  # opt_endofopt
+
+    cdef void copy_inserting(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
+                             tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
+        """With the `inserted` octets that the kernel keeps apart: a cooked header in front, or a VLAN tag."""
+        if self.cooked:
             self.put_sll2_header(target, link)
             if captured > SLL2_HEADER_BYTES:
                 memcpy(target + SLL2_HEADER_BYTES, data, captured - SLL2_HEADER_BYTES)
@@ -599,7 +622,7 @@ cdef class LiveCapture:
             if captured > 16:
                 memcpy(target + 16, data + 12, captured - 16)
 
-    cdef inline void put_vlan_tag(self, uint8_t *target, tpacket3_hdr *packet) noexcept nogil:
+    cdef void put_vlan_tag(self, uint8_t *target, tpacket3_hdr *packet) noexcept nogil:
         cdef uint16_t tpid = 0x8100
         if packet.tp_status & TP_STATUS_VLAN_TPID_VALID:
             tpid = packet.hv1.tp_vlan_tpid
@@ -608,7 +631,7 @@ cdef class LiveCapture:
         target[2] = <uint8_t>(packet.hv1.tp_vlan_tci >> 8)
         target[3] = <uint8_t>packet.hv1.tp_vlan_tci
 
-    cdef inline void put_sll2_header(self, uint8_t *target, sockaddr_ll *link) noexcept nogil:
+    cdef void put_sll2_header(self, uint8_t *target, sockaddr_ll *link) noexcept nogil:
         """LINKTYPE_LINUX_SLL2: protocol, reserved, interface, ARPHRD, packet type, address; in network order."""
         memset(target, 0, SLL2_HEADER_BYTES)
         memcpy(target, &link.sll_protocol, 2)
@@ -622,16 +645,10 @@ cdef class LiveCapture:
         target[11] = link.sll_halen if link.sll_halen <= 8 else 8
         memcpy(target + 12, link.sll_addr, target[11])
 
-    cdef void digest(self, const uint8_t *data, tpacket3_hdr *packet, uint32_t inserted, uint64_t stamp,
-                     bint outbound, tail_entry *entry) noexcept nogil:
-        """Our ring is full, the meter's is not: it still counts the packet, from the kernel's own bytes."""
-        if self.digests is not None and inserted == 0:
-            self.digest_at(data, entry.captured_length, entry.original_length, packet.tp_status, stamp, outbound, entry)
-        elif self.digests is not None:
-            entry.flags |= ENTRY_DIGEST_DROPPED
-
-    cdef inline void digest_at(self, const uint8_t *data, uint32_t captured, uint32_t original, uint32_t status,
-                               uint64_t stamp, bint outbound, tail_entry *entry) noexcept nogil:
+    cdef void digest_at(self, const uint8_t *data, uint32_t status, uint64_t stamp, bint outbound,
+                        tail_entry *entry) noexcept nogil:
+        cdef uint32_t captured = entry.captured_length
+        cdef uint32_t original = entry.original_length
         cdef uint32_t length, i
         cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
@@ -694,13 +711,9 @@ cdef class LiveCapture:
     cdef void show_packet(self, tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
         """As `copy` would write it: with its tag or cooked header, cut to the snaplen."""
         cdef packet_view view
-        cdef uint32_t inserted = 0
+        cdef uint32_t inserted = self.inserted_bytes(packet)
         if link.sll_ifindex != self.ifindex:
             return
-        if self.cooked:
-            inserted = SLL2_HEADER_BYTES
-        elif packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and packet.tp_snaplen >= 12:
-            inserted = VLAN_TAG_BYTES
         view.data = <uint8_t *>packet + packet.tp_mac
         view.captured_length = min(packet.tp_snaplen + inserted, self.snaplen)
         view.original_length = packet.tp_len + inserted
@@ -708,7 +721,7 @@ cdef class LiveCapture:
         view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
         view.outgoing = link.sll_pkttype == PACKET_OUTGOING
         if inserted:
-            self.copy_data(self.port.scratch, view.data, view.captured_length, inserted, packet, link)
+            self.copy_inserting(self.port.scratch, view.data, view.captured_length, inserted, packet, link)
             view.data = self.port.scratch
         self.port.offer(&view)
 
@@ -863,7 +876,7 @@ cdef class LiveCapture:
         cdef uint8_t *room = ring_reserve(&self.records.view, RECORD_COUNTERS_BYTES)
         if room == NULL:
             return
-        entry = self.tail.add(self.tail.newest_ns)
+        entry = tail_add(self.tail, self.tail.newest_ns)
         if entry == NULL:
             return
         words[0] = self.page[self.received_index]

@@ -1,4 +1,6 @@
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+cimport cython
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from appliance.ring.layout cimport ring_view
 
@@ -15,10 +17,10 @@ cdef enum:
 cdef struct tail_entry:
     uint64_t timestamp_ns
     uint32_t record_bytes
-    uint32_t digest_bytes
     uint32_t captured_length
     uint32_t original_length
-    uint32_t flags
+    uint16_t digest_bytes
+    uint16_t flags
 
 cdef struct sort_key:  # an entry, and where its bytes lie in the two rings' unpublished parts
     uint64_t timestamp_ns
@@ -26,6 +28,8 @@ cdef struct sort_key:  # an entry, and where its bytes lie in the two rings' unp
     uint64_t digest_offset
     uint32_t arrival
 
+
+@cython.final
 cdef class ReorderTail:
     cdef tail_entry *entries
     cdef tail_entry *sorted_entries
@@ -37,7 +41,6 @@ cdef class ReorderTail:
     cdef uint64_t newest_ns
     cdef uint64_t published_ns
     cdef readonly uint64_t reordered
-    cdef tail_entry *add(self, uint64_t timestamp_ns) noexcept nogil
     cdef uint32_t cut(self, uint64_t boundary_ns, uint64_t *watermark_ns) noexcept nogil
     cdef int sort(self, uint32_t cut, ring_view *records, ring_view *digests) noexcept nogil
     cdef int room_for(self, uint64_t wanted) noexcept nogil
@@ -45,3 +48,21 @@ cdef class ReorderTail:
                       bint digests) noexcept nogil
     cdef void drop(self, uint32_t cut) noexcept nogil
     cdef void forget_time(self) noexcept nogil
+
+
+cdef inline tail_entry *tail_add(ReorderTail tail, uint64_t timestamp_ns) noexcept nogil:
+    """The next entry, its lengths and flags zero; NULL when the tail is full."""
+    cdef tail_entry *entry
+    if tail.count == tail.capacity:
+        return NULL
+    entry = &tail.entries[tail.count]
+    tail.count += 1
+    memset(entry, 0, sizeof(tail_entry))
+    entry.timestamp_ns = timestamp_ns
+    if timestamp_ns >= tail.newest_ns:
+        tail.newest_ns = timestamp_ns
+    else:
+        tail.disordered = True
+        if timestamp_ns < tail.published_ns:
+            entry.flags = ENTRY_LATE
+    return entry

@@ -36,27 +36,6 @@ cdef class ReorderTail:
         free(self.sorted_entries)
         free(self.scratch)
 
-    cdef tail_entry *add(self, uint64_t timestamp_ns) noexcept nogil:
-        """The next entry, its lengths and flags zero; NULL when the tail is full."""
-        cdef tail_entry *entry
-        if self.count == self.capacity:
-            return NULL
-        entry = &self.entries[self.count]
-        self.count += 1
-        entry.timestamp_ns = timestamp_ns
-        entry.record_bytes = 0
-        entry.digest_bytes = 0
-        entry.captured_length = 0
-        entry.original_length = 0
-        entry.flags = 0
-        if timestamp_ns >= self.newest_ns:
-            self.newest_ns = timestamp_ns
-        else:
-            self.disordered = True
-            if timestamp_ns < self.published_ns:
-                entry.flags = ENTRY_LATE
-        return entry
-
     cdef uint32_t cut(self, uint64_t boundary_ns, uint64_t *watermark_ns) noexcept nogil:
         """How many entries may be published so that nothing left is older; the promise that can be made then."""
         cdef uint32_t i, low, high
@@ -189,7 +168,7 @@ cdef class ReorderTail:
             return False
         if not records.push(record):
             return False
-        entry = self.add(timestamp_ns)
+        entry = tail_add(self, timestamp_ns)
         entry.record_bytes = record.shape[0]
         if digests is not None and digest.shape[0] and digests.push(digest):
             entry.digest_bytes = digest.shape[0]

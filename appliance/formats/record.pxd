@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from appliance.ring.layout cimport RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN
-from appliance.ring.layout cimport record_set_prefix, record_set_u32, record_timestamp_ns, record_u32
+from appliance.ring.layout cimport record_copy, record_set_prefix, record_set_u32, record_timestamp_ns, record_u32
 
 cdef enum:
     NS_PER_S = 1000000000
@@ -37,7 +37,7 @@ cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timesta
                       <uint64_t> timestamp_ns)
     record_set_u32(out + 20, captured)
     record_set_u32(out + 24, original)
-    memcpy(out + RECORD_PACKET_DATA, packet, captured)
+    record_copy(out + RECORD_PACKET_DATA, packet, captured)
 
 
 cdef inline size_t pcap_packet_at(uint8_t *out, uint64_t timestamp_ns, uint32_t captured, uint32_t original,
@@ -47,15 +47,12 @@ cdef inline size_t pcap_packet_at(uint8_t *out, uint64_t timestamp_ns, uint32_t 
     Seconds beyond 2106 do not fit into the format and become 2^32 - 1.
     """
     cdef uint64_t seconds = timestamp_ns // NS_PER_S
-    cdef uint32_t header[4]
-    header[1] = <uint32_t> (timestamp_ns - seconds * NS_PER_S)
-    if not nanoseconds:
-        header[1] //= 1000
-    header[0] = <uint32_t> seconds if seconds <= 0xFFFFFFFFU else 0xFFFFFFFFU
-    header[2] = captured
-    header[3] = original
-    memcpy(out, header, PCAP_PACKET_HEADER_BYTES)
-    memcpy(out + PCAP_PACKET_HEADER_BYTES, packet, captured)
+    cdef uint32_t fraction = <uint32_t> (timestamp_ns - seconds * NS_PER_S)
+    record_set_u32(out, <uint32_t> seconds if seconds <= 0xFFFFFFFFU else 0xFFFFFFFFU)
+    record_set_u32(out + 4, fraction if nanoseconds else fraction // 1000)
+    record_set_u32(out + 8, captured)
+    record_set_u32(out + 12, original)
+    record_copy(out + PCAP_PACKET_HEADER_BYTES, packet, captured)
     return PCAP_PACKET_HEADER_BYTES + captured
 
 

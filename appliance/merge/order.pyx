@@ -475,42 +475,67 @@ cdef class Merge:
                       uint64_t limit_position) noexcept nogil:
         """Records of one source up to a time and a position. IDLE: the source has a record that is younger (its state
         and `next_ns` say so), or it has to be looked at."""
+        # What is counted here goes into `self` at the end: as far as a compiler knows, each store of a packet's bytes
+        # might change that.
         cdef ring_view *view = source.view
+        cdef uint64_t position = view.position
+        cdef uint64_t other = view.other
+        cdef uint64_t bytes_left = self.bytes_left
+        cdef uint64_t out_bytes = self.out_bytes
+        cdef uint64_t packets = 0, records = 0
         cdef const uint8_t *record
-        cdef uint32_t length, cost
+        cdef uint32_t length, cost, written
         cdef uint64_t stamp
-        while view.position < limit_position:
-            record = ring_at(view, view.position)
-            length = record_check(record, view.other - view.position)
-            if length == 0:
-                self.give_up(source)
-                break
-            if not self.is_wanted(record_u32(record), length):
+        cdef int status = S_IDLE
+        source.state = IS_EMPTY  # as far as is known here
+        while position < limit_position:
+            record = ring_at(view, position)
+            length = record_check(record, other - position)
+            if length == 0 or not self.is_wanted(record_u32(record), length):
                 break  # look() knows what to do with it
             stamp = record_timestamp_ns(record)
-            if stamp > limit_ns:
-                source.next_ns = stamp
-                return S_IDLE
             source.next_ns = stamp
-            if self.boundary_ns <= stamp < self.horizon_ns:
-                return S_BOUNDARY
-            if self.packets_left == 0 and self.segment_packets:
-                return S_LIMIT
+            if stamp > limit_ns:
+                source.state = HAS_RECORD
+                break
             cost = self.cost(record, length)
-            if self.bytes_left < cost and self.segment_packets:
-                return S_LIMIT
-            if self.out_bytes >= self.out_capacity:
-                return S_FULL
+            status = self.stop_before(stamp, packets, bytes_left < cost, out_bytes)
+            if status != S_IDLE:
+                source.state = HAS_RECORD
+                break
             if stamp > self.promised_ns:
                 self.forced += 1
-            if self.emit(source, index, record, length, stamp):
-                self.packets_left -= 1 if self.packets_left else 0
-                self.bytes_left -= cost if cost < self.bytes_left else self.bytes_left
-            view.position += length
-        source.state = IS_EMPTY  # as far as is known here
+            written = self.emit(source, index, record, length, stamp, self.out + out_bytes)
+            if written:
+                self.note_time(source, stamp, packets)
+                packets += 1
+                out_bytes += written
+                bytes_left -= cost if cost < bytes_left else bytes_left
+            records += 1
+            position += length
+        view.position = position
+        source.consumed += records
+        source.pending_packets += packets
+        self.bytes_left = bytes_left
+        self.packets_left -= packets if packets < self.packets_left else self.packets_left
+        self.segment_packets += packets
+        self.out_packets += packets
+        self.out_bytes = out_bytes
+        return status
+
+    cdef inline int stop_before(self, uint64_t stamp, uint64_t packets, bint exceeds_bytes,
+                                uint64_t out_bytes) noexcept nogil:
+        """Why the next record does not go into this segment, or into this batch; `packets` went since it was said how
+        many may."""
+        if self.boundary_ns <= stamp < self.horizon_ns:
+            return S_BOUNDARY
+        if (packets >= self.packets_left or exceeds_bytes) and self.segment_packets + packets:
+            return S_LIMIT
+        if out_bytes >= self.out_capacity:
+            return S_FULL
         return S_IDLE
 
-    cdef uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
+    cdef inline uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
         """What a packet takes of `bytes_left`."""
         if self.count_captured_bytes:
             return record_u32(record + 20)
@@ -520,54 +545,46 @@ cdef class Merge:
             return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES + record_u32(record + 20)
         return length
 
-    cdef bint emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
-                   uint64_t stamp) noexcept nogil:
-        """False: it was dropped, because it is damaged or its interface has no number in the output."""
-        cdef uint8_t *target = self.out + self.out_bytes
-        cdef uint32_t interface, captured, number
-        cdef size_t written
-        source.consumed += 1
-        if self.sink == TO_DIGESTS and length == PLAIN_DIGEST_BYTES:
-            expand_plain(<const plain_digest *>record, index, <digest *>target)
-            self.out_bytes += DIGEST_MIN_BYTES
-        elif self.sink == TO_DIGESTS:
-            self.copy_record(target, record, RECORD_DIGEST, length, index)
-        elif self.sink == TO_RECORDS:
-            captured = record_u32(record + 20)
-            if captured > length - RECORD_PACKET_MIN:
+    cdef inline uint32_t emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
+                              uint64_t stamp, uint8_t *target) noexcept nogil:
+        """The bytes written. 0: it was dropped, because it is damaged or its interface has no number in the output."""
+        cdef uint32_t interface, captured, written
+        if self.sink == TO_DIGESTS:
+            return self.emit_digest(index, record, length, target)
+        interface = record_u32(record + 8)
+        captured = record_u32(record + 20)
+        if captured > length - RECORD_PACKET_MIN or (self.sink != TO_RECORDS and (
+                interface >= source.interface_count or source.interface_map[interface] == UNMAPPED)):
+            source.dropped += 1
+            return 0
+        if self.sink == TO_PCAP_NS or self.sink == TO_PCAP_US:
+            written = <uint32_t>pcap_packet_at(target, stamp, captured, record_u32(record + 24),
+                                               record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)
+        elif self.sink == TO_ERF:
+            written = self.emit_erf(source.interface_map[interface], record, captured, stamp, target)
+            if written == 0:
                 source.dropped += 1
-                return False
-            self.copy_record(target, record, RECORD_PACKET, length, record_u32(record + 8))
-            record_set_u32(target + 20, captured)
+                return 0
         else:
-            interface = record_u32(record + 8)
-            captured = record_u32(record + 20)
-            if (interface >= source.interface_count or source.interface_map[interface] == UNMAPPED
-                    or captured > length - RECORD_PACKET_MIN):
-                source.dropped += 1
-                return False
-            if self.sink == TO_PCAPNG:
-                self.copy_record(target, record, RECORD_PACKET, length, source.interface_map[interface])
-                record_set_u32(target + 20, captured)
-            elif self.sink == TO_ERF:
-                number = source.interface_map[interface]
-                written = erf_packet_at(target, number, number >> 8, stamp, captured, record_u32(record + 24),
-                                        record + RECORD_PACKET_DATA)
-                if written == 0:
-                    source.dropped += 1
-                    return False
-                self.out_bytes += written
-            else:
-                self.out_bytes += pcap_packet_at(target, stamp, captured, record_u32(record + 24),
-                                                 record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)
-            source.pending_bytes += captured
-            if self.has_tap:
-                self.feed_tap(source, record, length, interface, captured)
-        self.out_packets += 1
-        self.segment_packets += 1
-        source.pending_packets += 1
-        self.note_time(source, stamp)
-        return True
+            written = self.copy_record(target, record, RECORD_PACKET, length,
+                                       interface if self.sink == TO_RECORDS else source.interface_map[interface])
+            record_set_u32(target + 20, captured)
+        source.pending_bytes += captured
+        if self.has_tap:
+            self.feed_tap(source, record, length, interface, captured)
+        return written
+
+    cdef uint32_t emit_digest(self, uint32_t index, const uint8_t *record, uint32_t length,
+                              uint8_t *target) noexcept nogil:
+        if length != PLAIN_DIGEST_BYTES:
+            return self.copy_record(target, record, RECORD_DIGEST, length, index)
+        expand_plain(<const plain_digest *>record, index, <digest *>target)
+        return DIGEST_MIN_BYTES
+
+    cdef uint32_t emit_erf(self, uint32_t number, const uint8_t *record, uint32_t captured, uint64_t stamp,
+                           uint8_t *target) noexcept nogil:
+        return <uint32_t>erf_packet_at(target, number, number >> 8, stamp, captured, record_u32(record + 24),
+                                       record + RECORD_PACKET_DATA)
 
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
                        uint32_t captured) noexcept nogil:
@@ -578,18 +595,19 @@ cdef class Merge:
         if self.has_tap:
             self.tap.publish(<int64_t>self.watermark_or_last())
 
-    cdef void copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
-                          uint32_t interface) noexcept nogil:
+    cdef inline uint32_t copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
+                                     uint32_t interface) noexcept nogil:
         """Type and lengths are written, not copied: they are what was checked."""
-        memcpy(target, record, length)
+        record_copy(target, record, length)
         record_set_u32(target, type)
         record_set_u32(target + 4, length)
         record_set_u32(target + 8, interface)
         record_set_u32(target + length - 4, length)
-        self.out_bytes += length
+        return length
 
-    cdef void note_time(self, merge_source *source, uint64_t stamp) noexcept nogil:
-        if self.out_packets == 1 or stamp < self.batch_first_ns:
+    cdef inline void note_time(self, merge_source *source, uint64_t stamp, uint64_t packets) noexcept nogil:
+        """Of a packet that was emitted, after `packets` others that are not counted yet."""
+        if self.out_packets + packets == 0 or stamp < self.batch_first_ns:
             self.batch_first_ns = stamp
         if stamp > self.batch_last_ns:
             self.batch_last_ns = stamp
@@ -597,13 +615,14 @@ cdef class Merge:
             if stamp <= self.horizon_ns:
                 self.last_ns = stamp
             return
+        self.note_late(source, self.last_ns - stamp)
+
+    cdef void note_late(self, merge_source *source, uint64_t late_ns) noexcept nogil:
         source.late += 1
         self.late += 1
         self.batch_late += 1
-        if self.last_ns - stamp > self.late_max_ns:
-            self.late_max_ns = self.last_ns - stamp
-        if self.last_ns - stamp > self.batch_late_max_ns:
-            self.batch_late_max_ns = self.last_ns - stamp
+        self.late_max_ns = max(self.late_max_ns, late_ns)
+        self.batch_late_max_ns = max(self.batch_late_max_ns, late_ns)
 
     # ---- what Python does between the calls ----
 

@@ -72,6 +72,7 @@ cdef extern from "ring.h" nogil:
     int ring_look(ring_view *view, int64_t *watermark_ns, uint32_t *ended)
     uint32_t record_u32(const uint8_t *at)
     void record_set_u32(uint8_t *at, uint32_t value)
+    void record_copy(uint8_t *to, const uint8_t *from_, uint32_t bytes)
     uint64_t record_timestamp_ns(const uint8_t *record)
     void record_set_prefix(uint8_t *record, uint32_t type, uint32_t length, uint32_t interface, uint64_t timestamp_ns)
     uint32_t record_check(const uint8_t *at, uint64_t available)

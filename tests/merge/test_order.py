@@ -39,7 +39,6 @@ from merge.rings import (
 
 from appliance.capture import headers
 from appliance.formats.encode import InterfaceDescription, interface_record
-from appliance.formats.record import pcap_packet
 from appliance.merge import order
 from appliance.ring.ring import Consumer, Producer
 
@@ -651,14 +650,26 @@ def test_pcapng_packets_keep_everything_but_their_interface_number(make: Make) -
     assert bytes(merge.output()) == entry[:8] + struct.pack("=I", 5) + entry[12:]
 
 
-@pytest.mark.parametrize(("sink", "nanoseconds"), [(order.SINK_PCAP_NS, True), (order.SINK_PCAP_US, False)])
-def test_pcap_packets_are_what_the_formats_own_encoder_makes(make: Make, sink: int, nanoseconds: bool) -> None:
+def test_pcapng_packets_of_any_length_go_out_octet_for_octet(make: Make) -> None:
     (source,) = sources = make(1)
-    merge = make_merge(sources, sink=sink)
-    entries = [packet(n * 1_234_567_891, bytes(range(n))) for n in range(60)]
+    merge = make_merge(sources)
+    entries = [packet(n, bytes(range(1, n + 1))) for n in range(200)]
     source.write(*entries)
     merge.fill()
-    assert bytes(merge.output()) == b"".join(pcap_packet(entry, nanoseconds) for entry in entries)
+    assert bytes(merge.output()) == b"".join(entries)
+
+
+@pytest.mark.parametrize(("sink", "unit_ns"), [(order.SINK_PCAP_NS, 1), (order.SINK_PCAP_US, 1000)])
+def test_pcap_packets_of_any_length_go_out_octet_for_octet(make: Make, sink: int, unit_ns: int) -> None:
+    (source,) = sources = make(1)
+    merge = make_merge(sources, sink=sink)
+    times = [n * 1_234_567_891 for n in range(200)]
+    source.write(*(packet(times[n], bytes(range(1, n + 1))) for n in range(200)))
+    merge.fill()
+    assert bytes(merge.output()) == b"".join(
+        struct.pack("<4I", times[n] // 10**9, times[n] % 10**9 // unit_ns, n, n) + bytes(range(1, n + 1))
+        for n in range(200)
+    )
 
 
 def test_digests_go_out_with_the_number_of_their_source(make: Make) -> None:

@@ -1,0 +1,68 @@
+"""What a live interface's capture makes of the kernel's blocks: here they lie in a file, and no interface is needed."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+from support.kernel_ring import BLOCK_BYTES, KernelRing
+
+from appliance.capture.afpacket import LiveCapture
+from appliance.counters import CAPTURE_FIELDS, CounterPages
+from appliance.ring.memory import allocate
+from appliance.ring.ring import Consumer, Producer, initialise
+
+RING_BYTES = 8 << 20
+GENERATION = 7
+IFINDEX = 3
+BEGIN_NS = 1_700_000_000_123_456_789
+PACKET = 6
+
+
+def captured(frame: bytes, *, snaplen: int = 262_144) -> tuple[list[bytes], int]:
+    """The packet records of one block that is full of this frame, and how many packets the block had."""
+    kernel = KernelRing(frame, 1, IFINDEX)
+    fd = allocate(RING_BYTES, "test")
+    try:
+        initialise(fd, RING_BYTES, GENERATION)
+        producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
+        page = CounterPages([("capture/a", CAPTURE_FIELDS)])["capture/a"]
+        capture = LiveCapture(
+            kernel.fd, BLOCK_BYTES, 1, producer, None, page,
+            socket_serial=1, linktype=1, cooked=False, snaplen=snaplen, ifindex=IFINDEX, reorder_us=0,
+        )  # fmt: skip
+        kernel.hand_over(BEGIN_NS)
+        assert capture.pump() == kernel.packets
+        consumer.refresh()
+        records = []
+        while (record := consumer.pop()) is not None:
+            records.append(record)
+        return [record for record in records if record[:4] == struct.pack("<I", PACKET)], kernel.packets
+    finally:
+        kernel.close()
+        os.close(fd)
+
+
+def packet_block(data: bytes, original: int, timestamp_ns: int) -> bytes:
+    """draft-ietf-opsawg-pcapng, section 4.3, by itself."""
+    padded = data + bytes(-len(data) % 4)
+    length = 32 + len(padded)
+    head = struct.pack("<7I", PACKET, length, 0, timestamp_ns >> 32, timestamp_ns & 0xFFFFFFFF, len(data), original)
+    return head + padded + struct.pack("<I", length)
+
+
+@pytest.mark.parametrize("size", [*range(1, 140), 255, 256, 257, 1514, 9014])
+def test_a_frame_of_any_length_is_recorded_octet_for_octet(size: int) -> None:
+    frame = bytes((7 * i + size) & 0xFF or 1 for i in range(size))
+    records, packets = captured(frame)
+    assert len(records) == packets
+    for number, record in enumerate(records):
+        assert record == packet_block(frame, size, BEGIN_NS + 1000 * number)
+
+
+@pytest.mark.parametrize("snaplen", [64, 65, 66, 67, 128, 129])
+def test_a_frame_that_is_cut_keeps_its_length_and_no_octet_too_much(snaplen: int) -> None:
+    frame = bytes(range(1, 201))
+    records, _ = captured(frame, snaplen=snaplen)
+    assert records[0] == packet_block(frame[:snaplen], 200, BEGIN_NS)
