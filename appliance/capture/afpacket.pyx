@@ -19,6 +19,7 @@ from posix.unistd cimport read
 
 from appliance.capture.application cimport Inspection, Inspector, inspection_of
 from appliance.capture.headers cimport IGNORED_COUNTS, IGNORED_OCTETS, digest_packet
+from appliance.capture.kernel_block cimport *
 from appliance.capture.kernel_counters cimport kernel_account, kernel_collect, kernel_half, kernel_total
 from appliance.capture.plain cimport may_be_left
 from appliance.capture.reorder cimport *
@@ -29,46 +30,6 @@ from appliance.ring.plain cimport put_plain
 from appliance.ring.ring cimport Producer
 
 from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS
-
-cdef extern from "linux/if_packet.h" nogil:
-    struct tpacket_hdr_variant1:
-        uint32_t tp_vlan_tci
-        uint16_t tp_vlan_tpid
-    struct tpacket3_hdr:
-        uint32_t tp_next_offset
-        uint32_t tp_sec
-        uint32_t tp_nsec
-        uint32_t tp_snaplen
-        uint32_t tp_len
-        uint32_t tp_status
-        uint16_t tp_mac
-        uint16_t tp_net
-        tpacket_hdr_variant1 hv1
-    struct tpacket_hdr_v1:
-        uint32_t block_status
-        uint32_t num_pkts
-        uint32_t offset_to_first_pkt
-        uint32_t blk_len
-        uint64_t seq_num
-    union tpacket_bd_header_u:
-        tpacket_hdr_v1 bh1
-    struct tpacket_block_desc:
-        tpacket_bd_header_u hdr
-    struct sockaddr_ll:
-        uint16_t sll_protocol
-        int sll_ifindex
-        uint16_t sll_hatype
-        uint8_t sll_pkttype
-        uint8_t sll_halen
-        uint8_t sll_addr[8]
-    enum:
-        TP_STATUS_KERNEL
-        TP_STATUS_USER
-        TP_STATUS_CSUMNOTREADY
-        TP_STATUS_VLAN_VALID
-        TP_STATUS_VLAN_TPID_VALID
-        PACKET_OUTGOING
-    uint32_t TPACKET_ALIGN(uint32_t length)
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -82,22 +43,7 @@ cdef extern from "poll.h" nogil:
         POLLHUP
         POLLNVAL
 
-cdef extern from *:
-    """
-    #define LOAD_STATUS(block) __atomic_load_n(&(block)->hdr.bh1.block_status, __ATOMIC_ACQUIRE)
-    #define LOAD_PACKETS(block) __atomic_load_n(&(block)->hdr.bh1.num_pkts, __ATOMIC_ACQUIRE)
-    #define GIVE_BACK(block) __atomic_store_n(&(block)->hdr.bh1.block_status, TP_STATUS_KERNEL, __ATOMIC_RELEASE)
-    """
-    uint32_t LOAD_STATUS(tpacket_block_desc *block) nogil
-    uint32_t LOAD_PACKETS(tpacket_block_desc *block) nogil
-    void GIVE_BACK(tpacket_block_desc *block) nogil
-
 cdef enum:
-    LINKTYPE_ETHERNET = 1
-    LINKTYPE_LINUX_SLL2 = 276
-    SLL2_HEADER_BYTES = 20
-    OUTBOUND_OPTION_BYTES = 12  # epb_flags (8) and opt_endofopt (4)
-    VLAN_TAG_BYTES = 4
     REASON_SHIFT = 8  # ENTRY flags: 1 + index of the reason why it is not metered
     REASONS = 5
     BLOCKS_PER_TURN = 32
@@ -498,7 +444,7 @@ cdef class LiveCapture:
 
     cdef bint is_of_new_epoch(self, tpacket3_hdr *packet, uint64_t now, int64_t offset) noexcept nogil:
         """Stamped by the new clock or by the old one: whichever reading it is nearer to."""
-        cdef int64_t stamp = <int64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        cdef int64_t stamp = <int64_t>packet_stamp_ns(packet)
         cdef int64_t old_now = <int64_t>now - (offset - self.clock_offset)
         cdef int64_t to_new = stamp - <int64_t>now
         cdef int64_t to_old = stamp - old_now
@@ -532,11 +478,12 @@ cdef class LiveCapture:
     # ---- a packet ----
 
     cdef inline void take(self, tpacket3_hdr *packet) noexcept nogil:
-        cdef sockaddr_ll *link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
-        cdef uint64_t stamp = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
-        cdef tail_entry *entry = tail_add(self.tail, stamp)
+        cdef sockaddr_ll *link = packet_link(packet)
+        cdef uint64_t stamp = packet_stamp_ns(packet)
+        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
         cdef uint32_t inserted
         cdef uint8_t *room
+        cdef tail_entry *entry = tail_add(self.tail, stamp)
         if entry == NULL:
             self.publish(UINT64_MAX)
             entry = tail_add(self.tail, stamp)
@@ -544,111 +491,45 @@ cdef class LiveCapture:
         if link.sll_ifindex != self.ifindex:
             entry.flags |= ENTRY_FOREIGN
             return
-        inserted = self.inserted_bytes(packet)
-        room = self.copy(packet, link, stamp, inserted, entry)
-        if self.only_records or self.digest_and_gate(packet, link, room, stamp, inserted, entry):
+        inserted = inserted_bytes(packet, self.cooked, self.linktype)
+        entry.original_length = packet.tp_len + inserted
+        entry.captured_length = min(packet.tp_snaplen + inserted, self.snaplen)
+        room = self.copy(packet, inserted, outbound, entry)
+        if self.only_records or self.digest_and_gate(packet, room, inserted, outbound, entry):
             ring_advance(&self.records.view, entry.record_bytes)
 
-    cdef inline uint32_t inserted_bytes(self, tpacket3_hdr *packet) noexcept nogil:
-        """What the kernel keeps apart from the data, and belongs there."""
-        if self.cooked:
-            return SLL2_HEADER_BYTES
-        if packet.tp_status & TP_STATUS_VLAN_VALID and self.linktype == LINKTYPE_ETHERNET and packet.tp_snaplen >= 12:
-            return VLAN_TAG_BYTES
-        return 0
-
-    cdef inline uint8_t *copy(self, tpacket3_hdr *packet, sockaddr_ll *link, uint64_t stamp, uint32_t inserted,
+    cdef inline uint8_t *copy(self, tpacket3_hdr *packet, uint32_t inserted, bint outbound,
                               tail_entry *entry) noexcept nogil:
-        """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3), the VLAN tag back in its place. NULL: the
-        ring is full."""
-        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
-        cdef uint32_t original = packet.tp_len + inserted
-        cdef uint32_t captured = min(packet.tp_snaplen + inserted, self.snaplen)
-        cdef uint32_t padded = (captured + 3) & ~<uint32_t>3
-        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
-        cdef uint32_t length = RECORD_PACKET_MIN + padded + (OUTBOUND_OPTION_BYTES if outbound else 0)
-        cdef uint8_t *room
-        entry.original_length = original
-        entry.captured_length = captured
-        room = ring_reserve(&self.records.view, length)
+        """The packet's record, not advanced over yet. NULL: the ring is full."""
+        cdef uint32_t length = packet_record_bytes(entry.captured_length, outbound)
+        cdef uint8_t *room = ring_reserve(&self.records.view, length)
         if room == NULL:
             entry.flags |= ENTRY_RING_DROPPED
             return NULL
-        # The padding: the last word of the data is cleared, and then copied over. Of no data it is the original length.
-        record_set_u32(room + RECORD_PACKET_DATA + padded - 4, 0)
-        if inserted:
-            self.copy_inserting(room + RECORD_PACKET_DATA, data, captured, inserted, packet, link)
-        else:
-            record_copy(room + RECORD_PACKET_DATA, data, captured)
-        record_set_u32(room + 20, captured)
-        record_set_u32(room + 24, original)
-        if outbound:
-            self.put_outbound_option(room + RECORD_PACKET_DATA + padded)
-        record_set_prefix(room, RECORD_PACKET, length, self.interface, stamp)
+        put_packet_record(room, length, packet, entry.captured_length, inserted, outbound, self.interface,
+                          entry.timestamp_ns)
         entry.record_bytes = length
         return room
 
-    cdef bint digest_and_gate(self, tpacket3_hdr *packet, sockaddr_ll *link, uint8_t *room, uint64_t stamp,
-                              uint32_t inserted, tail_entry *entry) noexcept nogil:
+    cdef bint digest_and_gate(self, tpacket3_hdr *packet, uint8_t *room, uint32_t inserted, bint outbound,
+                              tail_entry *entry) noexcept nogil:
         """What looks into the packet. `room`: its record; NULL: our ring is full. The meter, whose ring is not, counts
         it all the same, from the kernel's own bytes. Returns whether the record stays."""
-        cdef const uint8_t *data = <uint8_t *>packet + packet.tp_mac
-        cdef bint outbound = link.sll_pkttype == PACKET_OUTGOING
+        cdef const uint8_t *data = packet_data(packet)
         if inserted and room != NULL:
             data = room + RECORD_PACKET_DATA
         if self.digests is not None and inserted and room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
         elif self.digests is not None:
-            self.digest_at(data, packet.tp_status, stamp, outbound, entry)
+            self.digest_at(data, packet.tp_status, outbound, entry)
         if room == NULL or self.gate is None:
             return room != NULL
         return self.may_pass(room + RECORD_PACKET_DATA, packet, entry, outbound)
 
-    cdef void put_outbound_option(self, uint8_t *options) noexcept nogil:
-        record_set_u32(options, 2 | (4 << 16))  # epb_flags, 4 octets
-        record_set_u32(options + 4, 2)  # outbound
-        record_set_u32(options + 8, 0)  # opt_endofopt
-
-    cdef void copy_inserting(self, uint8_t *target, const uint8_t *data, uint32_t captured, uint32_t inserted,
-                             tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
-        """With the `inserted` octets that the kernel keeps apart: a cooked header in front, or a VLAN tag."""
-        if self.cooked:
-            self.put_sll2_header(target, link)
-            if captured > SLL2_HEADER_BYTES:
-                memcpy(target + SLL2_HEADER_BYTES, data, captured - SLL2_HEADER_BYTES)
-        else:
-            memcpy(target, data, 12)
-            self.put_vlan_tag(target + 12, packet)
-            if captured > 16:
-                memcpy(target + 16, data + 12, captured - 16)
-
-    cdef void put_vlan_tag(self, uint8_t *target, tpacket3_hdr *packet) noexcept nogil:
-        cdef uint16_t tpid = 0x8100
-        if packet.tp_status & TP_STATUS_VLAN_TPID_VALID:
-            tpid = packet.hv1.tp_vlan_tpid
-        target[0] = <uint8_t>(tpid >> 8)
-        target[1] = <uint8_t>tpid
-        target[2] = <uint8_t>(packet.hv1.tp_vlan_tci >> 8)
-        target[3] = <uint8_t>packet.hv1.tp_vlan_tci
-
-    cdef void put_sll2_header(self, uint8_t *target, sockaddr_ll *link) noexcept nogil:
-        """LINKTYPE_LINUX_SLL2: protocol, reserved, interface, ARPHRD, packet type, address; in network order."""
-        memset(target, 0, SLL2_HEADER_BYTES)
-        memcpy(target, &link.sll_protocol, 2)
-        target[4] = <uint8_t>(link.sll_ifindex >> 24)
-        target[5] = <uint8_t>(link.sll_ifindex >> 16)
-        target[6] = <uint8_t>(link.sll_ifindex >> 8)
-        target[7] = <uint8_t>link.sll_ifindex
-        target[8] = <uint8_t>(link.sll_hatype >> 8)
-        target[9] = <uint8_t>link.sll_hatype
-        target[10] = link.sll_pkttype
-        target[11] = link.sll_halen if link.sll_halen <= 8 else 8
-        memcpy(target + 12, link.sll_addr, target[11])
-
-    cdef void digest_at(self, const uint8_t *data, uint32_t status, uint64_t stamp, bint outbound,
-                        tail_entry *entry) noexcept nogil:
+    cdef void digest_at(self, const uint8_t *data, uint32_t status, bint outbound, tail_entry *entry) noexcept nogil:
         cdef uint32_t captured = entry.captured_length
         cdef uint32_t original = entry.original_length
+        cdef uint64_t stamp = entry.timestamp_ns
         cdef uint32_t length, i
         cdef uint8_t *room = ring_reserve(&self.digests.view, self.digest_room)
         if room == NULL:
@@ -677,14 +558,12 @@ cdef class LiveCapture:
         cdef uint32_t shown = self.port.begin_block(block.hdr.bh1.seq_num)
         cdef uint32_t i
         cdef tpacket3_hdr *packet
-        cdef sockaddr_ll *link
         for i in range(block.hdr.bh1.num_pkts):
             if at + sizeof(tpacket3_hdr) > self.block_bytes:
                 break
             packet = <tpacket3_hdr *>(<uint8_t *>block + at)
-            link = <sockaddr_ll *>(<uint8_t *>packet + TPACKET_ALIGN(sizeof(tpacket3_hdr)))
-            if i >= shown:
-                self.show_packet(packet, link)
+            if i >= shown and packet_link(packet).sll_ifindex == self.ifindex:
+                self.show_packet(packet)
             at += packet.tp_next_offset
 
     cdef bint may_pass(self, const uint8_t *data, tpacket3_hdr *packet, tail_entry *entry,
@@ -708,20 +587,18 @@ cdef class LiveCapture:
         entry.flags |= ENTRY_GATED
         return False
 
-    cdef void show_packet(self, tpacket3_hdr *packet, sockaddr_ll *link) noexcept nogil:
+    cdef void show_packet(self, tpacket3_hdr *packet) noexcept nogil:
         """As `copy` would write it: with its tag or cooked header, cut to the snaplen."""
         cdef packet_view view
-        cdef uint32_t inserted = self.inserted_bytes(packet)
-        if link.sll_ifindex != self.ifindex:
-            return
-        view.data = <uint8_t *>packet + packet.tp_mac
+        cdef uint32_t inserted = inserted_bytes(packet, self.cooked, self.linktype)
+        view.data = packet_data(packet)
         view.captured_length = min(packet.tp_snaplen + inserted, self.snaplen)
         view.original_length = packet.tp_len + inserted
-        view.timestamp_ns = <uint64_t>packet.tp_sec * 1000000000 + packet.tp_nsec
+        view.timestamp_ns = packet_stamp_ns(packet)
         view.checksum_not_ready = packet.tp_status & TP_STATUS_CSUMNOTREADY != 0
-        view.outgoing = link.sll_pkttype == PACKET_OUTGOING
+        view.outgoing = packet_link(packet).sll_pkttype == PACKET_OUTGOING
         if inserted:
-            self.copy_inserting(self.port.scratch, view.data, view.captured_length, inserted, packet, link)
+            copy_inserting(self.port.scratch, packet, view.captured_length, inserted)
             view.data = self.port.scratch
         self.port.offer(&view)
 

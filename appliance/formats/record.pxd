@@ -2,7 +2,6 @@
 """Packet records (ring/layout.h) to and from the bytes of files: inline, without the GIL, nothing but arithmetic."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 from appliance.ring.layout cimport RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN
 from appliance.ring.layout cimport record_copy, record_set_prefix, record_set_u32, record_timestamp_ns, record_u32
