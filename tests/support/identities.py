@@ -12,40 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from appliance.monitor.view import Snapshot
-from support.equations import imbalances
 from support.judges import NumberedReport, check_numbered, packet_count
 from support.lab import Lab, Sender
 from support.service import Service
 
 
-def balance(
-    service: Service,
-    sent: Mapping[str, int],
-    *,
-    timeout_s: float = 20.0,
-) -> Snapshot:
+def balance(service: Service, sent: Mapping[str, int], *, timeout_s: float = 20.0) -> Snapshot:
     """Waits until every packet of `sent` (per label) has come to rest and every identity holds; the picture of then."""
-    last: list[Snapshot] = []
-    faults: list[str] = []
-
-    def holds() -> bool:
-        nonlocal faults
-        try:
-            last.append(service.snapshot())
-        except OSError:
-            return False
-        received = {view.label: view.received_packets for view in last[-1].interfaces}
-        faults = [
-            f"{label}: {received[label]} received of {n} sent" for label, n in sent.items() if received[label] != n
-        ]
-        faults += imbalances(last[-1])
-        return not faults
-
-    try:
-        service.wait_until(holds, f"every identity after {dict(sent)}", timeout_s)
-    except AssertionError as error:
-        raise AssertionError(f"{faults}\n{error}") from None
-    return last[-1]
+    return service.wait_at_rest(sent, timeout_s)
 
 
 class Traffic:
