@@ -506,8 +506,7 @@ cdef class LiveCapture:
         if room == NULL:
             entry.flags |= ENTRY_RING_DROPPED
             return NULL
-        put_packet_record(room, length, packet, entry.captured_length, inserted, outbound, self.interface,
-                          entry.timestamp_ns)
+        put_packet_record(room, packet, entry.captured_length, inserted, outbound, self.interface, entry.timestamp_ns)
         entry.record_bytes = length
         return room
 

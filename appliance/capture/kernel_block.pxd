@@ -1,11 +1,11 @@
 # cython: language_level=3
 """A block of the kernel's packet ring and the packets in it (TPACKET_V3, Documentation/networking/packet_mmap.rst), and
 a packet's record: the octets that the kernel keeps apart are back in their place."""
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from appliance.ring.layout cimport RECORD_PACKET, RECORD_PACKET_DATA, RECORD_PACKET_MIN
-from appliance.ring.layout cimport record_copy, record_set_prefix, record_set_u32
+from appliance.formats.record cimport packet_record_frame, padded
+from appliance.ring.layout cimport RECORD_PACKET_DATA, RECORD_PACKET_MIN, record_copy, record_set_u32
 
 cdef extern from "linux/if_packet.h" nogil:
     struct tpacket_hdr_variant1:
@@ -127,25 +127,24 @@ cdef inline void copy_inserting(uint8_t *target, tpacket3_hdr *packet, uint32_t 
 
 
 cdef inline uint32_t packet_record_bytes(uint32_t captured, bint outbound) noexcept nogil:
-    return RECORD_PACKET_MIN + ((captured + 3) & ~<uint32_t>3) + (OUTBOUND_OPTION_BYTES if outbound else 0)
+    return RECORD_PACKET_MIN + padded(captured) + (OUTBOUND_OPTION_BYTES if outbound else 0)
 
 
-cdef inline void put_packet_record(uint8_t *room, uint32_t length, tpacket3_hdr *packet, uint32_t captured,
-                                   uint32_t inserted, bint outbound, uint32_t interface,
-                                   uint64_t stamp_ns) noexcept nogil:
-    """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3) of `length` = packet_record_bytes()."""
+cdef inline void put_packet_record(uint8_t *room, tpacket3_hdr *packet, uint32_t captured, uint32_t inserted,
+                                   bint outbound, uint32_t interface, uint64_t stamp_ns) noexcept nogil:
+    """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3) of packet_record_bytes()."""
     cdef uint8_t *data = room + RECORD_PACKET_DATA
-    cdef uint8_t *end = data + ((captured + 3) & ~<uint32_t>3)
-    # The padding: the last word of the data is cleared, and then copied over. Of no data it is the original length.
-    record_set_u32(end - 4, 0)
+    packet_record_frame(room, interface, <int64_t>stamp_ns, captured, packet.tp_len + inserted,
+                        OUTBOUND_OPTION_BYTES if outbound else 0)
     if inserted:
         copy_inserting(data, packet, captured, inserted)
     else:
         record_copy(data, packet_data(packet), captured)
-    record_set_u32(room + 20, captured)
-    record_set_u32(room + 24, packet.tp_len + inserted)
     if outbound:
-        record_set_u32(end, 2 | (4 << 16))  # epb_flags, 4 octets
-        record_set_u32(end + 4, 2)  # outbound
-        record_set_u32(end + 8, 0)  # opt_endofopt
-    record_set_prefix(room, RECORD_PACKET, length, interface, stamp_ns)
+        put_outbound_option(data + padded(captured))
+
+
+cdef inline void put_outbound_option(uint8_t *options) noexcept nogil:
+    record_set_u32(options, 2 | (4 << 16))  # epb_flags, 4 octets
+    record_set_u32(options + 4, 2)  # outbound
+    record_set_u32(options + 8, 0)  # opt_endofopt

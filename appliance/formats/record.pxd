@@ -25,17 +25,25 @@ cdef inline uint32_t padded(uint32_t length) noexcept nogil:
     return (length + 3) & ~<uint32_t> 3
 
 
-cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timestamp_ns, uint32_t captured,
-                               uint32_t original, const uint8_t *packet, uint32_t options_bytes) noexcept nogil:
-    """Write a RECORD_PACKET: the prefix and one copy of the packet. The caller has written `options_bytes` of options
-    at `out + RECORD_PACKET_DATA + padded(captured)`, and there is room for them and RECORD_PACKET_MIN around."""
+cdef inline void packet_record_frame(uint8_t *out, uint32_t interface, int64_t timestamp_ns, uint32_t captured,
+                                     uint32_t original, uint32_t options_bytes) noexcept nogil:
+    """Write a RECORD_PACKET but for the packet's octets and for its options, which go to `out + RECORD_PACKET_DATA` and
+    behind them, padded; there is room for both and RECORD_PACKET_MIN around. The octets are copied after this."""
     cdef uint32_t data_bytes = padded(captured)
-    # The last word of the data is cleared first and then copied over: that is the padding, without a branch.
+    # The last word of the data is cleared here and then copied over: that is the padding, without a branch. Of no data
+    # it is the original length.
     record_set_u32(out + RECORD_PACKET_DATA + data_bytes - 4, 0)
     record_set_prefix(out, RECORD_PACKET, RECORD_PACKET_MIN + data_bytes + options_bytes, interface,
                       <uint64_t> timestamp_ns)
     record_set_u32(out + 20, captured)
     record_set_u32(out + 24, original)
+
+
+cdef inline void packet_record(uint8_t *out, uint32_t interface, int64_t timestamp_ns, uint32_t captured,
+                               uint32_t original, const uint8_t *packet, uint32_t options_bytes) noexcept nogil:
+    """Write a RECORD_PACKET: the prefix and one copy of the packet. The caller has written `options_bytes` of options
+    at `out + RECORD_PACKET_DATA + padded(captured)`, and there is room for them and RECORD_PACKET_MIN around."""
+    packet_record_frame(out, interface, timestamp_ns, captured, original, options_bytes)
     record_copy(out + RECORD_PACKET_DATA, packet, captured)
 
 

@@ -29,6 +29,12 @@ cdef enum:
     IS_ENDED
     IS_CONTROL
 
+cdef extern from *:
+    """
+    #define UNMAPPED 0xFFFFFFFFu
+    """
+    const uint32_t UNMAPPED  # no enum: a constant beyond INT_MAX makes all of its enum unsigned, with some compilers
+
 cdef enum:
     MARKS = 64
 
@@ -119,7 +125,6 @@ cdef class Merge:
     cdef bint refresh(self, merge_source *source, uint64_t now) noexcept nogil
     cdef int run(self) noexcept nogil
     cdef int look(self) noexcept nogil
-    cdef bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil
     cdef int classify(self, uint32_t index) noexcept nogil
     cdef bint same_epoch(self, int64_t offset) noexcept nogil
     cdef bint pick(self, uint32_t *best) noexcept nogil
@@ -143,20 +148,9 @@ cdef class Merge:
     cdef uint32_t collect_fronts(self) noexcept nogil
     cdef int copy_run(self, merge_source *source, uint32_t index, uint64_t limit_ns,
                       uint64_t limit_position) noexcept nogil
-    cdef int stop_before(self, uint64_t stamp, uint64_t packets, bint exceeds_bytes, uint64_t out_bytes) noexcept nogil
-    cdef uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil
-    cdef uint32_t emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
-                       uint64_t stamp, uint8_t *target) noexcept nogil
-    cdef uint32_t emit_digest(self, uint32_t index, const uint8_t *record, uint32_t length,
-                              uint8_t *target) noexcept nogil
-    cdef uint32_t emit_erf(self, uint32_t number, const uint8_t *record, uint32_t captured, uint64_t stamp,
-                           uint8_t *target) noexcept nogil
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
                        uint32_t captured) noexcept nogil
     cdef void publish_tap(self) noexcept nogil
-    cdef uint32_t copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
-                              uint32_t interface) noexcept nogil
-    cdef void note_time(self, merge_source *source, uint64_t stamp, uint64_t packets) noexcept nogil
     cdef void note_late(self, merge_source *source, uint64_t late_ns) noexcept nogil
     cdef void forget_batch(self) noexcept nogil
     cdef void give_back(self) noexcept nogil

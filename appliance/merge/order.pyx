@@ -18,12 +18,9 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
-from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
+from appliance.merge.run cimport *
 from appliance.merge.tap cimport Tap
-from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
-from appliance.ring.plain cimport expand_plain
 from appliance.ring.ring cimport Consumer, signal_eventfd
 
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
@@ -34,7 +31,6 @@ cdef enum:
     SHORTEST_STANDSTILL_NS = 2000000  # a sleep of a ms may take that long
 
 # Not in an enum: a constant beyond INT_MAX makes all constants of its enum unsigned, with some compilers.
-cdef uint32_t UNMAPPED = 0xFFFFFFFF
 cdef int64_t SAME_EPOCH_NS = 25000000
 
 
@@ -189,12 +185,6 @@ cdef class Merge:
                 self.parked += 1
         return S_IDLE
 
-    cdef bint is_wanted(self, uint32_t type, uint32_t length) noexcept nogil:
-        """Whether it is a record of the kind that is merged here."""
-        if self.sink == TO_DIGESTS:
-            return type == RECORD_DIGEST
-        return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
-
     cdef int classify(self, uint32_t index) noexcept nogil:
         cdef merge_source *source = &self.sources[index]
         cdef const uint8_t *record
@@ -206,7 +196,7 @@ cdef class Merge:
                 self.give_up(source)
                 break
             type = record_u32(record)
-            if self.is_wanted(type, length):
+            if is_wanted(self.sink, type, length):
                 source.next_ns = record_timestamp_ns(record)
                 source.state = HAS_RECORD
                 return source.state
@@ -475,116 +465,33 @@ cdef class Merge:
                       uint64_t limit_position) noexcept nogil:
         """Records of one source up to a time and a position. IDLE: the source has a record that is younger (its state
         and `next_ns` say so), or it has to be looked at."""
-        # What is counted here goes into `self` at the end: as far as a compiler knows, each store of a packet's bytes
-        # might change that.
-        cdef ring_view *view = source.view
+        cdef ring_view view = source.view[0]
         cdef uint64_t position = view.position
-        cdef uint64_t other = view.other
-        cdef uint64_t bytes_left = self.bytes_left
-        cdef uint64_t out_bytes = self.out_bytes
-        cdef uint64_t packets = 0, records = 0
+        cdef uint64_t stamp = source.next_ns
         cdef const uint8_t *record
-        cdef uint32_t length, cost, written
-        cdef uint64_t stamp
+        cdef uint32_t length, cost
         cdef int status = S_IDLE
+        cdef run now
+        begin_run(&now, self, source)
         source.state = IS_EMPTY  # as far as is known here
         while position < limit_position:
-            record = ring_at(view, position)
-            length = record_check(record, other - position)
-            if length == 0 or not self.is_wanted(record_u32(record), length):
+            record = ring_at(&view, position)
+            length = record_check(record, view.other - position)
+            if length == 0 or not is_wanted(now.sink, record_u32(record), length):
                 break  # look() knows what to do with it
             stamp = record_timestamp_ns(record)
-            source.next_ns = stamp
-            if stamp > limit_ns:
+            cost = cost_of(&now, record, length)
+            if stamp <= limit_ns:
+                status = stop_before(&now, stamp, cost)
+            if stamp > limit_ns or status != S_IDLE:
                 source.state = HAS_RECORD
                 break
-            cost = self.cost(record, length)
-            status = self.stop_before(stamp, packets, bytes_left < cost, out_bytes)
-            if status != S_IDLE:
-                source.state = HAS_RECORD
-                break
-            if stamp > self.promised_ns:
-                self.forced += 1
-            written = self.emit(source, index, record, length, stamp, self.out + out_bytes)
-            if written:
-                self.note_time(source, stamp, packets)
-                packets += 1
-                out_bytes += written
-                bytes_left -= cost if cost < bytes_left else bytes_left
-            records += 1
+            copy_one(&now, self, source, index, record, length, stamp, cost)
             position += length
-        view.position = position
-        source.consumed += records
-        source.pending_packets += packets
-        self.bytes_left = bytes_left
-        self.packets_left -= packets if packets < self.packets_left else self.packets_left
-        self.segment_packets += packets
-        self.out_packets += packets
-        self.out_bytes = out_bytes
+        source.view.position = position
+        source.next_ns = stamp
+        end_run(&now, self, source)
         return status
-
-    cdef inline int stop_before(self, uint64_t stamp, uint64_t packets, bint exceeds_bytes,
-                                uint64_t out_bytes) noexcept nogil:
-        """Why the next record does not go into this segment, or into this batch; `packets` went since it was said how
-        many may."""
-        if self.boundary_ns <= stamp < self.horizon_ns:
-            return S_BOUNDARY
-        if (packets >= self.packets_left or exceeds_bytes) and self.segment_packets + packets:
-            return S_LIMIT
-        if out_bytes >= self.out_capacity:
-            return S_FULL
-        return S_IDLE
-
-    cdef inline uint32_t cost(self, const uint8_t *record, uint32_t length) noexcept nogil:
-        """What a packet takes of `bytes_left`."""
-        if self.count_captured_bytes:
-            return record_u32(record + 20)
-        if self.sink == TO_PCAP_NS or self.sink == TO_PCAP_US:
-            return PCAP_PACKET_HEADER_BYTES + record_u32(record + 20)
-        if self.sink == TO_ERF:
-            return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES + record_u32(record + 20)
-        return length
-
-    cdef inline uint32_t emit(self, merge_source *source, uint32_t index, const uint8_t *record, uint32_t length,
-                              uint64_t stamp, uint8_t *target) noexcept nogil:
-        """The bytes written. 0: it was dropped, because it is damaged or its interface has no number in the output."""
-        cdef uint32_t interface, captured, written
-        if self.sink == TO_DIGESTS:
-            return self.emit_digest(index, record, length, target)
-        interface = record_u32(record + 8)
-        captured = record_u32(record + 20)
-        if captured > length - RECORD_PACKET_MIN or (self.sink != TO_RECORDS and (
-                interface >= source.interface_count or source.interface_map[interface] == UNMAPPED)):
-            source.dropped += 1
-            return 0
-        if self.sink == TO_PCAP_NS or self.sink == TO_PCAP_US:
-            written = <uint32_t>pcap_packet_at(target, stamp, captured, record_u32(record + 24),
-                                               record + RECORD_PACKET_DATA, self.sink == TO_PCAP_NS)
-        elif self.sink == TO_ERF:
-            written = self.emit_erf(source.interface_map[interface], record, captured, stamp, target)
-            if written == 0:
-                source.dropped += 1
-                return 0
-        else:
-            written = self.copy_record(target, record, RECORD_PACKET, length,
-                                       interface if self.sink == TO_RECORDS else source.interface_map[interface])
-            record_set_u32(target + 20, captured)
-        source.pending_bytes += captured
-        if self.has_tap:
-            self.feed_tap(source, record, length, interface, captured)
-        return written
-
-    cdef uint32_t emit_digest(self, uint32_t index, const uint8_t *record, uint32_t length,
-                              uint8_t *target) noexcept nogil:
-        if length != PLAIN_DIGEST_BYTES:
-            return self.copy_record(target, record, RECORD_DIGEST, length, index)
-        expand_plain(<const plain_digest *>record, index, <digest *>target)
-        return DIGEST_MIN_BYTES
-
-    cdef uint32_t emit_erf(self, uint32_t number, const uint8_t *record, uint32_t captured, uint64_t stamp,
-                           uint8_t *target) noexcept nogil:
-        return <uint32_t>erf_packet_at(target, number, number >> 8, stamp, captured, record_u32(record + 24),
-                                       record + RECORD_PACKET_DATA)
 
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
                        uint32_t captured) noexcept nogil:
@@ -594,28 +501,6 @@ cdef class Merge:
     cdef void publish_tap(self) noexcept nogil:
         if self.has_tap:
             self.tap.publish(<int64_t>self.watermark_or_last())
-
-    cdef inline uint32_t copy_record(self, uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
-                                     uint32_t interface) noexcept nogil:
-        """Type and lengths are written, not copied: they are what was checked."""
-        record_copy(target, record, length)
-        record_set_u32(target, type)
-        record_set_u32(target + 4, length)
-        record_set_u32(target + 8, interface)
-        record_set_u32(target + length - 4, length)
-        return length
-
-    cdef inline void note_time(self, merge_source *source, uint64_t stamp, uint64_t packets) noexcept nogil:
-        """Of a packet that was emitted, after `packets` others that are not counted yet."""
-        if self.out_packets + packets == 0 or stamp < self.batch_first_ns:
-            self.batch_first_ns = stamp
-        if stamp > self.batch_last_ns:
-            self.batch_last_ns = stamp
-        if stamp >= self.last_ns:
-            if stamp <= self.horizon_ns:
-                self.last_ns = stamp
-            return
-        self.note_late(source, self.last_ns - stamp)
 
     cdef void note_late(self, merge_source *source, uint64_t late_ns) noexcept nogil:
         source.late += 1

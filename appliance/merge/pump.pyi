@@ -13,8 +13,8 @@ class Pump:
     max_wait_ms: int
     done: int
     """Bytes of the batch in the merge's buffer that `serve` wrote before it gave up on it."""
-    gather_ms: int
-    """So long a rest after a batch may be: longer with more sources, a quarter of `max_wait_ms` at most."""
+    def gather_ms(self) -> int:
+        """So long a rest after a batch may be: longer with more sources, a quarter of `max_wait_ms` at most."""
     def fill(self) -> int:
         """One look at the rings: moves what may go into the buffer and gives the rings back. Returns the merge's
         status."""

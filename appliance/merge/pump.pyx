@@ -4,6 +4,7 @@
 Python comes in when there is something to decide: a segment's end, an interface, a clock that was set, a write that
 failed, a word of the supervisor; and once a second.
 """
+cimport cython
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
@@ -38,6 +39,7 @@ cdef uint64_t realtime_ns() noexcept nogil:
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
 
 
+@cython.final
 cdef class Pump:
     """See pump.pyi."""
     cdef Merge merge
@@ -135,16 +137,12 @@ cdef class Pump:
         with nogil:
             self.sleep_for(timeout_ms)
 
-    @property
-    def gather_ms(self):
-        return self.longest_rest_ms()
-
-    cdef int64_t longest_rest_ms(self) noexcept nogil:
+    cpdef int64_t gather_ms(self) noexcept nogil:
         return min(GATHER_MS + <int64_t>self.merge.source_count // SOURCES_PER_GATHER_MS, self.quarter_of_max_wait())
 
     cdef bint rest(self) noexcept nogil:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
-        cdef int64_t timeout_ms = self.longest_rest_ms()
+        cdef int64_t timeout_ms = self.gather_ms()
         cdef int64_t hold_ms = self.merge.hold_left_ms()
         cdef pollfd channel
         if self.merge.crowded:

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import struct
 
 import pytest
+from merge.rings import PACKET, Source
 from support.kernel_ring import BLOCK_BYTES, KernelRing
 
 from appliance.capture.afpacket import LiveCapture
 from appliance.counters import CAPTURE_FIELDS, CounterPages
-from appliance.ring.memory import allocate
-from appliance.ring.ring import Consumer, Producer, initialise
 
 RING_BYTES = 8 << 20
-GENERATION = 7
 IFINDEX = 3
 BEGIN_NS = 1_700_000_000_123_456_789
-PACKET = 6
 
 
 def captured(frame: bytes, *, snaplen: int = 262_144) -> tuple[list[bytes], int]:
     """The packet records of one block that is full of this frame, and how many packets the block had."""
-    kernel = KernelRing(frame, 1, IFINDEX)
-    fd = allocate(RING_BYTES, "test")
-    try:
-        initialise(fd, RING_BYTES, GENERATION)
-        producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION)
-        page = CounterPages([("capture/a", CAPTURE_FIELDS)])["capture/a"]
+    page = CounterPages([("capture/a", CAPTURE_FIELDS)])["capture/a"]
+    with contextlib.closing(KernelRing(frame, 1, IFINDEX)) as kernel, contextlib.closing(Source(RING_BYTES)) as ring:
         capture = LiveCapture(
-            kernel.fd, BLOCK_BYTES, 1, producer, None, page,
+            kernel.fd, BLOCK_BYTES, 1, ring.producer, None, page,
             socket_serial=1, linktype=1, cooked=False, snaplen=snaplen, ifindex=IFINDEX, reorder_us=0,
         )  # fmt: skip
         kernel.hand_over(BEGIN_NS)
         assert capture.pump() == kernel.packets
-        consumer.refresh()
-        records = []
-        while (record := consumer.pop()) is not None:
-            records.append(record)
+        ring.consumer.refresh()
+        records = list(iter(ring.consumer.pop, None))
         return [record for record in records if record[:4] == struct.pack("<I", PACKET)], kernel.packets
-    finally:
-        kernel.close()
-        os.close(fd)
 
 
 def packet_block(data: bytes, original: int, timestamp_ns: int) -> bytes:

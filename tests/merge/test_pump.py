@@ -158,6 +158,6 @@ def test_many_sources_are_gathered_for_longer_within_a_quarter_of_max_wait(
 ) -> None:
     bench = Bench(tuple(f"source{number}" for number in range(sources)))
     bench.pump.max_wait_ms = max_wait_ms
-    found = bench.pump.gather_ms
+    found = bench.pump.gather_ms()
     bench.close()
     assert found == gather_ms

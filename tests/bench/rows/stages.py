@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -157,60 +158,59 @@ def _decode_ns(content: bytes) -> float:
     return timed(lambda: _decode_into(content, buffer))
 
 
-def _ring(capacity: int, descriptors: list[int]) -> tuple[Producer, Consumer]:
-    fd, generation = allocate(capacity, "bench"), secrets.randbits(63)
-    descriptors.append(fd)
-    initialise(fd, capacity, generation)
-    return Producer(fd, generation), Consumer(fd, generation)
+class Rings(contextlib.ExitStack):
+    """Rings for one pass; gone at the end of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.consumers: list[Consumer] = []
+
+    def producer(self, capacity: int) -> Producer:
+        """Of a new ring."""
+        fd, generation = allocate(capacity, "bench"), secrets.randbits(63)
+        self.callback(os.close, fd)
+        initialise(fd, capacity, generation)
+        self.consumers.append(Consumer(fd, generation))
+        return Producer(fd, generation)
+
+    def empty(self) -> None:
+        for consumer in self.consumers:
+            consumer.refresh()
+            consumer.skip_to_head()
 
 
 def _live_ns(frame: bytes, with_digests: bool) -> float:
     """Per packet: the kernel's blocks, which are full each time, into rings that are emptied after each turn."""
-    descriptors: list[int] = []
     pages = CounterPages([("live", CAPTURE_FIELDS)])
-    kernel = KernelRing(frame, KERNEL_BLOCKS, IFINDEX)
-    try:
-        packets, packet_consumer = _ring(2 * PACKET_RING_BYTES, descriptors)
-        digests, digest_consumer = _ring(2 * PACKET_RING_BYTES, descriptors)
+    with Rings() as rings, contextlib.closing(KernelRing(frame, KERNEL_BLOCKS, IFINDEX)) as kernel:
+        packets = rings.producer(2 * PACKET_RING_BYTES)
+        digests = rings.producer(2 * PACKET_RING_BYTES) if with_digests else None
         capture = LiveCapture(
-            kernel.fd, BLOCK_BYTES, KERNEL_BLOCKS, packets, digests if with_digests else None, pages["live"],
+            kernel.fd, BLOCK_BYTES, KERNEL_BLOCKS, packets, digests, pages["live"],
             socket_serial=1, linktype=LINKTYPE_ETHERNET, cooked=False, snaplen=262_144, ifindex=IFINDEX, reorder_us=0,
         )  # fmt: skip
         spent = 0.0
         for turn in range(TURNS):
             kernel.hand_over((turn + 1) * SECOND)
             spent += timed(capture.pump)
-            for consumer in (packet_consumer, digest_consumer):
-                consumer.refresh()
-                consumer.skip_to_head()
+            rings.empty()
         return spent / (TURNS * kernel.packets)
-    finally:
-        kernel.close()
-        for fd in descriptors:
-            os.close(fd)
 
 
 def _capture_ns(path: Path, with_digests: bool) -> float:
     """A file into rings that are emptied after each batch."""
-    descriptors: list[int] = []
     pages = CounterPages([("file", CAPTURE_FIELDS)])
-    try:
-        packets, packet_consumer = _ring(PACKET_RING_BYTES, descriptors)
-        digests, digest_consumer = _ring(DIGEST_RING_BYTES, descriptors)
-        interface = Interface(uri=f"pcapfile:{path}")
-        capture = FileCapture(interface, packets, digests if with_digests else None, pages["file"])
+    with Rings() as rings:
+        packets = rings.producer(PACKET_RING_BYTES)
+        digests = rings.producer(DIGEST_RING_BYTES) if with_digests else None
+        capture = FileCapture(Interface(uri=f"pcapfile:{path}"), packets, digests, pages["file"])
         begun = time.perf_counter_ns()
         while not capture.ended:
             capture.step()
-            for consumer in (packet_consumer, digest_consumer):
-                consumer.refresh()
-                consumer.skip_to_head()
+            rings.empty()
         spent = time.perf_counter_ns() - begun
         capture.close()
         return spent
-    finally:
-        for fd in descriptors:
-            os.close(fd)
 
 
 def digest_file_ns(path: Path, *, inner: bool = False, inspection: dict[str, bool] | None = None) -> float:
@@ -237,23 +237,17 @@ def _merge_ns(directory: Path, count: int, size: int, packets: int, sink: int) -
         files.append(path)
     pages = CounterPages([(f"file/{i}", CAPTURE_FIELDS) for i in range(count)])
     capacity = 1 << (2 * (size + 64) * packets // count + (2 << 20)).bit_length()
-    descriptors: list[int] = []
-    consumers = []
-    try:
+    with Rings() as rings:
         for i, path in enumerate(files):
-            producer, consumer = _ring(capacity, descriptors)
+            producer = rings.producer(capacity)
             capture = FileCapture(Interface(uri=f"pcapfile:{path}"), producer, None, pages[f"file/{i}"])
             while not capture.ended:
                 if capture.step():
                     raise RuntimeError("the ring is too small")
             producer.end()
             capture.close()
-            consumers.append(consumer)
-        merge = order.Merge(consumers, [False] * count, sink=sink, max_wait_ms=1, out_bytes=OUT_BYTES)
+        merge = order.Merge(rings.consumers, [False] * count, sink=sink, max_wait_ms=1, out_bytes=OUT_BYTES)
         return timed(lambda: _drain(merge))
-    finally:
-        for fd in descriptors:
-            os.close(fd)
 
 
 def _drain(merge: order.Merge) -> None:

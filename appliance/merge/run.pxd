@@ -1,0 +1,172 @@
+# cython: language_level=3
+"""A run: records of one source that go into the output one behind the other.
+
+What the copying of a record reads and counts lies in a `run` on the stack, where a compiler can keep it in registers.
+Of what lies in the merge or in a source it must believe that each store of a packet's octets changes it.
+"""
+from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
+
+from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
+from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
+from appliance.merge.order cimport *
+from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
+from appliance.ring.layout cimport *
+from appliance.ring.plain cimport expand_plain
+
+cdef struct run:
+    int sink
+    bint counts_captured_bytes
+    bint has_tap
+    const uint32_t *interface_map
+    uint32_t interface_count
+    # How far it may go.
+    uint64_t promised_ns  # what is younger is forced
+    uint64_t boundary_ns
+    uint64_t horizon_ns
+    uint64_t packets_left
+    uint64_t bytes_left
+    bint may_stop         # the segment has a packet
+    uint8_t *target
+    const uint8_t *full
+    # What it did.
+    uint64_t records
+    uint64_t packets
+    uint64_t captured_bytes
+    uint64_t forced
+    uint64_t first_ns
+    uint64_t newest_ns
+    uint64_t last_ns      # of the stream; what is older is late
+
+
+cdef inline void begin_run(run *now, Merge merge, const merge_source *source) noexcept nogil:
+    now.sink = merge.sink
+    now.counts_captured_bytes = merge.count_captured_bytes
+    now.has_tap = merge.has_tap
+    now.interface_map = source.interface_map
+    now.interface_count = source.interface_count
+    now.promised_ns = merge.promised_ns
+    now.boundary_ns = merge.boundary_ns
+    now.horizon_ns = merge.horizon_ns
+    now.packets_left = merge.packets_left
+    now.bytes_left = merge.bytes_left
+    now.may_stop = merge.segment_packets != 0
+    now.target = merge.out + merge.out_bytes
+    now.full = merge.out + merge.out_capacity
+    now.records = now.packets = now.captured_bytes = now.forced = 0
+    now.first_ns = merge.batch_first_ns if merge.out_packets else UINT64_MAX
+    now.newest_ns = merge.batch_last_ns
+    now.last_ns = merge.last_ns
+
+
+cdef inline void end_run(const run *now, Merge merge, merge_source *source) noexcept nogil:
+    source.consumed += now.records
+    source.pending_packets += now.packets
+    source.pending_bytes += now.captured_bytes
+    merge.forced += now.forced
+    merge.bytes_left = now.bytes_left
+    merge.packets_left = now.packets_left
+    merge.segment_packets += now.packets
+    merge.out_packets += now.packets
+    merge.out_bytes = now.target - merge.out
+    merge.last_ns = now.last_ns
+    if merge.out_packets:
+        merge.batch_first_ns = now.first_ns
+        merge.batch_last_ns = now.newest_ns
+
+
+cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
+    """Whether it is a record of the kind that is merged into `sink`."""
+    if sink == TO_DIGESTS:
+        return type == RECORD_DIGEST
+    return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
+
+
+cdef inline uint32_t cost_of(const run *now, const uint8_t *record, uint32_t length) noexcept nogil:
+    """What a packet takes of `bytes_left`."""
+    if now.counts_captured_bytes:
+        return record_u32(record + 20)
+    if now.sink == TO_PCAP_NS or now.sink == TO_PCAP_US:
+        return PCAP_PACKET_HEADER_BYTES + record_u32(record + 20)
+    if now.sink == TO_ERF:
+        return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES + record_u32(record + 20)
+    return length
+
+
+cdef inline int stop_before(const run *now, uint64_t stamp, uint32_t cost) noexcept nogil:
+    """Why the next record does not go into this segment, or into this batch."""
+    if now.boundary_ns <= stamp < now.horizon_ns:
+        return S_BOUNDARY
+    if (now.packets_left == 0 or now.bytes_left < cost) and now.may_stop:
+        return S_LIMIT
+    if now.target >= now.full:
+        return S_FULL
+    return S_IDLE
+
+
+cdef inline void copy_one(run *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
+                          uint32_t length, uint64_t stamp, uint32_t cost) noexcept nogil:
+    cdef uint32_t written = emit(now, merge, source, index, record, length, stamp)
+    now.records += 1
+    now.forced += stamp > now.promised_ns
+    if written == 0:
+        return
+    now.target += written
+    now.packets += 1
+    now.may_stop = True
+    now.packets_left -= now.packets_left != 0
+    now.bytes_left -= cost if cost < now.bytes_left else now.bytes_left
+    now.first_ns = min(now.first_ns, stamp)
+    now.newest_ns = max(now.newest_ns, stamp)
+    if stamp < now.last_ns:
+        merge.note_late(source, now.last_ns - stamp)
+    elif stamp <= now.horizon_ns:
+        now.last_ns = stamp
+
+
+cdef inline uint32_t emit(run *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
+                          uint32_t length, uint64_t stamp) noexcept nogil:
+    """The bytes written. 0: it was dropped, because it is damaged or its interface has no number in the output."""
+    cdef uint32_t interface, number, captured, written
+    if now.sink == TO_DIGESTS:
+        return emit_digest(now.target, index, record, length)
+    interface = number = record_u32(record + 8)
+    captured = record_u32(record + 20)
+    if now.sink != TO_RECORDS:
+        number = now.interface_map[interface] if interface < now.interface_count else UNMAPPED
+    if captured > length - RECORD_PACKET_MIN or (number == UNMAPPED and now.sink != TO_RECORDS):
+        written = 0
+    elif now.sink == TO_PCAP_NS or now.sink == TO_PCAP_US:
+        written = <uint32_t>pcap_packet_at(now.target, stamp, captured, record_u32(record + 24),
+                                           record + RECORD_PACKET_DATA, now.sink == TO_PCAP_NS)
+    elif now.sink == TO_ERF:
+        written = <uint32_t>erf_packet_at(now.target, number, number >> 8, stamp, captured, record_u32(record + 24),
+                                          record + RECORD_PACKET_DATA)
+    else:
+        written = copy_record(now.target, record, RECORD_PACKET, length, number)
+        record_set_u32(now.target + 20, captured)
+    if written == 0:
+        source.dropped += 1
+        return 0
+    now.captured_bytes += captured
+    if now.has_tap:
+        merge.feed_tap(source, record, length, interface, captured)
+    return written
+
+
+cdef inline uint32_t emit_digest(uint8_t *target, uint32_t index, const uint8_t *record,
+                                 uint32_t length) noexcept nogil:
+    if length != PLAIN_DIGEST_BYTES:
+        return copy_record(target, record, RECORD_DIGEST, length, index)
+    expand_plain(<const plain_digest *>record, index, <digest *>target)
+    return DIGEST_MIN_BYTES
+
+
+cdef inline uint32_t copy_record(uint8_t *target, const uint8_t *record, uint32_t type, uint32_t length,
+                                 uint32_t interface) noexcept nogil:
+    """Type and lengths are written, not copied: they are what was checked."""
+    record_copy(target, record, length)
+    record_set_u32(target, type)
+    record_set_u32(target + 4, length)
+    record_set_u32(target + 8, interface)
+    record_set_u32(target + length - 4, length)
+    return length
