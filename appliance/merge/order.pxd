@@ -2,6 +2,7 @@
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from appliance.merge.fronts cimport fronts
 from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport ring_view
 
@@ -65,10 +66,6 @@ cdef struct merge_source:
     uint64_t consumed
     int wake_fd                  # the producer's eventfd
 
-cdef struct front:  # what the ordering looks at most, dense: the oldest record of a source that has one
-    uint64_t next_ns
-    uint32_t source
-
 
 cdef uint64_t monotonic_ns() noexcept nogil
 
@@ -76,7 +73,7 @@ cdef uint64_t monotonic_ns() noexcept nogil
 @cython.final
 cdef class Merge:
     cdef merge_source *sources
-    cdef front *fronts
+    cdef fronts fronts
     cdef readonly uint32_t source_count
     cdef list consumers
     cdef uint8_t *out
@@ -144,10 +141,8 @@ cdef class Merge:
     cdef void note_arrival(self, merge_source *source, uint64_t now) noexcept nogil
     cdef uint64_t merged_watermark(self) noexcept nogil
     cdef void give_up(self, merge_source *source) noexcept nogil
-    cdef int copy_promised(self) noexcept nogil
-    cdef uint32_t collect_fronts(self) noexcept nogil
-    cdef int copy_run(self, merge_source *source, uint32_t index, uint64_t limit_ns,
-                      uint64_t limit_position) noexcept nogil
+    cdef void collect_fronts(self, uint32_t best, bint alone) noexcept nogil
+    cdef int copy_fronts(self, uint64_t limit_ns, uint64_t limit_position) noexcept nogil
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
                        uint32_t captured) noexcept nogil
     cdef void publish_tap(self) noexcept nogil

@@ -18,7 +18,8 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from appliance.merge.run cimport *
+from appliance.merge.copying cimport *
+from appliance.merge.fronts cimport *
 from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer, signal_eventfd
@@ -75,8 +76,7 @@ cdef class Merge:
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
-        self.fronts = <front *>calloc(max(1, self.source_count), sizeof(front))
-        if self.out == NULL or self.sources == NULL or self.fronts == NULL:
+        if not allocate_fronts(&self.fronts, self.source_count) or self.out == NULL or self.sources == NULL:
             raise MemoryError
         for i in range(self.source_count):
             consumer = self.consumers[i]
@@ -91,7 +91,7 @@ cdef class Merge:
                 free(self.sources[i].interface_map)
                 free(self.sources[i].tap_linktypes)
         free(self.sources)
-        free(self.fronts)
+        free_fronts(&self.fronts)
         free(self.out)
 
     # ---- the stream ----
@@ -143,6 +143,7 @@ cdef class Merge:
     cdef int run(self) noexcept nogil:
         cdef uint32_t best = 0
         cdef int status
+        cdef bint is_forced
         cdef uint64_t limit_ns = 0, limit_position = 0
         while True:
             status = self.look()
@@ -156,10 +157,12 @@ cdef class Merge:
                 return S_BOUNDARY if self.is_over() else S_IDLE
             if self.held:
                 return S_BOUNDARY
-            if self.sources[best].next_ns <= self.promised_ns:
-                status = self.copy_promised()
-            else:
-                status = self.copy_run(&self.sources[best], best, limit_ns, limit_position)
+            is_forced = self.sources[best].next_ns > self.promised_ns
+            self.collect_fronts(best, is_forced)
+            if not is_forced:
+                limit_ns = self.promised_ns
+                limit_position = UINT64_MAX
+            status = self.copy_fronts(limit_ns, limit_position)
             if status != S_IDLE:
                 return status
 
@@ -423,74 +426,32 @@ cdef class Merge:
 
     # ---- copying ----
 
-    cdef int copy_promised(self) noexcept nogil:
-        """Everything that no source can get before any longer, run by run, without looking at the rings again: until
-        one of the sources has to be looked at."""
-        cdef uint32_t count = self.collect_fronts()
-        cdef uint32_t i, best
-        cdef uint64_t oldest_ns, limit_ns
-        cdef merge_source *source
-        cdef int status
-        while True:
-            best = 0
-            oldest_ns = self.fronts[0].next_ns
-            limit_ns = self.promised_ns
-            for i in range(1, count):
-                if self.fronts[i].next_ns < oldest_ns:
-                    best = i
-                    # The one that was the oldest so far stands before it: at the same time, that one goes first.
-                    limit_ns = oldest_ns - 1 if oldest_ns - 1 < self.promised_ns else self.promised_ns
-                    oldest_ns = self.fronts[i].next_ns
-                elif self.fronts[i].next_ns < limit_ns:
-                    limit_ns = self.fronts[i].next_ns
-            if oldest_ns > self.promised_ns:
-                return S_IDLE
-            source = &self.sources[self.fronts[best].source]
-            status = self.copy_run(source, self.fronts[best].source, limit_ns, source.view.other)
-            if status != S_IDLE or source.state != HAS_RECORD:
-                return status
-            self.fronts[best].next_ns = source.next_ns
-
-    cdef uint32_t collect_fronts(self) noexcept nogil:
+    cdef void collect_fronts(self, uint32_t best, bint alone) noexcept nogil:
+        """Of all sources that have a record, or of `best` alone."""
         cdef uint32_t i
-        cdef uint32_t count = 0
+        clear_fronts(&self.fronts)
         for i in range(self.source_count):
-            if self.sources[i].state == HAS_RECORD:
-                self.fronts[count].next_ns = self.sources[i].next_ns
-                self.fronts[count].source = i
-                count += 1
-        return count
+            if self.sources[i].state == HAS_RECORD and (i == best or not alone):
+                set_front(&self.fronts, i, self.sources[i].next_ns)
+        settle_fronts(&self.fronts)
 
-    cdef int copy_run(self, merge_source *source, uint32_t index, uint64_t limit_ns,
-                      uint64_t limit_position) noexcept nogil:
-        """Records of one source up to a time and a position. IDLE: the source has a record that is younger (its state
-        and `next_ns` say so), or it has to be looked at."""
-        cdef ring_view view = source.view[0]
-        cdef uint64_t position = view.position
-        cdef uint64_t stamp = source.next_ns
-        cdef const uint8_t *record
-        cdef uint32_t length, cost
+    cdef int copy_fronts(self, uint64_t limit_ns, uint64_t limit_position) noexcept nogil:
+        """What their sources have, up to a time and a position in the ring, in order, run by run, without a look at the
+        rings: until one of them has to be looked at."""
+        cdef copying now
+        cdef uint32_t index
+        cdef merge_source *source
         cdef int status = S_IDLE
-        cdef run now
-        begin_run(&now, self, source)
-        source.state = IS_EMPTY  # as far as is known here
-        while position < limit_position:
-            record = ring_at(&view, position)
-            length = record_check(record, view.other - position)
-            if length == 0 or not is_wanted(now.sink, record_u32(record), length):
-                break  # look() knows what to do with it
-            stamp = record_timestamp_ns(record)
-            cost = cost_of(&now, record, length)
-            if stamp <= limit_ns:
-                status = stop_before(&now, stamp, cost)
-            if stamp > limit_ns or status != S_IDLE:
-                source.state = HAS_RECORD
+        begin_copying(&now, self)
+        while first_front(&self.fronts).next_ns <= limit_ns:
+            index = first_front(&self.fronts).source
+            source = &self.sources[index]
+            status = copy_run(&now, self, index, first_until(&self.fronts, limit_ns),
+                              min(limit_position, source.view.other))
+            if status != S_IDLE or source.state != HAS_RECORD:
                 break
-            copy_one(&now, self, source, index, record, length, stamp, cost)
-            position += length
-        source.view.position = position
-        source.next_ns = stamp
-        end_run(&now, self, source)
+            move_first(&self.fronts, source.next_ns)
+        end_copying(&now, self)
         return status
 
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,

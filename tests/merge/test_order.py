@@ -189,7 +189,7 @@ TestMergeAgainstModel = MergeAgainstModel.TestCase
 TestMergeAgainstModel.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
-@given(st.lists(st.lists(st.integers(0, 30), max_size=12), min_size=1, max_size=5), st.data())
+@given(st.lists(st.lists(st.integers(0, 30), max_size=12), min_size=1, max_size=9), st.data())
 @settings(deadline=None, max_examples=100)
 def test_sources_that_keep_their_promise_make_a_sorted_stream_ties_by_source(
     times: list[list[int]], data: st.DataObject
@@ -226,6 +226,21 @@ def test_of_equal_times_the_first_source_goes_first_and_within_it_the_first_arri
     assert [block[7][:2] for block in blocks(bytes(merge.output()))] == [
         bytes([i, n]) for i in range(3) for n in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 17])
+@pytest.mark.parametrize("spread", [1, 5])
+def test_any_number_of_sources_takes_turns_by_time_and_then_by_source(make: Make, count: int, spread: int) -> None:
+    sources = make(count)
+    expected = []
+    for i, source in enumerate(sources):
+        times = [(7 * i + 11 * n) // spread for n in range(30)]
+        source.write(*(packet(at, bytes([i, n])) for n, at in enumerate(times)))
+        source.producer.end()
+        expected += [(at, i, n) for n, at in enumerate(times)]
+    merge = make_merge(sources)
+    assert merge.fill() == order.ENDED
+    assert [block[7][:2] for block in blocks(bytes(merge.output()))] == [bytes([i, n]) for _, i, n in sorted(expected)]
 
 
 # ---- holding times ----

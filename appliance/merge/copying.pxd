@@ -1,8 +1,8 @@
 # cython: language_level=3
-"""A run: records of one source that go into the output one behind the other.
+"""Records into the output buffer, run by run: a run is what one source has before the next one has something older.
 
-What the copying of a record reads and counts lies in a `run` on the stack, where a compiler can keep it in registers.
-Of what lies in the merge or in a source it must believe that each store of a packet's octets changes it.
+What the copying reads and counts lies in a `copying` on the stack, where a compiler can keep it in registers. Of what
+lies in the merge or in a source it must believe that each store of a packet's octets changes it.
 """
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 
@@ -13,12 +13,10 @@ from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest,
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport expand_plain
 
-cdef struct run:
+cdef struct copying:
     int sink
     bint counts_captured_bytes
     bint has_tap
-    const uint32_t *interface_map
-    uint32_t interface_count
     # How far it may go.
     uint64_t promised_ns  # what is younger is forced
     uint64_t boundary_ns
@@ -29,21 +27,23 @@ cdef struct run:
     uint8_t *target
     const uint8_t *full
     # What it did.
-    uint64_t records
     uint64_t packets
-    uint64_t captured_bytes
     uint64_t forced
     uint64_t first_ns
     uint64_t newest_ns
     uint64_t last_ns      # of the stream; what is older is late
+    # Of the run.
+    const uint32_t *interface_map
+    uint32_t interface_count
+    uint64_t run_records
+    uint64_t run_packets
+    uint64_t run_bytes
 
 
-cdef inline void begin_run(run *now, Merge merge, const merge_source *source) noexcept nogil:
+cdef inline void begin_copying(copying *now, Merge merge) noexcept nogil:
     now.sink = merge.sink
     now.counts_captured_bytes = merge.count_captured_bytes
     now.has_tap = merge.has_tap
-    now.interface_map = source.interface_map
-    now.interface_count = source.interface_count
     now.promised_ns = merge.promised_ns
     now.boundary_ns = merge.boundary_ns
     now.horizon_ns = merge.horizon_ns
@@ -52,16 +52,13 @@ cdef inline void begin_run(run *now, Merge merge, const merge_source *source) no
     now.may_stop = merge.segment_packets != 0
     now.target = merge.out + merge.out_bytes
     now.full = merge.out + merge.out_capacity
-    now.records = now.packets = now.captured_bytes = now.forced = 0
+    now.packets = now.forced = 0
     now.first_ns = merge.batch_first_ns if merge.out_packets else UINT64_MAX
     now.newest_ns = merge.batch_last_ns
     now.last_ns = merge.last_ns
 
 
-cdef inline void end_run(const run *now, Merge merge, merge_source *source) noexcept nogil:
-    source.consumed += now.records
-    source.pending_packets += now.packets
-    source.pending_bytes += now.captured_bytes
+cdef inline void end_copying(const copying *now, Merge merge) noexcept nogil:
     merge.forced += now.forced
     merge.bytes_left = now.bytes_left
     merge.packets_left = now.packets_left
@@ -74,6 +71,44 @@ cdef inline void end_run(const run *now, Merge merge, merge_source *source) noex
         merge.batch_last_ns = now.newest_ns
 
 
+cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t limit_ns,
+                         uint64_t limit_position) noexcept nogil:
+    """Records of one source up to a time and a position in its ring. IDLE: the source has a record that is younger (its
+    state and `next_ns` say so), or it has to be looked at."""
+    cdef merge_source *source = &merge.sources[index]
+    cdef ring_view view = source.view[0]
+    cdef uint64_t position = view.position
+    cdef uint64_t stamp = source.next_ns
+    cdef const uint8_t *record
+    cdef uint32_t length, cost
+    cdef int status = S_IDLE
+    now.interface_map = source.interface_map
+    now.interface_count = source.interface_count
+    now.run_records = now.run_packets = now.run_bytes = 0
+    source.state = IS_EMPTY  # as far as is known here
+    while position < limit_position:
+        record = ring_at(&view, position)
+        length = record_check(record, view.other - position)
+        if length == 0 or not is_wanted(now.sink, record_u32(record), length):
+            break  # look() knows what to do with it
+        stamp = record_timestamp_ns(record)
+        cost = cost_of(now, record, length)
+        if stamp <= limit_ns:
+            status = stop_before(now, stamp, cost)
+        if stamp > limit_ns or status != S_IDLE:
+            source.state = HAS_RECORD
+            break
+        copy_one(now, merge, source, index, record, length, stamp, cost)
+        position += length
+    source.view.position = position
+    source.next_ns = stamp
+    source.consumed += now.run_records
+    source.pending_packets += now.run_packets
+    source.pending_bytes += now.run_bytes
+    now.packets += now.run_packets
+    return status
+
+
 cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
     """Whether it is a record of the kind that is merged into `sink`."""
     if sink == TO_DIGESTS:
@@ -81,7 +116,7 @@ cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept no
     return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
 
 
-cdef inline uint32_t cost_of(const run *now, const uint8_t *record, uint32_t length) noexcept nogil:
+cdef inline uint32_t cost_of(const copying *now, const uint8_t *record, uint32_t length) noexcept nogil:
     """What a packet takes of `bytes_left`."""
     if now.counts_captured_bytes:
         return record_u32(record + 20)
@@ -92,7 +127,7 @@ cdef inline uint32_t cost_of(const run *now, const uint8_t *record, uint32_t len
     return length
 
 
-cdef inline int stop_before(const run *now, uint64_t stamp, uint32_t cost) noexcept nogil:
+cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) noexcept nogil:
     """Why the next record does not go into this segment, or into this batch."""
     if now.boundary_ns <= stamp < now.horizon_ns:
         return S_BOUNDARY
@@ -103,15 +138,15 @@ cdef inline int stop_before(const run *now, uint64_t stamp, uint32_t cost) noexc
     return S_IDLE
 
 
-cdef inline void copy_one(run *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
+cdef inline void copy_one(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
                           uint32_t length, uint64_t stamp, uint32_t cost) noexcept nogil:
     cdef uint32_t written = emit(now, merge, source, index, record, length, stamp)
-    now.records += 1
+    now.run_records += 1
     now.forced += stamp > now.promised_ns
     if written == 0:
         return
     now.target += written
-    now.packets += 1
+    now.run_packets += 1
     now.may_stop = True
     now.packets_left -= now.packets_left != 0
     now.bytes_left -= cost if cost < now.bytes_left else now.bytes_left
@@ -123,7 +158,7 @@ cdef inline void copy_one(run *now, Merge merge, merge_source *source, uint32_t 
         now.last_ns = stamp
 
 
-cdef inline uint32_t emit(run *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
+cdef inline uint32_t emit(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
                           uint32_t length, uint64_t stamp) noexcept nogil:
     """The bytes written. 0: it was dropped, because it is damaged or its interface has no number in the output."""
     cdef uint32_t interface, number, captured, written
@@ -147,7 +182,7 @@ cdef inline uint32_t emit(run *now, Merge merge, merge_source *source, uint32_t 
     if written == 0:
         source.dropped += 1
         return 0
-    now.captured_bytes += captured
+    now.run_bytes += captured
     if now.has_tap:
         merge.feed_tap(source, record, length, interface, captured)
     return written
