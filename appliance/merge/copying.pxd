@@ -13,10 +13,23 @@ from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest,
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport expand_plain
 
+cdef extern from *:
+    """
+    #define RECORD_PREFETCH(at) __builtin_prefetch(at)
+    """
+    void RECORD_PREFETCH(const uint8_t *at) nogil
+
+cdef enum:  # where they stand in a packet's record
+    RECORD_LENGTH = 4
+    CAPTURED_LENGTH = 20
+
 cdef struct copying:
     int sink
-    bint counts_captured_bytes
     bint has_tap
+    uint32_t wanted_type   # of the records that are merged here
+    uint32_t wanted_bytes  # the shortest ones
+    uint32_t cost_at       # what a packet takes of `bytes_left`: a number in its record, and
+    uint32_t cost_bytes    # so much
     # How far it may go.
     uint64_t promised_ns  # what is younger is forced
     uint64_t boundary_ns
@@ -35,14 +48,37 @@ cdef struct copying:
     # Of the run.
     const uint32_t *interface_map
     uint32_t interface_count
-    uint64_t run_records
     uint64_t run_packets
+    uint64_t run_dropped
     uint64_t run_bytes
+
+
+cdef inline uint32_t wanted_type(int sink) noexcept nogil:
+    return RECORD_DIGEST if sink == TO_DIGESTS else RECORD_PACKET
+
+
+cdef inline uint32_t wanted_bytes(int sink) noexcept nogil:
+    return 0 if sink == TO_DIGESTS else RECORD_PACKET_MIN
+
+
+cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
+    """Whether it is a record of the kind that is merged into `sink`."""
+    return type == wanted_type(sink) and length >= wanted_bytes(sink)
+
+
+cdef inline uint32_t framing_bytes(int sink) noexcept nogil:
+    """What a packet takes around its octets; 0: its record goes out as it is."""
+    if sink == TO_PCAP_NS or sink == TO_PCAP_US:
+        return PCAP_PACKET_HEADER_BYTES
+    return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES if sink == TO_ERF else 0
 
 
 cdef inline void begin_copying(copying *now, Merge merge) noexcept nogil:
     now.sink = merge.sink
-    now.counts_captured_bytes = merge.count_captured_bytes
+    now.wanted_type = wanted_type(merge.sink)
+    now.wanted_bytes = wanted_bytes(merge.sink)
+    now.cost_at = CAPTURED_LENGTH if merge.count_captured_bytes or framing_bytes(merge.sink) else RECORD_LENGTH
+    now.cost_bytes = 0 if merge.count_captured_bytes else framing_bytes(merge.sink)
     now.has_tap = merge.has_tap
     now.promised_ns = merge.promised_ns
     now.boundary_ns = merge.boundary_ns
@@ -84,15 +120,16 @@ cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t lim
     cdef int status = S_IDLE
     now.interface_map = source.interface_map
     now.interface_count = source.interface_count
-    now.run_records = now.run_packets = now.run_bytes = 0
+    now.run_packets = now.run_dropped = now.run_bytes = 0
     source.state = IS_EMPTY  # as far as is known here
     while position < limit_position:
         record = ring_at(&view, position)
         length = record_check(record, view.other - position)
-        if length == 0 or not is_wanted(now.sink, record_u32(record), length):
+        if length == 0 or length < now.wanted_bytes or record_u32(record) != now.wanted_type:
             break  # look() knows what to do with it
+        RECORD_PREFETCH(record + 2 * length)  # what is looked at when this source is the first again
         stamp = record_timestamp_ns(record)
-        cost = cost_of(now, record, length)
+        cost = record_u32(record + now.cost_at) + now.cost_bytes
         if stamp <= limit_ns:
             status = stop_before(now, stamp, cost)
         if stamp > limit_ns or status != S_IDLE:
@@ -102,29 +139,12 @@ cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t lim
         position += length
     source.view.position = position
     source.next_ns = stamp
-    source.consumed += now.run_records
+    source.consumed += now.run_packets + now.run_dropped
+    source.dropped += now.run_dropped
     source.pending_packets += now.run_packets
     source.pending_bytes += now.run_bytes
     now.packets += now.run_packets
     return status
-
-
-cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
-    """Whether it is a record of the kind that is merged into `sink`."""
-    if sink == TO_DIGESTS:
-        return type == RECORD_DIGEST
-    return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
-
-
-cdef inline uint32_t cost_of(const copying *now, const uint8_t *record, uint32_t length) noexcept nogil:
-    """What a packet takes of `bytes_left`."""
-    if now.counts_captured_bytes:
-        return record_u32(record + 20)
-    if now.sink == TO_PCAP_NS or now.sink == TO_PCAP_US:
-        return PCAP_PACKET_HEADER_BYTES + record_u32(record + 20)
-    if now.sink == TO_ERF:
-        return ERF_HEADER_BYTES + ERF_ETHERNET_PAD_BYTES + record_u32(record + 20)
-    return length
 
 
 cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) noexcept nogil:
@@ -141,9 +161,9 @@ cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) n
 cdef inline void copy_one(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
                           uint32_t length, uint64_t stamp, uint32_t cost) noexcept nogil:
     cdef uint32_t written = emit(now, merge, source, index, record, length, stamp)
-    now.run_records += 1
     now.forced += stamp > now.promised_ns
     if written == 0:
+        now.run_dropped += 1
         return
     now.target += written
     now.run_packets += 1
@@ -180,7 +200,6 @@ cdef inline uint32_t emit(copying *now, Merge merge, merge_source *source, uint3
         written = copy_record(now.target, record, RECORD_PACKET, length, number)
         record_set_u32(now.target + 20, captured)
     if written == 0:
-        source.dropped += 1
         return 0
     now.run_bytes += captured
     if now.has_tap:

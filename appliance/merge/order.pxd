@@ -141,7 +141,8 @@ cdef class Merge:
     cdef void note_arrival(self, merge_source *source, uint64_t now) noexcept nogil
     cdef uint64_t merged_watermark(self) noexcept nogil
     cdef void give_up(self, merge_source *source) noexcept nogil
-    cdef void collect_fronts(self, uint32_t best, bint alone) noexcept nogil
+    cdef void collect_fronts(self) noexcept nogil
+    cdef void only_front(self, uint32_t source) noexcept nogil
     cdef int copy_fronts(self, uint64_t limit_ns, uint64_t limit_position) noexcept nogil
     cdef void feed_tap(self, merge_source *source, const uint8_t *record, uint32_t length, uint32_t interface,
                        uint32_t captured) noexcept nogil

@@ -13,7 +13,7 @@ The rings' memory is hostile: positions are checked when they are loaded (ring.h
 what a check allowed is what is written, whatever the producer makes of its record meanwhile.
 """
 cimport cython
-from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -143,7 +143,6 @@ cdef class Merge:
     cdef int run(self) noexcept nogil:
         cdef uint32_t best = 0
         cdef int status
-        cdef bint is_forced
         cdef uint64_t limit_ns = 0, limit_position = 0
         while True:
             status = self.look()
@@ -157,11 +156,12 @@ cdef class Merge:
                 return S_BOUNDARY if self.is_over() else S_IDLE
             if self.held:
                 return S_BOUNDARY
-            is_forced = self.sources[best].next_ns > self.promised_ns
-            self.collect_fronts(best, is_forced)
-            if not is_forced:
+            if self.sources[best].next_ns <= self.promised_ns:
+                self.collect_fronts()
                 limit_ns = self.promised_ns
                 limit_position = UINT64_MAX
+            else:
+                self.only_front(best)
             status = self.copy_fronts(limit_ns, limit_position)
             if status != S_IDLE:
                 return status
@@ -426,28 +426,41 @@ cdef class Merge:
 
     # ---- copying ----
 
-    cdef void collect_fronts(self, uint32_t best, bint alone) noexcept nogil:
-        """Of all sources that have a record, or of `best` alone."""
+    cdef void collect_fronts(self) noexcept nogil:
         cdef uint32_t i
-        clear_fronts(&self.fronts)
+        cdef uint32_t count = 0
         for i in range(self.source_count):
-            if self.sources[i].state == HAS_RECORD and (i == best or not alone):
-                set_front(&self.fronts, i, self.sources[i].next_ns)
+            count += self.sources[i].state == HAS_RECORD
+        begin_fronts(&self.fronts, count)
+        for i in range(self.source_count):
+            if self.sources[i].state == HAS_RECORD:
+                add_front(&self.fronts, i, self.sources[i].next_ns)
         settle_fronts(&self.fronts)
+
+    cdef void only_front(self, uint32_t source) noexcept nogil:
+        begin_fronts(&self.fronts, 1)
+        add_front(&self.fronts, source, self.sources[source].next_ns)
 
     cdef int copy_fronts(self, uint64_t limit_ns, uint64_t limit_position) noexcept nogil:
         """What their sources have, up to a time and a position in the ring, in order, run by run, without a look at the
         rings: until one of them has to be looked at."""
         cdef copying now
-        cdef uint32_t index
+        cdef const front *first
         cdef merge_source *source
+        cdef uint32_t last = UINT32_MAX
+        cdef uint64_t run_limit_ns
         cdef int status = S_IDLE
         begin_copying(&now, self)
-        while first_front(&self.fronts).next_ns <= limit_ns:
-            index = first_front(&self.fronts).source
-            source = &self.sources[index]
-            status = copy_run(&now, self, index, first_until(&self.fronts, limit_ns),
-                              min(limit_position, source.view.other))
+        while True:
+            first = first_front(&self.fronts)
+            if first.next_ns > limit_ns:
+                break
+            # Where many take turns, a record is often a run of its own. So one that comes first goes by itself, and the
+            # end of its source's run is looked for when that source is the first again.
+            run_limit_ns = first_until(&self.fronts, limit_ns) if first.source == last else first.next_ns
+            last = first.source
+            source = &self.sources[last]
+            status = copy_run(&now, self, last, run_limit_ns, min(limit_position, source.view.other))
             if status != S_IDLE or source.state != HAS_RECORD:
                 break
             move_first(&self.fronts, source.next_ns)
