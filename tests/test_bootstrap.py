@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,22 @@ def test_what_is_missing_is_named_where_it_cannot_be_installed(project: Path, tm
     assert (
         "please run:  sudo apt-get update && sudo apt-get install --no-install-recommends gcc libc6-dev " in done.stderr
     )
+
+
+def test_an_environment_that_was_made_for_the_tests_runs_the_appliance_without_another_build(
+    project: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    programs = tree / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (tree / "appliance").mkdir()
+    (tree / "pyproject.toml").touch()
+    shutil.copy2(project / "bootstrap", tree)
+    (programs / "python").symlink_to(sys.executable)
+    (programs / "appliance").write_text('#!/bin/sh\necho "$@"\n')
+    (programs / "appliance").chmod(0o755)
+    version = subprocess.run([sys.executable, "-VV"], capture_output=True, check=True).stdout
+    sources = f"{hashlib.sha256(b'').hexdigest()}  pyproject.toml\n".encode()
+    (tree / ".venv" / "bootstrap.key").write_text(f"{hashlib.sha256(version + sources).hexdigest()} check test\n")
+    done = bootstrap(tree, "run", "-c", "x.toml", env={**os.environ, "PYTHON": sys.executable})
+    assert (done.returncode, done.stdout) == (0, "run -c x.toml\n"), done.stderr
