@@ -19,17 +19,11 @@ cdef extern from *:
     """
     void RECORD_PREFETCH(const uint8_t *at) nogil
 
-cdef enum:  # where they stand in a packet's record
-    RECORD_LENGTH = 4
-    CAPTURED_LENGTH = 20
-
 cdef struct copying:
     int sink
     bint has_tap
-    uint32_t wanted_type   # of the records that are merged here
-    uint32_t wanted_bytes  # the shortest ones
-    uint32_t cost_at       # what a packet takes of `bytes_left`: a number in its record, and
-    uint32_t cost_bytes    # so much
+    bint costs_data       # a packet takes its captured octets of `bytes_left`, not its record,
+    uint32_t cost_bytes   # and so much with them
     # How far it may go.
     uint64_t promised_ns  # what is younger is forced
     uint64_t boundary_ns
@@ -53,17 +47,11 @@ cdef struct copying:
     uint64_t run_bytes
 
 
-cdef inline uint32_t wanted_type(int sink) noexcept nogil:
-    return RECORD_DIGEST if sink == TO_DIGESTS else RECORD_PACKET
-
-
-cdef inline uint32_t wanted_bytes(int sink) noexcept nogil:
-    return 0 if sink == TO_DIGESTS else RECORD_PACKET_MIN
-
-
 cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
     """Whether it is a record of the kind that is merged into `sink`."""
-    return type == wanted_type(sink) and length >= wanted_bytes(sink)
+    if sink == TO_DIGESTS:
+        return type == RECORD_DIGEST
+    return type == RECORD_PACKET and length >= RECORD_PACKET_MIN
 
 
 cdef inline uint32_t framing_bytes(int sink) noexcept nogil:
@@ -75,9 +63,7 @@ cdef inline uint32_t framing_bytes(int sink) noexcept nogil:
 
 cdef inline void begin_copying(copying *now, Merge merge) noexcept nogil:
     now.sink = merge.sink
-    now.wanted_type = wanted_type(merge.sink)
-    now.wanted_bytes = wanted_bytes(merge.sink)
-    now.cost_at = CAPTURED_LENGTH if merge.count_captured_bytes or framing_bytes(merge.sink) else RECORD_LENGTH
+    now.costs_data = merge.count_captured_bytes or framing_bytes(merge.sink) != 0
     now.cost_bytes = 0 if merge.count_captured_bytes else framing_bytes(merge.sink)
     now.has_tap = merge.has_tap
     now.promised_ns = merge.promised_ns
@@ -125,11 +111,11 @@ cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t lim
     while position < limit_position:
         record = ring_at(&view, position)
         length = record_check(record, view.other - position)
-        if length == 0 or length < now.wanted_bytes or record_u32(record) != now.wanted_type:
+        if length == 0 or not is_wanted(now.sink, record_u32(record), length):
             break  # look() knows what to do with it
         RECORD_PREFETCH(record + 2 * length)  # what is looked at when this source is the first again
         stamp = record_timestamp_ns(record)
-        cost = record_u32(record + now.cost_at) + now.cost_bytes
+        cost = (record_u32(record + 20) if now.costs_data else length) + now.cost_bytes
         if stamp <= limit_ns:
             status = stop_before(now, stamp, cost)
         if stamp > limit_ns or status != S_IDLE:
