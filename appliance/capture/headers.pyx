@@ -16,13 +16,7 @@ from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.network_order cimport be16, be32
 from appliance.ring.plain cimport *
-
-cdef extern from *:
-    """
-    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
-    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
-    """
-    void prefetch(const void* p) noexcept nogil
+from appliance.ring.prefetch cimport prefetch
 
 cdef enum:
     AHEAD = 8  # packets whose headers are fetched ahead

@@ -12,12 +12,7 @@ from appliance.merge.order cimport *
 from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport expand_plain
-
-cdef extern from *:
-    """
-    #define RECORD_PREFETCH(at) __builtin_prefetch(at)
-    """
-    void RECORD_PREFETCH(const uint8_t *at) nogil
+from appliance.ring.prefetch cimport prefetch
 
 cdef struct copying:
     int sink
@@ -113,7 +108,7 @@ cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t lim
         length = record_check(record, view.other - position)
         if length == 0 or not is_wanted(now.sink, record_u32(record), length):
             break  # look() knows what to do with it
-        RECORD_PREFETCH(record + 2 * length)  # what is looked at when this source is the first again
+        prefetch(record + 2 * length)  # what is looked at when this source is the first again
         stamp = record_timestamp_ns(record)
         cost = (record_u32(record + 20) if now.costs_data else length) + now.cost_bytes
         if stamp <= limit_ns:

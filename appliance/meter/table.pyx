@@ -28,16 +28,12 @@ from appliance.meter.row_parts cimport fields_length, point_to_fields, report_ro
 from appliance.meter.tcp cimport *
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
+from appliance.ring.prefetch cimport prefetch, prefetch_for_write
 
 cdef extern from *:
     """
-    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
-    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
-    static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
     static inline int lowest_bit(unsigned int word) { return __builtin_ctz(word); }
     """
-    void prefetch(const void* p) noexcept nogil
-    void prefetch_for_write(const void* p) noexcept nogil
     int lowest_bit(unsigned int word) noexcept nogil
 
 cdef enum:

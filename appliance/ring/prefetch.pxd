@@ -1,0 +1,11 @@
+# cython: language_level=3
+"""Memory that is needed soon."""
+
+cdef extern from *:
+    """
+    /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
+    static inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); __asm__ volatile(""); }
+    static inline void prefetch_for_write(const void *p) { __builtin_prefetch(p, 1, 3); __asm__ volatile(""); }
+    """
+    void prefetch(const void* p) noexcept nogil
+    void prefetch_for_write(const void* p) noexcept nogil
