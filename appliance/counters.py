@@ -82,6 +82,7 @@ MERGE_FIELDS = COMMON_FIELDS + (
     "merged_packets",
     "written_packets",
     "written_bytes",  # before compression, file and record headers included
+    "direct_bytes",  # that went past the page cache (merge/direct.pxd)
     "late_packets",  # emitted after a packet with a later timestamp
     "late_max_ns",
     "forced_packets",  # released because max_wait_ms was over

@@ -19,7 +19,7 @@ TableT = TypeVar("TableT", Interface, Output)
 OUTPUT_KEYS = (
     "rotate_seconds", "rotate_bytes", "rotate_packets", "empty_segments", "max_wait_ms",
     "retain_bytes", "retain_seconds", "min_free_bytes",
-    "hook", "hook_timeout_s", "close_write",
+    "hook", "hook_timeout_s", "close_write", "direct_io",
 )  # fmt: skip
 # Of a `ring:` source: the kernel takes a new filter on the open socket, between two packets.
 INTERFACE_KEYS = ("filter",)

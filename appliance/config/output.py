@@ -87,6 +87,10 @@ class Output(Table):
     compressor_timeout_s: Annotated[int, between(1, 3600)] = Field(
         default=60, description="a compressor that takes no byte or does not end for so long has failed"
     )
+    direct_io: bool = Field(
+        default=True,
+        description='live packets at a high rate go to the disk past the page cache; only with compressor = "none"',
+    )
     hook: OptionalArgv = Field(
         default=(),
         description="the argv of a program that is run after each publication, with the file's path behind it; without "

@@ -23,6 +23,7 @@ cdef class Books:
     cdef uint64_t *merged_packets
     cdef uint64_t *written_packets
     cdef uint64_t *written_bytes
+    cdef uint64_t *direct_bytes
     cdef uint64_t *open_packets
     cdef uint64_t *late_packets
     cdef uint64_t *late_max_ns
@@ -43,6 +44,7 @@ cdef class Books:
     cdef void consumed(self) noexcept nogil
     cdef void batch_consumed(self) noexcept nogil
     cdef void batch_written(self, uint64_t bytes_by_pump) noexcept nogil
+    cdef void went_directly(self, uint64_t octets) noexcept nogil
     cdef void take_off(self, uint32_t index) noexcept nogil
     cdef void add_to_taken(self, uint64_t packets) noexcept nogil
     cdef uint64_t batch_dropped(self) noexcept nogil

@@ -29,6 +29,7 @@ cdef class Books:
         self.merged_packets = slot(page, "merged_packets")
         self.written_packets = slot(page, "written_packets")
         self.written_bytes = slot(page, "written_bytes")
+        self.direct_bytes = slot(page, "direct_bytes")
         self.open_packets = slot(page, "open_packets")
         self.late_packets = slot(page, "late_packets")
         self.late_max_ns = slot(page, "late_max_ns")
@@ -112,6 +113,10 @@ cdef class Books:
         self.taken_bytes += bytes_by_pump
         if packets:
             self.add_to_taken(packets)
+
+    cdef void went_directly(self, uint64_t octets) noexcept nogil:
+        """The disk has them, whatever becomes of their batch."""
+        self.direct_bytes[0] += octets
 
     cdef void take_off(self, uint32_t index) noexcept nogil:
         """What a source had in the batch is counted as something else than held now."""

@@ -76,7 +76,8 @@ cdef class Merge:
     cdef fronts fronts
     cdef readonly uint32_t source_count
     cdef list consumers
-    cdef uint8_t *out
+    cdef uint8_t *room  # for the output buffer, from the begin of a page
+    cdef uint8_t *out   # the output buffer, somewhere in its first page
     cdef uint64_t out_capacity
     cdef readonly uint64_t out_bytes
     cdef readonly uint64_t out_packets
@@ -149,6 +150,7 @@ cdef class Merge:
     cdef void publish_tap(self) noexcept nogil
     cdef void note_late(self, merge_source *source, uint64_t late_ns) noexcept nogil
     cdef void forget_batch(self) noexcept nogil
+    cdef void begin_batch_at(self, uint64_t offset) noexcept nogil
     cdef void give_back(self) noexcept nogil
     cdef uint32_t ask_who_holds(self) noexcept nogil
     cdef int64_t hold_left_ms(self) noexcept nogil

@@ -14,7 +14,7 @@ what a check allowed is what is written, whatever the producer makes of its reco
 """
 cimport cython
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -27,7 +27,16 @@ from appliance.ring.ring cimport Consumer, signal_eventfd
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
 SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF, SINK_RECORDS = range(6)
 
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **memory, size_t alignment, size_t length)
+
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *address, size_t length, int advice)
+    int MADV_HUGEPAGE
+
 cdef enum:
+    PAGE_BYTES = 4096
+    HUGE_PAGE_BYTES = 2 << 20
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
     SHORTEST_STANDSTILL_NS = 2000000  # a sleep of a ms may take that long
 
@@ -52,6 +61,21 @@ cdef uint32_t *with_room(uint32_t *numbers, uint32_t *count, uint32_t index) exc
     return larger
 
 
+cdef uint8_t *output_room(uint64_t out_bytes) noexcept nogil:
+    """For a batch of so many octets, the record that makes it full, and what it lies behind the begin of a page. NULL:
+    there is no memory. A large one is of huge pages where there are any: the kernel writes them with less work."""
+    cdef void *room = NULL
+    cdef size_t length = out_bytes + RECORD_MAX_BYTES + PAGE_BYTES
+    cdef bint huge = out_bytes >= HUGE_PAGE_BYTES / 4
+    cdef size_t unit = HUGE_PAGE_BYTES if huge else PAGE_BYTES
+    length = (length + unit - 1) / unit * unit
+    if posix_memalign(&room, unit, length) != 0:
+        return NULL
+    if huge:
+        madvise(room, length, MADV_HUGEPAGE)
+    return <uint8_t *>room
+
+
 cdef uint64_t monotonic_ns() noexcept nogil:
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -74,7 +98,7 @@ cdef class Merge:
         self.begun_ns = self.looked_ns = monotonic_ns()
         self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
-        self.out = <uint8_t *>malloc(out_bytes + RECORD_MAX_BYTES)
+        self.out = self.room = output_room(out_bytes)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
         if not allocate_fronts(&self.fronts, self.source_count) or self.out == NULL or self.sources == NULL:
             raise MemoryError
@@ -92,7 +116,7 @@ cdef class Merge:
                 free(self.sources[i].tap_linktypes)
         free(self.sources)
         free_fronts(&self.fronts)
-        free(self.out)
+        free(self.room)
 
     # ---- the stream ----
 
@@ -504,6 +528,10 @@ cdef class Merge:
 
     def release(self):
         self.give_back()
+
+    cdef void begin_batch_at(self, uint64_t offset) noexcept nogil:
+        """The next batch lies so many octets behind the begin of a page."""
+        self.out = self.room + offset % PAGE_BYTES
 
     cdef void give_back(self) noexcept nogil:
         """Gives everything consumed back to the producers. Before the write, not after: at most once."""

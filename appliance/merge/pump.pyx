@@ -11,6 +11,7 @@ from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport read, write
 
 from appliance.merge.books cimport Books
+from appliance.merge.direct cimport direct_writing, offset_in_page, write_directly
 from appliance.merge.order cimport S_FULL, S_IDLE, Merge, monotonic_ns
 
 cdef extern from "<poll.h>" nogil:
@@ -49,6 +50,8 @@ cdef class Pump:
     cdef int channel_fd
     cdef public uint64_t max_wait_ms
     cdef readonly uint64_t done
+    cdef bint direct
+    cdef readonly bint direct_refused
 
     def __cinit__(self, Merge merge not None, Books books not None, *, bint live, int wake_fd, int channel_fd,
                   uint64_t max_wait_ms):
@@ -71,9 +74,12 @@ cdef class Pump:
             status = self.move()
         return status
 
-    def serve(self, int fd, uint64_t limit_ms):
+    def serve(self, int fd, uint64_t limit_ms, *, bint direct=False):
         cdef int status
         self.done = 0
+        self.direct = direct and not self.direct_refused
+        if self.direct and self.merge.out_bytes == 0:
+            self.merge.begin_batch_at(offset_in_page(fd))
         with nogil:
             status = self.serve_until(fd, monotonic_ns() + limit_ms * 1000000)
         return status
@@ -111,6 +117,8 @@ cdef class Pump:
         """Writes the batch. False: `done` bytes of it; whoever knows the file does the rest."""
         cdef int64_t count
         self.books.batch_consumed()
+        if self.direct and not self.merge.crowded:  # a crowded ring must not wait for a disk
+            self.put_directly(fd)
         while self.done < self.merge.out_bytes:
             count = write(fd, self.merge.out + self.done, self.merge.out_bytes - self.done)
             if count < 0 and errno == EINTR:
@@ -120,8 +128,18 @@ cdef class Pump:
             self.done += <uint64_t>count
         self.books.batch_written(self.done)
         self.merge.forget_batch()
+        if self.direct:
+            self.merge.begin_batch_at(offset_in_page(fd))
         self.done = 0
         return True
+
+    cdef void put_directly(self, int fd) noexcept nogil:
+        cdef direct_writing written = write_directly(fd, self.merge.out, self.merge.out_bytes)
+        self.done = written.done
+        self.books.went_directly(written.direct)
+        if written.refused:
+            self.direct = False
+            self.direct_refused = True
 
     # ---- waiting ----
 

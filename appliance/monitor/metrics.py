@@ -277,6 +277,11 @@ FAMILIES: tuple[Family, ...] = (
         "appliance_output_uncompressed_bytes_total", "Bytes before compression.", lambda row: row.written_bytes
     ),
     _OUTPUT.counter(
+        "appliance_output_direct_bytes_total",
+        "Bytes that went to the disk past the page cache (direct_io).",
+        lambda row: row.direct_bytes,
+    ),
+    _OUTPUT.counter(
         "appliance_output_published_bytes_total",
         "Bytes of published files, after compression.",
         lambda row: row.published_bytes,

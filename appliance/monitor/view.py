@@ -182,6 +182,7 @@ class OutputView:
     merged_packets: int
     written_packets: int
     written_bytes: int
+    direct_bytes: int
     open_packets: int
     published_packets: int
     quarantined_packets: int

@@ -52,9 +52,9 @@ class Span:
 class Pace:
     """Watches `cpus` from `__enter__` to `__exit__`, by the CPU time in ns that `work_ns` says it took.
 
-    `measured`: measurements so far; `repeated`: those that were thrown away, of all together not many more than were
-    kept: a host that is always busy makes a benchmark twice as long, not endless. `hindered`: those that were kept
-    although every try was slowed.
+    `measured`: measurements so far; `repeated`: those that were thrown away, of all together not many more than one for
+    two that were kept: a host that is always busy makes a benchmark half as long again, not endless, and to measure
+    there once more helps little. `hindered`: those that were kept although every try was slowed.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Pace:
         inside of the span that it is given."""
         watched = list(self._samples if cpus is None else cpus)
         found: list[tuple[float, T]] = []
-        tries = min(TRIES, TRIES + self.measured - self.repeated)
+        tries = min(TRIES, TRIES + self.measured // 2 - self.repeated)
         while not found or (found[-1][0] > HINDERED and len(found) < tries):
             span = Span(self._samples)
             value = measure(span)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import select
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from merge.outputs import make_pages
-from merge.rings import Source, make_merge
+from merge.rings import Source, make_merge, packet
 
 from appliance.counters import CounterPage
 from appliance.merge import order
@@ -23,8 +26,8 @@ LONG_MS = 60_000
 class Bench:
     """A pump over rings in the test's hand, with `fd` to write to."""
 
-    def __init__(self, labels: tuple[str, ...] = ("a", "b")) -> None:
-        self.sources = [Source(1 << 20) for _ in labels]
+    def __init__(self, labels: tuple[str, ...] = ("a", "b"), ring_bytes: int = 1 << 20) -> None:
+        self.sources = [Source(ring_bytes) for _ in labels]
         self.merge = make_merge(self.sources, max_wait_ms=LONG_MS)
         self.merge.begin_segment(NEVER, NEVER, NEVER)
         self.pages = make_pages(labels)
@@ -55,6 +58,44 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
     made.close()
+
+
+@pytest.fixture
+def roomy() -> Iterator[Bench]:
+    """One source, whose ring is far from crowded by a batch of half a MiB."""
+    made = Bench(("a",), ring_bytes=8 << 20)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def file_fd(tmp_path: Path) -> Iterator[int]:
+    """An empty file."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def direct_fd(file_fd: int) -> int:
+    """An empty file that can be written past the page cache."""
+    try:
+        fcntl.fcntl(file_fd, fcntl.F_SETFL, os.O_DIRECT)
+    except OSError:
+        pytest.skip("the file system of the tests' directory has no direct I/O")
+    fcntl.fcntl(file_fd, fcntl.F_SETFL, 0)
+    return file_fd
+
+
+def publish(source: Source, first: int, count: int, octets: int) -> bytes:
+    """So many packets from this time on; their records."""
+    records = [packet(at, (b"%d " % at).ljust(octets, b".")) for at in range(first, first + count)]
+    source.write(*records, watermark=first + count)
+    return b"".join(records)
+
+
+def content(fd: int) -> bytes:
+    return os.pread(fd, 1 << 24, 0)
 
 
 def counts(page: CounterPage, *names: str) -> tuple[int, ...]:
@@ -114,6 +155,78 @@ def test_what_a_predecessor_left_unsettled_counts_as_held(bench: Bench) -> None:
     assert counts(bench.source_pages[0], "held") == (6,)
     bench.books.count_written()
     assert counts(bench.source_pages[0], "held") == (5,)
+
+
+def test_large_batches_go_past_the_page_cache_but_for_what_does_not_fill_its_pages(
+    roomy: Bench, direct_fd: int
+) -> None:
+    header = b"a file's header"
+    os.write(direct_fd, header)
+    expected, direct = header, 0
+    for first, count, octets in ((1, 300, 901), (1000, 400, 1017), (2000, 250, 1514)):
+        offset = len(expected)
+        expected += publish(roomy.sources[0], first, count, octets)
+        assert roomy.pump.serve(direct_fd, 1, direct=True) == order.IDLE
+        direct += len(expected) // 4096 * 4096 - -(-offset // 4096) * 4096
+        assert roomy.page["direct_bytes"] == direct
+    assert content(direct_fd) == expected
+    assert roomy.page["written_bytes"] == len(expected) - len(header)
+    assert counts(roomy.source_pages[0], "consumed", "written", "held") == (950, 950, 0)
+    assert not fcntl.fcntl(direct_fd, fcntl.F_GETFL) & os.O_DIRECT
+
+
+def test_small_batches_go_through_the_page_cache(roomy: Bench, direct_fd: int) -> None:
+    expected = publish(roomy.sources[0], 1, 100, 1000)
+    roomy.pump.serve(direct_fd, 1, direct=True)
+    assert content(direct_fd) == expected
+    assert roomy.page["direct_bytes"] == 0
+
+
+def test_a_crowded_ring_does_not_wait_for_a_disk(bench: Bench, direct_fd: int) -> None:
+    expected = publish(bench.sources[0], 1, 400, 1000)
+    bench.sources[1].write(watermark=LONG_MS)
+    bench.pump.serve(direct_fd, 1, direct=True)
+    assert content(direct_fd) == expected
+    assert bench.page["direct_bytes"] == 0
+
+
+def test_what_python_writes_in_between_does_not_keep_the_next_batch_from_going_directly(
+    roomy: Bench, direct_fd: int
+) -> None:
+    expected = publish(roomy.sources[0], 1, 300, 1000)
+    roomy.pump.serve(direct_fd, 1, direct=True)
+    before = roomy.page["direct_bytes"]
+    expected += b"another interface" + publish(roomy.sources[0], 1000, 300, 1000)
+    os.write(direct_fd, b"another interface")
+    roomy.pump.serve(direct_fd, 1, direct=True)
+    assert content(direct_fd) == expected
+    assert roomy.page["direct_bytes"] > before > 0
+
+
+def test_a_file_that_has_no_direct_writing_takes_the_batch_nevertheless(roomy: Bench) -> None:
+    fd = os.open("/dev/null", os.O_WRONLY)
+    for first in (1, 1000):
+        publish(roomy.sources[0], first, 300, 1000)
+        assert roomy.pump.serve(fd, 1, direct=True) == order.IDLE
+        assert roomy.pump.direct_refused
+    assert counts(roomy.source_pages[0], "consumed", "written", "held") == (600, 600, 0)
+    assert roomy.page["direct_bytes"] == 0
+    os.close(fd)
+
+
+def test_a_file_that_takes_only_a_part_directly_leaves_the_rest_to_python(roomy: Bench, direct_fd: int) -> None:
+    room = 64 << 12
+    expected = publish(roomy.sources[0], 1, 400, 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        roomy.pump.serve(direct_fd, LONG_MS, direct=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content(direct_fd) == expected[:room]
+    assert roomy.pump.done == roomy.page["direct_bytes"] == room
+    assert bytes(roomy.merge.output()) == expected
+    assert counts(roomy.source_pages[0], "consumed", "written", "held") == (400, 0, 400)
 
 
 def test_the_end_of_a_segment_is_pythons_matter(bench: Bench) -> None:
