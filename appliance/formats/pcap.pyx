@@ -69,7 +69,7 @@ cdef class PcapDecoder(Decoder):
             original = load(source + 12, swapped)
             if lengths == ORIGINAL_FIRST or (lengths == SMALLER_IS_CAPTURED and captured > original):
                 captured, original = original, captured
-            if captured > PACKET_MAX_BYTES:
+            if captured > PACKET_MAX_BYTES or (seconds | ticks | captured | original) == 0:
                 span.evidence = captured
                 step = DAMAGED
                 break
@@ -130,6 +130,8 @@ cdef class PcapDecoder(Decoder):
         return step
 
     cdef str explain(self, const Span *span):
+        if span.evidence == 0:
+            return "there are zeros where a packet should begin; it was not written to its end"
         return f"a packet claims to have {span.evidence} captured bytes, the most is {PACKET_MAX_BYTES}"
 
 

@@ -51,6 +51,7 @@ class CaptureReader:
         *,
         by_reference: bool = False,
         format: str = "",
+        end_bytes: int | None = None,
     ) -> None:
         """Opens the file ("-" is standard input) and recognises it by its first bytes, or takes it for a `format` that
         nothing in the file tells: one of fixed.LAYOUTS, or "erf" for a file that may be empty.
@@ -59,9 +60,9 @@ class CaptureReader:
         when it is nothing that is read here. `observer` gets each piece of the file as it is on disk.
 
         With `by_reference`, `fill` gives a PacketReference (record.pxd) for each packet and nothing else: they point
-        into this reader's buffer, and are valid until the next `fill`.
+        into this reader's buffer, and are valid until the next `fill`. The file is taken to end at `end_bytes`.
         """
-        self.stream = InputStream(path, observer, format)
+        self.stream = InputStream(path, observer, format, end_bytes)
         self.counts = _decoder(self.stream.format, by_reference)
         self._buffer = bytearray(RECORD_MAX_BYTES + READ_BYTES)
         self._view = memoryview(self._buffer)

@@ -46,14 +46,22 @@ class InputStream:
     caller says of a file that does not tell it itself. After the end `damage` is ""
     or says why the compressed stream has no proper end. `observer` sees each piece of the file as it is on disk.
 
-    A plain file is read, not mapped: whoever cuts a mapped file short kills its readers with SIGBUS.
+    A plain file is read, not mapped: whoever cuts a mapped file short kills its readers with SIGBUS. With `end_bytes`
+    it is taken to end there.
     """
 
-    def __init__(self, path: str | os.PathLike[str], observer: Observer | None = None, format: str = "") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        observer: Observer | None = None,
+        format: str = "",
+        end_bytes: int | None = None,
+    ) -> None:
         self.path = os.fspath(path)
         self.name = "standard input" if self.path == STANDARD_INPUT else self.path
         self.damage = ""
         self._observer = observer
+        self._left_bytes = end_bytes
         self._fd = self._open()
         try:
             self._head = self._first_bytes(may_be_empty=bool(format))
@@ -102,18 +110,24 @@ class InputStream:
 
     def _read_raw(self, count: int) -> bytes:
         try:
-            piece = os.read(self._fd, count)
+            piece = os.read(self._fd, count if self._left_bytes is None else min(count, self._left_bytes))
         except OSError as error:
             raise InputOutputError(f"{self.name} cannot be read: {error.strerror}") from error
+        self._took(len(piece))
         if self._observer is not None:
             self._observer(memoryview(piece))
         return piece
 
+    def _took(self, count: int) -> None:
+        if self._left_bytes is not None:
+            self._left_bytes -= count
+
     def _read_file(self, buffer: memoryview) -> int:
         try:
-            count = os.readv(self._fd, [buffer])
+            count = os.readv(self._fd, [buffer[: self._left_bytes]])
         except OSError as error:
             raise InputOutputError(f"{self.name} cannot be read: {error.strerror}") from error
+        self._took(count)
         if self._observer is not None:
             self._observer(buffer[:count])
         return count

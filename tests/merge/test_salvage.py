@@ -166,6 +166,59 @@ def test_what_cannot_be_decoded_is_said_and_nothing_is_written(tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
+PAGE = 4096
+
+
+def with_a_hole(path: Path, content: bytes, first_page: int) -> None:
+    """The file as a power failure may leave it: one page in the middle never came to the disk."""
+    with path.open("wb") as file:
+        file.write(content[: first_page * PAGE])
+        file.seek((first_page + 1) * PAGE)
+        file.write(content[(first_page + 1) * PAGE :])
+        file.flush()
+        os.fsync(file.fileno())
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) != first_page * PAGE:
+            pytest.skip("the file system of the tests' directory has no holes")
+
+
+def large_pcap(packets: int, octets: int) -> bytes:
+    packet = struct.pack("=IIII", 1, 1, octets, octets) + b"x" * octets
+    return pcap_header(1, nanoseconds=True) + packet * packets
+
+
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    [(large_pcap(500, 60), 107), (large_pcap(40, PAGE + 100), 1)],
+    ids=["small packets", "packets larger than a page"],
+)
+def test_a_page_that_a_power_failure_took_out_of_the_middle_ends_the_file(
+    tmp_path: Path, content: bytes, whole: int
+) -> None:
+    with_a_hole(tmp_path / "left", content, 2)
+    found = salvage(tmp_path / "left", tmp_path / "result", compress=False)
+    assert (found.outcome, found.packets) == ("salvaged", whole)
+    assert (tmp_path / "result").read_bytes() == content[: found.bytes]
+    assert found.bytes + found.lost_bytes == len(content)
+
+
+def test_a_leftover_that_ends_right_before_a_hole_is_not_whole(tmp_path: Path) -> None:
+    content = large_pcap(500, 2 * PAGE - 24 - 16)
+    with_a_hole(tmp_path / "left", content, 2)
+    found = salvage(tmp_path / "left", tmp_path / "result", compress=False)
+    assert (found.outcome, found.packets, found.bytes) == ("salvaged", 1, 2 * PAGE)
+    assert "hole" in found.reason
+    assert (tmp_path / "result").read_bytes() == content[: 2 * PAGE]
+
+
+def test_zeros_behind_the_last_packet_are_no_packets(tmp_path: Path) -> None:
+    content = pcap(100)
+    (tmp_path / "left").write_bytes(content + bytes(64))
+    found = salvage(tmp_path / "left", tmp_path / "result", compress=False)
+    assert (found.outcome, found.packets, found.lost_bytes) == ("salvaged", 100, 64)
+    assert "zeros" in found.reason
+    assert (tmp_path / "result").read_bytes() == content
+
+
 def test_the_result_never_replaces_a_file_or_follows_a_link(tmp_path: Path) -> None:
     leftover = tmp_path / "a"
     leftover.write_bytes(pcap(5)[:-1])

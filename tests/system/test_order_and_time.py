@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 from support.judges import capinfos, check_numbered
 from support.lab import Lab, requires_root, requires_tool
 from support.service import Service
@@ -63,3 +64,19 @@ def test_an_idle_file_is_published_soon_after_its_second(lab: Lab, directory: Pa
     assert late_s < 0.7
     assert all(capinfos(path).packets == 0 for path in service.ready())
     assert check_numbered(service.ready()).packets == 0
+
+
+def test_what_goes_to_the_disk_past_the_page_cache_is_whole_and_in_order(lab: Lab, directory: Path) -> None:
+    a, pa = lab.veth("a")
+    b, pb = lab.veth("b")
+    output = {"compressor": "none", "rotate_seconds": 0, "rotate_bytes": 16 << 20}
+    interfaces = [{"uri": f"ring:{name}", "ring_bytes": 64 << 20} for name in (a, b)]  # never crowded
+    service = Service(lab, directory, interfaces, output=output)
+    sent = lab.send([pa, pb], frames=20_000, rate=30_000, sizes=[1514])
+    rest = service.wait_at_rest({"a": 20_000, "b": 20_000})
+    if "no direct I/O" in service.log:
+        pytest.skip(f"the file system of {directory} has no direct I/O")
+    assert rest.outputs[0].direct_bytes > 0
+    assert service.stop() == 0
+    assert service.check(sent.sent_by_id).packets == 40_000
+    assert len(service.ready()) == 4
