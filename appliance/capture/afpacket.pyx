@@ -27,6 +27,7 @@ from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport put_plain
+from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch_for_write
 from appliance.ring.ring cimport Producer
 
 from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS
@@ -534,6 +535,7 @@ cdef class LiveCapture:
         if room == NULL:
             entry.flags |= ENTRY_DIGEST_DROPPED
             return
+        prefetch_for_write(room + WRITE_AHEAD_BYTES)
         if self.leaves_plain and may_be_left(data, captured, self.inner):
             put_plain(data, captured, original, self.interface, stamp, digest_status(status, outbound), room)
             length = PLAIN_DIGEST_BYTES

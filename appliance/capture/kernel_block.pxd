@@ -6,6 +6,7 @@ from libc.string cimport memcpy, memset
 
 from appliance.formats.record cimport packet_record_frame, padded
 from appliance.ring.layout cimport RECORD_PACKET_DATA, RECORD_PACKET_MIN, record_copy, record_set_u32
+from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch_for_write
 
 cdef extern from "linux/if_packet.h" nogil:
     struct tpacket_hdr_variant1:
@@ -134,6 +135,7 @@ cdef inline void put_packet_record(uint8_t *room, tpacket3_hdr *packet, uint32_t
                                    bint outbound, uint32_t interface, uint64_t stamp_ns) noexcept nogil:
     """One Enhanced Packet Block (draft-ietf-opsawg-pcapng, section 4.3) of packet_record_bytes()."""
     cdef uint8_t *data = room + RECORD_PACKET_DATA
+    prefetch_for_write(room + WRITE_AHEAD_BYTES)
     packet_record_frame(room, interface, <int64_t>stamp_ns, captured, packet.tp_len + inserted,
                         OUTBOUND_OPTION_BYTES if outbound else 0)
     if inserted:

@@ -44,12 +44,14 @@ cdef class PcapDecoder(Decoder):
     cdef uint32_t packet_header_bytes
     cdef uint32_t ns_per_tick
     cdef Lengths lengths
+    cdef public bint zeros_are_damage
 
     cdef Step run(self, Span *span) noexcept nogil:
         cdef Tally tally = self.tally
         cdef bint swapped = self.swapped
         cdef bint by_reference = self.by_reference
         cdef Lengths lengths = self.lengths
+        cdef bint zeros_are_damage = self.zeros_are_damage
         cdef const uint8_t *source = span.source
         cdef uint8_t *out = span.out
         cdef uint32_t header_bytes = self.packet_header_bytes
@@ -69,7 +71,7 @@ cdef class PcapDecoder(Decoder):
             original = load(source + 12, swapped)
             if lengths == ORIGINAL_FIRST or (lengths == SMALLER_IS_CAPTURED and captured > original):
                 captured, original = original, captured
-            if captured > PACKET_MAX_BYTES or (seconds | ticks | captured | original) == 0:
+            if captured > PACKET_MAX_BYTES or (zeros_are_damage and (seconds | ticks | captured | original) == 0):
                 span.evidence = captured
                 step = DAMAGED
                 break

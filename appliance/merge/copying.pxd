@@ -12,7 +12,7 @@ from appliance.merge.order cimport *
 from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport expand_plain
-from appliance.ring.prefetch cimport prefetch
+from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch, prefetch_for_write
 
 cdef struct copying:
     int sink
@@ -141,7 +141,9 @@ cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) n
 
 cdef inline void copy_one(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
                           uint32_t length, uint64_t stamp, uint32_t cost) noexcept nogil:
-    cdef uint32_t written = emit(now, merge, source, index, record, length, stamp)
+    cdef uint32_t written
+    prefetch_for_write(now.target + WRITE_AHEAD_BYTES)
+    written = emit(now, merge, source, index, record, length, stamp)
     now.forced += stamp > now.promised_ns
     if written == 0:
         now.run_dropped += 1

@@ -11,6 +11,7 @@ import lz4.frame
 
 from appliance.errors import CannotCreateError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
+from appliance.formats.pcap import PcapDecoder
 from appliance.formats.reader import BATCH_BYTES, CaptureReader
 from appliance.formats.stream import InputStream
 from appliance.formats.unpack import PIECE_BYTES
@@ -74,6 +75,8 @@ def _survey(path: str | os.PathLike[str]) -> tuple[Salvage, int]:
     reason = ""
     end_bytes, size = _written_bytes(path)
     with CaptureReader(path, end_bytes=end_bytes) as reader:
+        if isinstance(reader.counts, PcapDecoder):
+            reader.counts.zeros_are_damage = True
         try:
             while not reader.fill(address, BATCH_BYTES).end:
                 pass

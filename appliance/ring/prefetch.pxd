@@ -1,6 +1,11 @@
 # cython: language_level=3
 """Memory that is needed soon."""
 
+cdef enum:
+    # What is written record by record, from front to back, is fetched so far ahead: a ring is too large for the caches,
+    # and a store to a line that is not there waits for it.
+    WRITE_AHEAD_BYTES = 1024
+
 cdef extern from *:
     """
     /* The empty statement keeps gcc from taking a function of nothing but prefetches for one without effects. */
