@@ -1,15 +1,16 @@
 """Where a segment's bytes go: straight into a file, or through a compressor's pipe into it.
 
-A compressor is a child process in a session of its own: a program the user named, or the built-in one (`python -m
-workers.compress`). It holds only three descriptors: the pipe, the staging file, and a memory file for its complaints.
-The staging file is locked (flock) through its standard output, so that whoever finds the file later knows whether
-somebody still writes it.
+A compressor is a child process in a session of its own: a program the user named, or the built-in one
+(`workers/compress.py`). It holds only three descriptors: the pipe, the staging file, and a memory file for its
+complaints. The staging file is locked (flock) through its standard output, so that whoever finds the file later knows
+whether somebody still writes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import select
 import shutil
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from appliance.config import Output
 from appliance.errors import InputOutputError, MissingInputError
 
+BUILT_IN = "workers.compress"
 PIPE_BYTES = 1 << 20
 COMPLAINT_BYTES = 500
 POLL_MS = 500
@@ -49,8 +51,15 @@ def compressor_argv(compressor: str | Sequence[str]) -> tuple[str, ...] | None:
     if compressor == "none":
         return None
     if compressor == "lz4":
-        return (sys.executable, "-I", "-m", "workers.compress")
+        return built_in_argv()
     return program_argv(compressor, "compressor")
+
+
+def built_in_argv() -> tuple[str, ...]:
+    """The built-in compressor as a script, with the directory that has `lz4`: see there."""
+    script, lz4 = importlib.util.find_spec(BUILT_IN), importlib.util.find_spec("lz4")
+    assert script is not None and script.origin and lz4 is not None and lz4.origin
+    return (sys.executable, "-I", "-S", script.origin, os.path.dirname(os.path.dirname(lz4.origin)))
 
 
 def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
@@ -223,7 +232,7 @@ class CompressorSink:
 
     @property
     def _is_built_in(self) -> bool:
-        return self._argv[-1] == "workers.compress"
+        return self._argv[0] == sys.executable
 
     @property
     def name(self) -> str:

@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from appliance.merge.compressor import (
     FileSink,
     SinkError,
     StreamSink,
+    built_in_argv,
     compressor_argv,
     compressor_suffix,
 )
@@ -169,9 +169,7 @@ def test_the_built_in_compressor_makes_a_frame_with_a_checksum_that_lz4_accepts(
 
 def test_the_built_in_compressor_fails_where_it_cannot_write() -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [sys.executable, "-I", "-m", "workers.compress"], input=bytes(100), stdout=full, stderr=subprocess.PIPE
-        )
+        done = subprocess.run(built_in_argv(), input=bytes(100), stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == os.EX_IOERR
     assert done.stderr == b"compress: No space left on device\n"
 
