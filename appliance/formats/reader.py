@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -51,7 +52,7 @@ class CaptureReader:
         *,
         by_reference: bool = False,
         format: str = "",
-        end_bytes: int | None = None,
+        end_bytes: int = sys.maxsize,
     ) -> None:
         """Opens the file ("-" is standard input) and recognises it by its first bytes, or takes it for a `format` that
         nothing in the file tells: one of fixed.LAYOUTS, or "erf" for a file that may be empty.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable
 
 from appliance.errors import ApplianceError, FormatError, InputOutputError, MissingInputError, MissingPermissionError
@@ -55,7 +56,7 @@ class InputStream:
         path: str | os.PathLike[str],
         observer: Observer | None = None,
         format: str = "",
-        end_bytes: int | None = None,
+        end_bytes: int = sys.maxsize,
     ) -> None:
         self.path = os.fspath(path)
         self.name = "standard input" if self.path == STANDARD_INPUT else self.path
@@ -110,24 +111,20 @@ class InputStream:
 
     def _read_raw(self, count: int) -> bytes:
         try:
-            piece = os.read(self._fd, count if self._left_bytes is None else min(count, self._left_bytes))
+            piece = os.read(self._fd, min(count, self._left_bytes))
         except OSError as error:
             raise InputOutputError(f"{self.name} cannot be read: {error.strerror}") from error
-        self._took(len(piece))
+        self._left_bytes -= len(piece)
         if self._observer is not None:
             self._observer(memoryview(piece))
         return piece
-
-    def _took(self, count: int) -> None:
-        if self._left_bytes is not None:
-            self._left_bytes -= count
 
     def _read_file(self, buffer: memoryview) -> int:
         try:
             count = os.readv(self._fd, [buffer[: self._left_bytes]])
         except OSError as error:
             raise InputOutputError(f"{self.name} cannot be read: {error.strerror}") from error
-        self._took(count)
+        self._left_bytes -= count
         if self._observer is not None:
             self._observer(buffer[:count])
         return count

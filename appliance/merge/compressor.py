@@ -232,7 +232,7 @@ class CompressorSink:
 
     @property
     def _is_built_in(self) -> bool:
-        return self._argv[0] == sys.executable
+        return self._argv == built_in_argv()
 
     @property
     def name(self) -> str:

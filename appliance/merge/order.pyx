@@ -19,6 +19,7 @@ from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from appliance.merge.copying cimport *
+from appliance.merge.direct cimport DIRECT_PAGE_BYTES
 from appliance.merge.fronts cimport *
 from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport *
@@ -35,7 +36,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int MADV_HUGEPAGE
 
 cdef enum:
-    PAGE_BYTES = 4096
     HUGE_PAGE_BYTES = 2 << 20
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
     SHORTEST_STANDSTILL_NS = 2000000  # a sleep of a ms may take that long
@@ -65,9 +65,9 @@ cdef uint8_t *output_room(uint64_t out_bytes) noexcept nogil:
     """For a batch of so many octets, the record that makes it full, and what it lies behind the begin of a page. NULL:
     there is no memory. A large one is of huge pages where there are any: the kernel writes them with less work."""
     cdef void *room = NULL
-    cdef size_t length = out_bytes + RECORD_MAX_BYTES + PAGE_BYTES
+    cdef size_t length = out_bytes + RECORD_MAX_BYTES + DIRECT_PAGE_BYTES
     cdef bint huge = out_bytes >= HUGE_PAGE_BYTES / 4
-    cdef size_t unit = HUGE_PAGE_BYTES if huge else PAGE_BYTES
+    cdef size_t unit = HUGE_PAGE_BYTES if huge else DIRECT_PAGE_BYTES
     length = (length + unit - 1) / unit * unit
     if posix_memalign(&room, unit, length) != 0:
         return NULL
@@ -531,7 +531,7 @@ cdef class Merge:
 
     cdef void begin_batch_at(self, uint64_t offset) noexcept nogil:
         """The next batch lies so many octets behind the begin of a page."""
-        self.out = self.room + offset % PAGE_BYTES
+        self.out = self.room + offset % DIRECT_PAGE_BYTES
 
     cdef void give_back(self) noexcept nogil:
         """Gives everything consumed back to the producers. Before the write, not after: at most once."""

@@ -32,6 +32,7 @@ from appliance.formats.reader import read_records
 from appliance.merge.salvage import salvage
 
 S = 10**9
+PAGE = 4096
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "lz4": lambda data: lz4.frame.compress(data, block_size=lz4.frame.BLOCKSIZE_MAX64KB),
@@ -164,9 +165,6 @@ def test_what_cannot_be_decoded_is_said_and_nothing_is_written(tmp_path: Path, c
     assert result.outcome == "undecodable"
     assert str(tmp_path / "a") in result.reason
     assert not (tmp_path / "out").exists()
-
-
-PAGE = 4096
 
 
 def with_a_hole(path: Path, content: bytes, first_page: int) -> None:
