@@ -36,7 +36,7 @@ from appliance.ring.ring import Consumer
 log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
-DIRECT_OUT_BYTES = 1 << 20  # where the disk takes them, only the number of writes matters
+DIRECT_OUT_BYTES = 2 << 20  # where the disk takes them, only the number of writes matters
 SERVE_MS = 1000  # Python looks after the compiled loop at least this often
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 HELD_BACK_MS = 100
@@ -262,6 +262,7 @@ class MergeWorker:
         was_refused = self.pump.direct_refused
         status = self.pump.serve(fd, SERVE_MS, direct=self.may_write_directly)
         if self.pump.direct_refused and not was_refused:
+            self.merge.shorten_batches(OUT_BYTES)
             log.info("%s: its file system has no direct I/O; the page cache is used", self.output.directory)
         return status
 

@@ -418,25 +418,28 @@ cdef class LiveCapture:
     cdef void walk(self, tpacket_block_desc *block, bint stepped, uint64_t now, int64_t offset) noexcept nogil:
         cdef uint32_t packets = block.hdr.bh1.num_pkts
         cdef uint64_t at = block.hdr.bh1.offset_to_first_pkt
-        cdef uint32_t i
+        cdef uint32_t i = 0
+        cdef uint32_t run
         cdef tpacket3_hdr *packet
         self.start_arrival[self.block_index] = self.arrivals
         self.end_arrival[self.block_index] = UINT64_MAX  # held, and not to be given back before its end is known
         self.held += 1
-        for i in range(packets):
-            if at + sizeof(tpacket3_hdr) > self.block_bytes:
-                break
-            packet = <tpacket3_hdr *>(<uint8_t *>block + at)
-            if i < self.skip:
-                self.arrivals += 1  # a predecessor published it
-                self.published_arrivals += 1
-            else:
-                if stepped and self.differs(offset) and self.is_of_new_epoch(packet, now, offset):
-                    self.begin_epoch(offset)
-                self.take(packet)
-                if self.tail.count >= self.publish_at:
-                    self.publish_quietly(older_by(self.tail.newest_ns, self.reorder_ns))
-            at += packet.tp_next_offset
+        while i < packets and at + sizeof(tpacket3_hdr) <= self.block_bytes:
+            run = 0 if stepped or i < self.skip else self.take_run(block, &at, packets - i)
+            i += run
+            if run == 0:
+                packet = <tpacket3_hdr *>(<uint8_t *>block + at)
+                if i < self.skip:
+                    self.arrivals += 1  # a predecessor published it
+                    self.published_arrivals += 1
+                else:
+                    if stepped and self.differs(offset) and self.is_of_new_epoch(packet, now, offset):
+                        self.begin_epoch(offset)
+                    self.take(packet)
+                at += packet.tp_next_offset
+                i += 1
+            if self.tail.count >= self.publish_at:
+                self.publish_quietly(older_by(self.tail.newest_ns, self.reorder_ns))
         if self.port is not None and self.port.is_on:
             self.show_port(block)
         self.skip = 0
@@ -477,6 +480,47 @@ cdef class LiveCapture:
         ring.wake()
 
     # ---- a packet ----
+
+    cdef uint32_t take_run(self, const tpacket_block_desc *block, uint64_t *at, uint32_t most) noexcept nogil:
+        """What `take` does, for the packets from `at` on that nothing is to be decided about: recorded only, as they
+        are, in order, and there is room. Returns how many those are; `at` is behind them then. All that it reads and
+        counts can stay in registers: a store of a packet's octets could change any member, for all the compiler knows.
+        """
+        cdef ring_view view = self.records.view
+        cdef tail_entry *first = &self.tail.entries[self.tail.count]
+        cdef tail_entry *entry = first
+        cdef const tail_entry *end = first + min(most, self.publish_at - self.tail.count)
+        cdef uint64_t newest_ns = max(self.tail.newest_ns, self.tail.published_ns)
+        cdef uint64_t last_offset = self.block_bytes - sizeof(tpacket3_hdr)
+        cdef uint64_t offset = at[0]
+        cdef uint64_t stamp
+        cdef uint32_t length
+        cdef tpacket3_hdr *packet
+        cdef uint8_t *room
+        if not self.only_records or self.cooked or self.publish_at > self.tail.capacity:
+            return 0
+        while entry < end and offset <= last_offset:
+            packet = <tpacket3_hdr *>(<uint8_t *>block + offset)
+            stamp = packet_stamp_ns(packet)
+            if stamp < newest_ns or not is_plain(packet, self.ifindex, self.snaplen):
+                break
+            length = packet_record_bytes(packet.tp_snaplen, False)
+            room = ring_reserve(&view, length)
+            if room == NULL:
+                break
+            put_packet_record(room, packet, packet.tp_snaplen, 0, False, self.interface, stamp)
+            ring_advance(&view, length)
+            entry[0] = tail_entry(stamp, length, packet.tp_snaplen, packet.tp_len, 0, 0)
+            newest_ns = stamp
+            offset += packet.tp_next_offset
+            entry += 1
+        self.records.view = view
+        self.arrivals += entry - first
+        if entry > first:
+            self.tail.count += entry - first
+            self.tail.newest_ns = newest_ns
+        at[0] = offset
+        return entry - first
 
     cdef inline void take(self, tpacket3_hdr *packet) noexcept nogil:
         cdef sockaddr_ll *link = packet_link(packet)
@@ -658,38 +702,47 @@ cdef class LiveCapture:
                 self.digests.wake()
 
     cdef void count(self, uint32_t cut, uint64_t *record_bytes, uint64_t *digest_bytes) noexcept nogil:
-        """Adds the first `cut` entries to the counters: what is counted here is what is published with them."""
+        """Adds the first `cut` entries, which are in order, to the counters: what is counted here is what is published
+        with them. Sums first, as if all were packets that are published whole, which is mostly so; then what is not."""
         cdef uint32_t i
         cdef tail_entry *entry
-        cdef uint64_t arrived = 0, arrived_bytes = 0, published = 0, published_bytes = 0, digests = 0, truncated = 0
-        cdef uint64_t newest_ns = self.counters[LAST_PACKET]
+        cdef uint64_t in_records = 0, original_bytes = 0, captured_bytes = 0
+        cdef uint32_t flags = 0
         for i in range(cut):
             entry = &self.tail.entries[i]
-            record_bytes[0] += entry.record_bytes
-            digest_bytes[0] += entry.digest_bytes
-            if entry.flags & ENTRY_CONTROL:
-                continue
-            arrived += 1
-            arrived_bytes += entry.original_length
-            if entry.timestamp_ns > newest_ns:
-                newest_ns = entry.timestamp_ns
-            digests += entry.digest_bytes != 0
-            if entry.record_bytes:
-                published += 1
-                published_bytes += entry.captured_length
-                truncated += entry.captured_length < entry.original_length
-            if entry.flags:
-                self.count_flags(entry.flags, entry.original_length)
-        self.published_arrivals += arrived
-        self.counters[READ_PACKETS] += arrived
-        self.counters[READ_BYTES] += arrived_bytes
-        self.counters[LAST_PACKET] = newest_ns
-        self.counters[DIGESTS_PUBLISHED] += digests
-        self.counters[PUBLISHED_PACKETS] += published
-        self.counters[PUBLISHED_BYTES] += published_bytes
-        self.counters[TRUNCATED] += truncated
+            in_records += entry.record_bytes
+            original_bytes += entry.original_length
+            captured_bytes += entry.captured_length
+            flags |= entry.flags
+        record_bytes[0] = in_records
+        self.published_arrivals += cut
+        self.counters[READ_PACKETS] += cut
+        self.counters[READ_BYTES] += original_bytes
+        self.counters[PUBLISHED_PACKETS] += cut
+        self.counters[PUBLISHED_BYTES] += captured_bytes
+        self.counters[LAST_PACKET] = max(self.counters[LAST_PACKET], self.tail.entries[cut - 1].timestamp_ns)
         self.counters[REORDERED] += self.tail.reordered
         self.tail.reordered = 0
+        if flags or captured_bytes != original_bytes:
+            for i in range(cut):
+                self.count_exception(&self.tail.entries[i])
+        if self.digests is not None:
+            for i in range(cut):
+                digest_bytes[0] += self.tail.entries[i].digest_bytes
+                self.counters[DIGESTS_PUBLISHED] += self.tail.entries[i].digest_bytes != 0
+
+    cdef inline void count_exception(self, const tail_entry *entry) noexcept nogil:
+        if entry.flags & ENTRY_CONTROL:
+            self.published_arrivals -= 1
+            self.counters[READ_PACKETS] -= 1
+            self.counters[PUBLISHED_PACKETS] -= 1
+        elif entry.record_bytes == 0:
+            self.counters[PUBLISHED_PACKETS] -= 1
+            self.counters[PUBLISHED_BYTES] -= entry.captured_length
+        elif entry.captured_length < entry.original_length:
+            self.counters[TRUNCATED] += 1
+        if entry.flags:
+            self.count_flags(entry.flags, entry.original_length)
 
     cdef void count_flags(self, uint32_t flags, uint32_t original_length) noexcept nogil:
         cdef uint32_t reason = flags >> REASON_SHIFT

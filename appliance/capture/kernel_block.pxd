@@ -87,6 +87,13 @@ cdef inline uint32_t inserted_bytes(tpacket3_hdr *packet, bint cooked, uint16_t 
     return 0
 
 
+cdef inline bint is_plain(tpacket3_hdr *packet, int ifindex, uint32_t snaplen) noexcept nogil:
+    """Of this interface, inbound, not longer than `snaplen`, and nothing was taken out of it."""
+    cdef sockaddr_ll *link = packet_link(packet)
+    return (link.sll_ifindex == ifindex and link.sll_pkttype != PACKET_OUTGOING
+            and packet.tp_status & TP_STATUS_VLAN_VALID == 0 and packet.tp_snaplen <= snaplen)
+
+
 cdef inline void put_vlan_tag(uint8_t *target, tpacket3_hdr *packet) noexcept nogil:
     cdef uint16_t tpid = 0x8100
     if packet.tp_status & TP_STATUS_VLAN_TPID_VALID:

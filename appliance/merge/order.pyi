@@ -89,6 +89,8 @@ class Merge:
     def output(self) -> memoryview:
         """The output buffer's content; valid until `emptied`."""
     def emptied(self) -> None: ...
+    def shorten_batches(self, out_bytes: int) -> None:
+        """From now on the buffer is full at `out_bytes` at the latest."""
     def release(self) -> None:
         """Gives everything consumed back to the producers: before the write, so that nothing is ever written twice."""
     def control_record(self) -> bytes: ...

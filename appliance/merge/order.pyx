@@ -526,6 +526,9 @@ cdef class Merge:
         self.out_packets = 0
         self.batch_first_ns = self.batch_last_ns = self.batch_late = self.batch_late_max_ns = 0
 
+    def shorten_batches(self, uint64_t out_bytes):
+        self.out_capacity = min(self.out_capacity, out_bytes)
+
     def release(self):
         self.give_back()
 

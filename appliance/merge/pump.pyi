@@ -14,7 +14,7 @@ class Pump:
     done: int
     """Bytes of the batch in the merge's buffer that `serve` wrote before it gave up on it."""
     def gather_ms(self) -> int:
-        """So long a rest after a batch may be: longer with more sources, a quarter of `max_wait_ms` at most."""
+        """So long a rest after a batch may be: a quarter of `max_wait_ms` at most."""
     def fill(self) -> int:
         """One look at the rings: moves what may go into the buffer and gives the rings back. Returns the merge's
         status."""

@@ -24,10 +24,9 @@ cdef extern from "<poll.h>" nogil:
 
 cdef enum:
     HEARTBEAT_MS = 500
-    # A live output that has just written waits for so long before it looks again: a turn has its price, and each source
-    # adds to it, so that one more of so many is worth another ms.
-    GATHER_MS = 8
-    SOURCES_PER_GATHER_MS = 4
+    # A live output that has just written waits for so long before it looks again: a turn has its price, and so has each
+    # write, whatever its length.
+    GATHER_MS = 12
     FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
 
 # Not in an enum: see order.pyx. A packet cannot have been captured later than this from now, whatever clock is wrong.
@@ -156,7 +155,7 @@ cdef class Pump:
             self.sleep_for(timeout_ms)
 
     cpdef int64_t gather_ms(self) noexcept nogil:
-        return min(GATHER_MS + <int64_t>self.merge.source_count // SOURCES_PER_GATHER_MS, self.quarter_of_max_wait())
+        return min(<int64_t>GATHER_MS, self.quarter_of_max_wait())
 
     cdef bint rest(self) noexcept nogil:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""

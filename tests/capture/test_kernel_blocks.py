@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 
+import numpy as np
 import pytest
 from merge.rings import PACKET, Source
 from support.kernel_ring import BLOCK_BYTES, KernelRing
@@ -14,6 +15,8 @@ from appliance.counters import CAPTURE_FIELDS, CounterPages
 
 RING_BYTES = 8 << 20
 IFINDEX = 3
+PACKET_OUTGOING = 4
+TP_STATUS_VLAN_VALID = 0x10
 BEGIN_NS = 1_700_000_000_123_456_789
 
 
@@ -54,3 +57,44 @@ def test_a_frame_that_is_cut_keeps_its_length_and_no_octet_too_much(snaplen: int
     frame = bytes(range(1, 201))
     records, _ = captured(frame, snaplen=snaplen)
     assert records[0] == packet_block(frame[:snaplen], 200, BEGIN_NS)
+
+
+def found_in(kernel: KernelRing, *, snaplen: int, metered: bool) -> tuple[list[bytes], dict[str, int]]:
+    """All packet records of what was handed over, and what was counted of packets."""
+    page = CounterPages([("capture/a", CAPTURE_FIELDS)])["capture/a"]
+    with contextlib.closing(Source(RING_BYTES)) as ring, contextlib.closing(Source(RING_BYTES)) as digests:
+        capture = LiveCapture(
+            kernel.fd, BLOCK_BYTES, 2, ring.producer, digests.producer if metered else None, page,
+            socket_serial=1, linktype=1, cooked=False, snaplen=snaplen, ifindex=IFINDEX, reorder_us=3,
+        )  # fmt: skip
+        assert capture.pump() == kernel.packets
+        ring.consumer.refresh()
+        records = [record for record in iter(ring.consumer.pop, None) if record[:4] == struct.pack("<I", PACKET)]
+    kinds = ("read", "published", "dropped", "foreign", "reordered", "late", "truncated", "unpublished", "last")
+    return records, {name: page[name] for name in CAPTURE_FIELDS if name.startswith(kinds)}
+
+
+@pytest.mark.parametrize("snaplen", [80, 262_144])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5])
+def test_packets_that_are_taken_in_runs_are_recorded_and_counted_like_those_that_are_looked_at(
+    share: float, snaplen: int
+) -> None:
+    """With a meter each packet is looked at; without one, whole runs are taken. Exceptions stand anywhere between."""
+    random = np.random.default_rng(1)
+    with contextlib.closing(KernelRing(bytes(range(1, 101)), 2, IFINDEX)) as kernel:
+        kernel.hand_over(BEGIN_NS)
+        headers = kernel.headers
+        foreign, outgoing, tagged, longer, shorter, older = (random.random(headers.shape) < share for _ in range(6))
+        headers["ifindex"][foreign] = IFINDEX + 1
+        headers["pkttype"][outgoing] = PACKET_OUTGOING
+        headers["status"][tagged] |= TP_STATUS_VLAN_VALID
+        headers["vlan_tci"][tagged] = 7
+        headers["len"][longer] = 1500
+        headers["snaplen"][shorter] = 60
+        headers["nsec"][older] -= 2500
+        in_runs = found_in(kernel, snaplen=snaplen, metered=False)
+        kernel.hand_over_again()
+        one_by_one = found_in(kernel, snaplen=snaplen, metered=True)
+    assert in_runs == one_by_one
+    records, counts = in_runs
+    assert counts["read_packets"] == kernel.packets == len(records) + int(foreign.sum())

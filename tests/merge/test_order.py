@@ -823,6 +823,16 @@ def test_whatever_stands_in_a_ring_whole_blocks_come_out(
     source.close()
 
 
+def test_batches_can_be_made_shorter_and_not_longer_again(make: Make) -> None:
+    (source,) = sources = make(1)
+    merge = make_merge(sources, out_bytes=1 << 20)
+    source.packets_at(*range(1, 10), watermark=10)
+    merge.shorten_batches(100)
+    merge.shorten_batches(1 << 20)
+    assert merge.fill() == order.FULL
+    assert take(merge) == [(0, 1), (0, 2), (0, 3)]
+
+
 def test_a_record_that_changes_while_it_is_copied_comes_out_whole(make: Make) -> None:
     """Its lengths flip as fast as a thread can flip them; what was checked must be what is written."""
     (source,) = make(1)
