@@ -425,7 +425,7 @@ cdef class LiveCapture:
         self.end_arrival[self.block_index] = UINT64_MAX  # held, and not to be given back before its end is known
         self.held += 1
         while i < packets and at + sizeof(tpacket3_hdr) <= self.block_bytes:
-            run = 0 if stepped or i < self.skip else self.take_run(block, &at, packets - i)
+            run = 0 if stepped or i < self.skip else self.take_what_is_simple(block, &at, packets - i)
             i += run
             if run == 0:
                 packet = <tpacket3_hdr *>(<uint8_t *>block + at)
@@ -481,12 +481,17 @@ cdef class LiveCapture:
 
     # ---- a packet ----
 
-    cdef uint32_t take_run(self, const tpacket_block_desc *block, uint64_t *at, uint32_t most) noexcept nogil:
-        """What `take` does, for the packets from `at` on that nothing is to be decided about: recorded only, as they
-        are, in order, and there is room. Returns how many those are; `at` is behind them then. All that it reads and
-        counts can stay in registers: a store of a packet's octets could change any member, for all the compiler knows.
+    cdef inline uint32_t take_run(self, const tpacket_block_desc *block, uint64_t *at, uint32_t most,
+                                  bint metered) noexcept nogil:
+        """What `take` does, for the packets from `at` on that nothing is to be decided about: they are recorded as they
+        are, in order, there is room, and the meter makes their digests. Returns how many those are; `at` is behind them
+        then. `metered`: whether there is a meter, said at compile time.
+
+        All that it reads and counts can stay in registers: a store of a packet's octets could change any member, for
+        all that the compiler knows.
         """
-        cdef ring_view view = self.records.view
+        cdef ring_view records = self.records.view
+        cdef ring_view digests
         cdef tail_entry *first = &self.tail.entries[self.tail.count]
         cdef tail_entry *entry = first
         cdef const tail_entry *end = first + min(most, self.publish_at - self.tail.count)
@@ -494,33 +499,62 @@ cdef class LiveCapture:
         cdef uint64_t last_offset = self.block_bytes - sizeof(tpacket3_hdr)
         cdef uint64_t offset = at[0]
         cdef uint64_t stamp
-        cdef uint32_t length
+        cdef uint32_t length, digest_bytes
         cdef tpacket3_hdr *packet
         cdef uint8_t *room
-        if not self.only_records or self.cooked or self.publish_at > self.tail.capacity:
-            return 0
+        if metered:
+            digests = self.digests.view
         while entry < end and offset <= last_offset:
             packet = <tpacket3_hdr *>(<uint8_t *>block + offset)
             stamp = packet_stamp_ns(packet)
-            if stamp < newest_ns or not is_plain(packet, self.ifindex, self.snaplen):
+            if stamp < newest_ns or not goes_as_it_is(packet, self.ifindex, self.snaplen):
                 break
             length = packet_record_bytes(packet.tp_snaplen, False)
-            room = ring_reserve(&view, length)
+            room = ring_reserve(&records, length)
             if room == NULL:
                 break
+            digest_bytes = self.leave_digest(&digests, packet, stamp) if metered else 0
+            if metered and digest_bytes == 0:
+                break
             put_packet_record(room, packet, packet.tp_snaplen, 0, False, self.interface, stamp)
-            ring_advance(&view, length)
-            entry[0] = tail_entry(stamp, length, packet.tp_snaplen, packet.tp_len, 0, 0)
+            ring_advance(&records, length)
+            entry[0] = tail_entry(stamp, length, packet.tp_snaplen, packet.tp_len, <uint16_t>digest_bytes, 0)
             newest_ns = stamp
             offset += packet.tp_next_offset
             entry += 1
-        self.records.view = view
-        self.arrivals += entry - first
         if entry > first:
+            self.records.view = records
+            if metered:
+                self.digests.view = digests
+            self.arrivals += entry - first
             self.tail.count += entry - first
             self.tail.newest_ns = newest_ns
-        at[0] = offset
+            at[0] = offset
         return entry - first
+
+    cdef inline uint32_t leave_digest(self, ring_view *digests, tpacket3_hdr *packet, uint64_t stamp) noexcept nogil:
+        """The headers of a plain packet, for the meter. 0: it is none, or there is no room."""
+        cdef const uint8_t *data = packet_data(packet)
+        cdef uint8_t *room
+        if not may_be_left(data, packet.tp_snaplen, self.inner):
+            return 0
+        room = ring_reserve(digests, self.digest_room)
+        if room == NULL:
+            return 0
+        prefetch_for_write(room + WRITE_AHEAD_BYTES)
+        put_plain(data, packet.tp_snaplen, packet.tp_len, self.interface, stamp,
+                  digest_status(packet.tp_status, False), room)
+        ring_advance(digests, PLAIN_DIGEST_BYTES)
+        return PLAIN_DIGEST_BYTES
+
+    cdef uint32_t take_what_is_simple(self, const tpacket_block_desc *block, uint64_t *at,
+                                      uint32_t most) noexcept nogil:
+        """A run, if packets can be taken in runs at all."""
+        if self.gate is not None or self.cooked or self.publish_at > self.tail.capacity:
+            return 0
+        if self.digests is None:
+            return self.take_run(block, at, most, False)
+        return self.take_run(block, at, most, True) if self.leaves_plain else 0
 
     cdef inline void take(self, tpacket3_hdr *packet) noexcept nogil:
         cdef sockaddr_ll *link = packet_link(packet)

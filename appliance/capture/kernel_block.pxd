@@ -87,7 +87,7 @@ cdef inline uint32_t inserted_bytes(tpacket3_hdr *packet, bint cooked, uint16_t 
     return 0
 
 
-cdef inline bint is_plain(tpacket3_hdr *packet, int ifindex, uint32_t snaplen) noexcept nogil:
+cdef inline bint goes_as_it_is(tpacket3_hdr *packet, int ifindex, uint32_t snaplen) noexcept nogil:
     """Of this interface, inbound, not longer than `snaplen`, and nothing was taken out of it."""
     cdef sockaddr_ll *link = packet_link(packet)
     return (link.sll_ifindex == ifindex and link.sll_pkttype != PACKET_OUTGOING

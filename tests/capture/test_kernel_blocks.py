@@ -7,7 +7,8 @@ import struct
 
 import numpy as np
 import pytest
-from merge.rings import PACKET, Source
+from merge.rings import DIGEST, PACKET, Source
+from support.frames import Shape, numbered_frame
 from support.kernel_ring import BLOCK_BYTES, KernelRing
 
 from appliance.capture.afpacket import LiveCapture
@@ -59,29 +60,34 @@ def test_a_frame_that_is_cut_keeps_its_length_and_no_octet_too_much(snaplen: int
     assert records[0] == packet_block(frame[:snaplen], 200, BEGIN_NS)
 
 
-def found_in(kernel: KernelRing, *, snaplen: int, metered: bool) -> tuple[list[bytes], dict[str, int]]:
-    """All packet records of what was handed over, and what was counted of packets."""
+def found_in(kernel: KernelRing, *, snaplen: int, metered: bool) -> tuple[list[bytes], list[bytes], dict[str, int]]:
+    """All packet records of what was handed over, their digests, and what was counted of packets."""
     page = CounterPages([("capture/a", CAPTURE_FIELDS)])["capture/a"]
-    with contextlib.closing(Source(RING_BYTES)) as ring, contextlib.closing(Source(RING_BYTES)) as digests:
+    with contextlib.closing(Source(RING_BYTES)) as ring, contextlib.closing(Source(RING_BYTES)) as digest_ring:
         capture = LiveCapture(
-            kernel.fd, BLOCK_BYTES, 2, ring.producer, digests.producer if metered else None, page,
+            kernel.fd, BLOCK_BYTES, 2, ring.producer, digest_ring.producer if metered else None, page,
             socket_serial=1, linktype=1, cooked=False, snaplen=snaplen, ifindex=IFINDEX, reorder_us=3,
         )  # fmt: skip
         assert capture.pump() == kernel.packets
-        ring.consumer.refresh()
-        records = [record for record in iter(ring.consumer.pop, None) if record[:4] == struct.pack("<I", PACKET)]
+        records, digests = records_of(ring, PACKET), records_of(digest_ring, DIGEST)
     kinds = ("read", "published", "dropped", "foreign", "reordered", "late", "truncated", "unpublished", "last")
-    return records, {name: page[name] for name in CAPTURE_FIELDS if name.startswith(kinds)}
+    return records, digests, {name: page[name] for name in CAPTURE_FIELDS if name.startswith(kinds)}
 
 
-@pytest.mark.parametrize("snaplen", [80, 262_144])
+def records_of(ring: Source, kind: int) -> list[bytes]:
+    ring.consumer.refresh()
+    return [record for record in iter(ring.consumer.pop, None) if record[:4] == struct.pack("<I", kind)]
+
+
+@pytest.mark.parametrize("frame", [numbered_frame(0, 0), numbered_frame(0, 0, Shape(udp=True))], ids=["not IP", "UDP"])
+@pytest.mark.parametrize("snaplen", [60, 262_144])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5])
 def test_packets_that_are_taken_in_runs_are_recorded_and_counted_like_those_that_are_looked_at(
-    share: float, snaplen: int
+    share: float, snaplen: int, frame: bytes
 ) -> None:
-    """With a meter each packet is looked at; without one, whole runs are taken. Exceptions stand anywhere between."""
+    """Whole runs are taken: with a meter of plain packets alone. Exceptions stand anywhere between them."""
     random = np.random.default_rng(1)
-    with contextlib.closing(KernelRing(bytes(range(1, 101)), 2, IFINDEX)) as kernel:
+    with contextlib.closing(KernelRing(frame, 2, IFINDEX)) as kernel:
         kernel.hand_over(BEGIN_NS)
         headers = kernel.headers
         foreign, outgoing, tagged, longer, shorter, older = (random.random(headers.shape) < share for _ in range(6))
@@ -90,11 +96,12 @@ def test_packets_that_are_taken_in_runs_are_recorded_and_counted_like_those_that
         headers["status"][tagged] |= TP_STATUS_VLAN_VALID
         headers["vlan_tci"][tagged] = 7
         headers["len"][longer] = 1500
-        headers["snaplen"][shorter] = 60
+        headers["snaplen"][shorter] = 50
         headers["nsec"][older] -= 2500
-        in_runs = found_in(kernel, snaplen=snaplen, metered=False)
+        records, _, counts = found_in(kernel, snaplen=snaplen, metered=False)
         kernel.hand_over_again()
-        one_by_one = found_in(kernel, snaplen=snaplen, metered=True)
-    assert in_runs == one_by_one
-    records, counts = in_runs
+        metered_records, digests, metered_counts = found_in(kernel, snaplen=snaplen, metered=True)
+    assert (records, counts) == (metered_records, metered_counts)
     assert counts["read_packets"] == kernel.packets == len(records) + int(foreign.sum())
+    expected = records if frame[12:14] == b"\x08\x00" else []
+    assert [digest[8:20] for digest in digests] == [record[8:20] for record in expected], "interface and time"
