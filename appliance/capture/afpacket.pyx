@@ -740,7 +740,7 @@ cdef class LiveCapture:
         with them. Sums first, as if all were packets that are published whole, which is mostly so; then what is not."""
         cdef uint32_t i
         cdef tail_entry *entry
-        cdef uint64_t in_records = 0, original_bytes = 0, captured_bytes = 0
+        cdef uint64_t in_records = 0, in_digests = 0, digests = 0, original_bytes = 0, captured_bytes = 0
         cdef uint32_t flags = 0
         for i in range(cut):
             entry = &self.tail.entries[i]
@@ -762,8 +762,10 @@ cdef class LiveCapture:
                 self.count_exception(&self.tail.entries[i])
         if self.digests is not None:
             for i in range(cut):
-                digest_bytes[0] += self.tail.entries[i].digest_bytes
-                self.counters[DIGESTS_PUBLISHED] += self.tail.entries[i].digest_bytes != 0
+                in_digests += self.tail.entries[i].digest_bytes
+                digests += self.tail.entries[i].digest_bytes != 0
+            self.counters[DIGESTS_PUBLISHED] += digests
+        digest_bytes[0] = in_digests
 
     cdef inline void count_exception(self, const tail_entry *entry) noexcept nogil:
         if entry.flags & ENTRY_CONTROL:

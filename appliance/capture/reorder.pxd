@@ -31,7 +31,8 @@ cdef struct sort_key:  # an entry, and where its bytes lie in the two rings' unp
 
 @cython.final
 cdef class ReorderTail:
-    cdef tail_entry *entries
+    cdef tail_entry *room     # for twice the capacity
+    cdef tail_entry *entries  # somewhere in its first half
     cdef tail_entry *sorted_entries
     cdef uint8_t *scratch
     cdef uint64_t scratch_bytes

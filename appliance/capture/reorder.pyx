@@ -26,13 +26,13 @@ cdef class ReorderTail:
 
     def __cinit__(self, uint32_t capacity=131072):
         self.capacity = capacity
-        self.entries = <tail_entry *>malloc(capacity * sizeof(tail_entry))
+        self.room = self.entries = <tail_entry *>malloc(2 * capacity * sizeof(tail_entry))
         self.sorted_entries = <tail_entry *>malloc(capacity * sizeof(tail_entry))
-        if self.entries == NULL or self.sorted_entries == NULL:
+        if self.room == NULL or self.sorted_entries == NULL:
             raise MemoryError
 
     def __dealloc__(self):
-        free(self.entries)
+        free(self.room)
         free(self.sorted_entries)
         free(self.scratch)
 
@@ -143,7 +143,10 @@ cdef class ReorderTail:
             if self.entries[i].timestamp_ns > self.published_ns:
                 self.published_ns = self.entries[i].timestamp_ns
         self.count -= cut
-        memmove(self.entries, self.entries + cut, self.count * sizeof(tail_entry))
+        self.entries += cut
+        if self.entries - self.room >= min(2 * self.count, self.capacity):  # not each time: few are moved twice
+            memmove(self.room, self.entries, self.count * sizeof(tail_entry))
+            self.entries = self.room
         if self.disordered:
             self.disordered = False
             for i in range(1, self.count):
