@@ -108,6 +108,7 @@ class Metering:
     def step(self, delta_ns: int) -> None:
         """The clock was set forward by `delta_ns` (negative: back). Later digests have the new time; flows go on."""
         self.table.step(delta_ns)
+        self._publish_counters()
 
     def service(self, now_s: float) -> None:
         """The exporters' timers, connections and queues; also hands over what has expired. `now_s`: CLOCK_MONOTONIC."""
@@ -115,7 +116,6 @@ class Metering:
         counts = self._ignored()
         for exporter in self.exporters:
             exporter.service(now_s, counts)
-        self._publish_counters()
 
     def next_deadline_s(self) -> float:
         """When `service` is wanted again at the latest (CLOCK_MONOTONIC); infinity: not before something happens."""
