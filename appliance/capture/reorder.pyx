@@ -144,7 +144,7 @@ cdef class ReorderTail:
                 self.published_ns = self.entries[i].timestamp_ns
         self.count -= cut
         self.entries += cut
-        if self.entries - self.room >= min(2 * self.count, self.capacity):  # not each time: few are moved twice
+        if self.entries - self.room >= min(2 * self.count, self.capacity):  # at most one move for each that was dropped
             memmove(self.room, self.entries, self.count * sizeof(tail_entry))
             self.entries = self.room
         if self.disordered:
