@@ -14,7 +14,7 @@ from support.lab import Lab, wait_until
 
 from bench.context import Bench
 from bench.live import mtracecap_commands
-from bench.measure import percentile
+from bench.measure import median, percentile
 from bench.results import Picture, RowResult, Table, absolute
 
 NAME = "latency"
@@ -38,6 +38,12 @@ CASES = (
     Case("a second one is silent", 2, 50),
     Case("a second one is silent, 10 ms", 2, 10),
 )
+
+
+@dataclass(frozen=True)
+class Round:
+    sent: int
+    latencies_ms: list[float]  # of each packet that came
 
 
 class PcapReader:
@@ -66,26 +72,30 @@ class PcapReader:
 
 
 def run_row(bench: Bench) -> RowResult:
-    seconds = 5 if bench.quick else 20
+    seconds = 5 if bench.quick else 10
     table = Table(
         NAME,
-        f"{TITLE}: mtracecap to a pipe, {RATE_PPS} packets a second, {seconds} s",
+        f"{TITLE}: mtracecap to a pipe, {RATE_PPS} packets a second, medians of {seconds} s each, the longest",
         ("case", "max_wait ms", "packets", "sent", "p50 ms", "p99 ms", "max ms"),
         pictures=[Picture("p99 ms", "case", "max_wait ms")],
     )
     result = RowResult(NAME, TITLE, [table], conditions=bench.pinning)
+    rounds: dict[str, list[Round]] = {case.name: [] for case in CASES}
+    for i in range(bench.rounds):
+        for case in CASES:
+            bench.progress.step(f"{case.name}, max_wait {case.max_wait_ms} ms: round {i + 1}")
+            rounds[case.name].append(_measure(bench, case, seconds))
     for case in CASES:
-        bench.progress.step(f"{case.name}, max_wait {case.max_wait_ms} ms")
-        sent, found = _measure(bench, case, seconds)
-        p50, p99 = (percentile(found, fraction) for fraction in (0.5, 0.99))
-        table.add(case.name, case.max_wait_ms, len(found), sent, p50, p99, max(found))
+        found = rounds[case.name]
+        p50, p99 = (median(percentile(one.latencies_ms, fraction) for one in found) for fraction in (0.5, 0.99))
+        packets, sent = sum(len(one.latencies_ms) for one in found), sum(one.sent for one in found)
+        table.add(case.name, case.max_wait_ms, packets, sent, p50, p99, max(max(one.latencies_ms) for one in found))
         limit = case.max_wait_ms + ALLOWANCE_MS
         result.targets.append(absolute(f"latency, {case.name}", "p99 ms", p99, "<=", limit))
     return result
 
 
-def _measure(bench: Bench, case: Case, seconds: int) -> tuple[int, list[float]]:
-    """Packets sent, and the milliseconds that each took."""
+def _measure(bench: Bench, case: Case, seconds: int) -> Round:
     with bench.directory() as directory, Lab() as lab, (directory / "said").open("wb") as said:
         pairs = [lab.veth(f"b{i}") for i in range(case.interfaces)]
         (command,) = mtracecap_commands([name for name, _ in pairs], directory, "-w", str(case.max_wait_ms))
@@ -104,7 +114,7 @@ def _measure(bench: Bench, case: Case, seconds: int) -> tuple[int, list[float]]:
         sent = sender.report().total
         program.terminate()
         program.wait(20)
-    return sent, found
+    return Round(sent, found)
 
 
 def _read(fd: int, packets: int, deadline: float) -> list[float]:
