@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PAGE_BYTES = 4096
 SLOT_BYTES = 8
@@ -75,7 +75,14 @@ CAPTURE_FIELDS = COMMON_FIELDS + (
 PUBLISH_BUCKETS_MS = (10, 50, 250, 1000, 5000, 30000)
 
 # What the publisher counts with the rename of a file, so that a death between the two costs neither.
-SETTLED_FIELDS = ("segments_published", "published_packets", "segments_recovered", "recovered_packets")
+SETTLED_FIELDS = (
+    "segments_published",
+    "published_packets",
+    "segments_recovered",
+    "recovered_packets",
+    "segments_quarantined",
+    "quarantined_packets",
+)
 
 # One page per output.
 MERGE_FIELDS = COMMON_FIELDS + (
@@ -289,6 +296,10 @@ class CounterPage:
     def add(self, name: str, count: int = 1) -> None:
         i = self._index[name]
         self._slots[i] = (self._slots[i] + count) & _U64
+
+    def add_all(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            self.add(name, count)
 
     def index(self, name: str) -> int:
         return self._index[name]

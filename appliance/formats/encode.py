@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from appliance.errors import FormatError
 
@@ -187,13 +188,14 @@ def options(region: memoryview, byte_order: str) -> Iterator[tuple[int, memoryvi
         offset += length + 3 & ~3
 
 
+@cache
 def application_name() -> str:
-    """What shb_userappl says: `capture-appliance 1.2.3`."""
+    """What shb_userappl says: `capture-appliance 1.2.3`. Asked once: a file's head needs no other file than that."""
     from importlib.metadata import PackageNotFoundError, version  # costs more than all of this module
 
     try:
         return f"capture-appliance {version('capture-appliance')}"
-    except PackageNotFoundError:  # run from a source tree
+    except (PackageNotFoundError, OSError):  # run from a source tree; or the disk fails
         return "capture-appliance"
 
 

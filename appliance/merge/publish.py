@@ -317,22 +317,24 @@ class Publisher:
         """Out of the way of every consumer, with the reason beside it; nothing is deleted. A policy without quarantine
         leaves the file under its staging name."""
         self.failed = True
-        self._page.add("segments_quarantined")
-        self._page.add("quarantined_packets", segment.packets)
         log.error("%s is not published (%d packets): %s", segment.path, segment.packets, segment.failure)
-        if not self._set_aside(segment):
+        if not self._set_aside(segment, segments_quarantined=1, quarantined_packets=segment.packets):
             self._stranded.append(segment)
 
-    def _set_aside(self, segment: Segment) -> bool:
-        """Moves the file, then writes the reason. False: one of them cannot be done now."""
+    def _set_aside(self, segment: Segment, **counted: int) -> bool:
+        """Moves the file, then writes the reason. False: one of them cannot be done now. `counted` counts in any case,
+        and with the move if there is one: who dies before it leaves the file to the recovery, which counts it anew."""
         target = None if segment.is_aside else self._naming.quarantine_path(segment.sequence)
-        if target is not None:
+        if target is None:
+            self._page.add_all(counted)
+        else:
             try:
-                self._ledger.begin(segment.path, segment.source_packets)
+                self._ledger.begin(segment.path, segment.source_packets, **counted)
                 rename_without_replacing(segment.path, target)
                 self._ledger.end()
             except OSError as error:
                 self._ledger.give_up()
+                self._page.add_all(counted)
                 if segment not in self._stranded:
                     log.error("%s: cannot be moved to quarantine, which is tried again: %s", segment.path, error)
                 return False

@@ -9,6 +9,7 @@ longer is measured again. That looks at the machine alone, never at the figure, 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -118,6 +119,8 @@ class Pace:
 
     def _watch(self, cpu: int, samples: list[int]) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread
+        # Interrupts are the main thread's, which holds them off while it makes or removes a laboratory.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         while not self._ends.wait(INTERVAL_S):
             samples.append(self._work_ns())
             if len(samples) >= WINDOW:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,27 @@ def test_drops_and_lateness_of_a_dead_merge_stay_counted(make: Make) -> None:
     assert life.page["late_packets"] == 2
     assert balance_of(page, 6) == 0
     life.finish()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("rename", "quarantined", "recovered"), [(die, 0, 2), (rename_then_die, 2, 0)], ids=["before it", "after it"]
+)
+def test_who_dies_at_the_move_to_quarantine_counts_its_packets_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch, rename: Callable[[str, str], None], quarantined: int, recovered: int
+) -> None:
+    dead = make(compressor=["sh", "-c", "cat; exit 1"])
+    dead.stream.open(T0)
+    write(dead, 0, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "rename_without_replacing", rename)
+        dead.stream.close("request")
+        dead.die()
+    assert dead.page["quarantined_packets"] == 0
+    life = successor(make, dead, compressor="none")
+    life.finish()
+    assert (life.page["quarantined_packets"], life.page["recovered_packets"]) == (quarantined, recovered)
+    assert balance_of(life.source_pages[0], 2) == 0
 
 
 # ---- leftovers of earlier runs ----

@@ -338,11 +338,11 @@ class Lab:
             return Sender(self.popen(command, namespace=namespace, env=environment, **options))
 
     def _make_namespace(self, name: str) -> None:
+        self._namespaces.append(name)  # before it is there: an interrupt that another thread took comes in between
         with _uninterrupted():
             made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
             if made.returncode != 0:
                 raise LabError(f"cannot make the namespace {name}: {made.stderr.strip()}")
-            self._namespaces.append(name)
         self.run(["sh", "-c", _QUIET], namespace=name)
         self.ip("link", "set", "dev", "lo", "up", namespace=name)
 
