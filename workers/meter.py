@@ -20,7 +20,7 @@ from appliance.meter.settings import MeterSettings
 from appliance.process import DRAIN, RENEW, WorkerContext
 from appliance.ring.ring import Consumer
 
-OUT_BYTES = 512 << 10
+OUT_BYTES = 512 << 10  # 4,096 digests: more leave the cache, fewer cost turns
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
 REST_MS = 10  # under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry

@@ -192,10 +192,13 @@ class Recovery:
         self._quarantine(path, f"a {found.format} file, which this output does not write: it can be read as it is")
 
     def _quarantine(self, path: str, reason: str) -> None:
-        self._page.add("segments_quarantined")
         target = self._naming.quarantine_path(self._number_of(path))
-        if target is not None:
+        if target is None:
+            self._page.add("segments_quarantined")
+        else:
+            self._ledger.begin(path, {}, segments_quarantined=1)
             rename_without_replacing(path, target)
+            self._ledger.end()
             write_reason(target, reason, 0, self._mode)
         log.error("%s cannot be recovered: %s", target or path, reason)
 

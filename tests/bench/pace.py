@@ -9,12 +9,13 @@ longer is measured again. That looks at the machine alone, never at the figure, 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
+
+from support.lab import uninterrupted
 
 INTERVAL_S = 0.02
 TURNS = 24_000  # of the piece of work: some 0.2 ms, a hundredth of a CPU
@@ -72,7 +73,8 @@ class Pace:
     def __enter__(self) -> Self:
         for cpu, samples in self._samples.items():
             self._threads.append(threading.Thread(target=self._watch, args=(cpu, samples), daemon=True))
-            self._threads[-1].start()
+            with uninterrupted():  # the main thread makes and removes laboratories
+                self._threads[-1].start()
         time.sleep(self._settle_s)
         return self
 
@@ -119,8 +121,6 @@ class Pace:
 
     def _watch(self, cpu: int, samples: list[int]) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread
-        # Interrupts are the main thread's, which holds them off while it makes or removes a laboratory.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         while not self._ends.wait(INTERVAL_S):
             samples.append(self._work_ns())
             if len(samples) >= WINDOW:

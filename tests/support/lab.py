@@ -145,7 +145,7 @@ class Lab:
         Output that nobody reads is closed, so that no process hangs on a full pipe. An interrupt waits until all is
         gone.
         """
-        with _uninterrupted():
+        with uninterrupted():
             for process in self._processes:
                 end_process(process)
             for name in self._namespaces:
@@ -334,12 +334,12 @@ class Lab:
         environment = os.environ | {"PYTHONPATH": str(TESTS_DIRECTORY)}
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         # Whoever stops a sender that is only starting gets its report all the same: it unblocks the signal (Stop).
-        with _uninterrupted():
+        with uninterrupted():
             return Sender(self.popen(command, namespace=namespace, env=environment, **options))
 
     def _make_namespace(self, name: str) -> None:
         self._namespaces.append(name)  # before it is there: an interrupt that another thread took comes in between
-        with _uninterrupted():
+        with uninterrupted():
             made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
             if made.returncode != 0:
                 raise LabError(f"cannot make the namespace {name}: {made.stderr.strip()}")
@@ -366,8 +366,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Signals that end a program wait until the end of the block: it is never left half done."""
+def uninterrupted() -> Iterator[None]:
+    """Signals that end a program wait until the end of the block: it is never left half done. Threads that are started
+    in it never take them, so that they wait also where the main thread is in such a block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield

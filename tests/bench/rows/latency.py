@@ -75,7 +75,7 @@ def run_row(bench: Bench) -> RowResult:
     seconds = 5 if bench.quick else 10
     table = Table(
         NAME,
-        f"{TITLE}: mtracecap to a pipe, {RATE_PPS} packets a second, medians of {seconds} s each, the longest",
+        f"{TITLE}: mtracecap to a pipe, {RATE_PPS} packets a second, rounds of {seconds} s: medians, and the longest",
         ("case", "max_wait ms", "packets", "sent", "p50 ms", "p99 ms", "max ms"),
         pictures=[Picture("p99 ms", "case", "max_wait ms")],
     )
