@@ -19,6 +19,7 @@ from appliance.config import Output
 from appliance.errors import EXIT_IO, ApplianceError, FormatError, InputOutputError
 from appliance.formats.encode import InterfaceDescription
 from appliance.merge import order
+from appliance.merge.compressor import takes_by_reading
 from appliance.merge.events import Announcer, Hook, Manifest
 from appliance.merge.ledger import Ledger
 from appliance.merge.naming import Naming
@@ -36,6 +37,7 @@ from appliance.ring.ring import Consumer
 log = logging.getLogger(__name__)
 
 OUT_BYTES = 512 << 10  # larger writes leave the cache, smaller ones cost system calls
+PIPED_OUT_BYTES = 128 << 10  # a compressor takes about as much at once; what it has not taken yet stays in the cache
 DIRECT_OUT_BYTES = 2 << 20  # where the disk takes them, only the number of writes matters
 SERVE_MS = 1000  # Python looks after the compiled loop at least this often
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
@@ -107,13 +109,16 @@ class MergeWorker:
         mode = 0o640 if output.group_readable else 0o600
         self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
         self.consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
+        # Pages instead of copies, to a compressor that is known to leave them alone.
+        self.may_lend = parts.compressor is not None and takes_by_reading(parts.compressor)
         self.merge = order.Merge(
             self.consumers,
             [source.live for source in parts.sources],
             sink=SINKS["pcap-us" if parts.resolution_of_inputs else output.format],
             max_wait_ms=output.max_wait_ms,
-            out_bytes=DIRECT_OUT_BYTES if self.may_write_directly else OUT_BYTES,
+            out_bytes=self.batch_bytes,
             start_grace_ms=START_GRACE_MS,
+            lends=self.may_lend,
         )
         self.tap = self.make_tap()
         ledger = Ledger(context.page, self.labels, self.source_pages)
@@ -260,7 +265,7 @@ class MergeWorker:
 
     def serve(self, fd: int) -> int:
         was_refused = self.pump.direct_refused
-        status = self.pump.serve(fd, SERVE_MS, direct=self.may_write_directly)
+        status = self.pump.serve(fd, SERVE_MS, direct=self.may_write_directly, lend=self.may_lend)
         if self.pump.direct_refused and not was_refused:
             self.merge.shorten_batches(OUT_BYTES)
             log.info("%s: its file system has no direct I/O; the page cache is used", self.output.directory)
@@ -271,6 +276,12 @@ class MergeWorker:
         """Only live packets, at the rate of their arrival: who merges files is faster with the page cache."""
         is_plain_file = self.parts.compressor is None and self.parts.naming.stream is None
         return self.live and self.output.direct_io and is_plain_file
+
+    @property
+    def batch_bytes(self) -> int:
+        if self.may_write_directly:
+            return DIRECT_OUT_BYTES
+        return OUT_BYTES if self.parts.compressor is None else PIPED_OUT_BYTES
 
     def act(self, status: int) -> None:
         if status in (order.BOUNDARY, order.LIMIT):

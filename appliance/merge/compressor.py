@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from appliance.config import Output
 from appliance.errors import InputOutputError, MissingInputError
 
+ELF_MAGIC = b"\x7fELF"
 BUILT_IN = "workers.compress"
 PIPE_BYTES = 1 << 20
+COMPRESSOR_PIPE_BYTES = 128 << 10  # more would have left the cache by the time it is taken
 COMPLAINT_BYTES = 500
 POLL_MS = 500
 ENDING_S = 0.5  # how long a compressor that closed its input may take to say how it ended
@@ -68,6 +70,20 @@ def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
     if program is None:
         raise MissingInputError(f"{what} {argv[0]!r}: there is no such program in {ENVIRONMENT['PATH']}")
     return (program, *argv[1:])
+
+
+def takes_by_reading(argv: Sequence[str]) -> bool:
+    """Whether the compressor takes its input by read(2) and its kin alone, as those do that we know. Another one, or a
+    script under the name of one, may splice the pages of its pipe on to others."""
+    if tuple(argv) == built_in_argv():
+        return True
+    program = os.path.realpath(argv[0])
+    try:
+        with open(program, "rb") as file:
+            is_script = file.read(len(ELF_MAGIC)) != ELF_MAGIC
+    except OSError:
+        return False
+    return os.path.basename(program) in SUFFIXES and not is_script
 
 
 def compressor_suffix(compressor: str | Sequence[str]) -> str:
@@ -204,7 +220,7 @@ class CompressorSink:
         read_end, self._pipe = os.pipe2(os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):  # an unprivileged user's pipes may be limited
-                fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, COMPRESSOR_PIPE_BYTES)
             os.set_blocking(self._pipe, False)
             if locked:
                 lock(fd)

@@ -3,6 +3,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from appliance.merge.fronts cimport fronts
+from appliance.merge.lending cimport output_room
 from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport ring_view
 
@@ -76,8 +77,8 @@ cdef class Merge:
     cdef fronts fronts
     cdef readonly uint32_t source_count
     cdef list consumers
-    cdef uint8_t *room  # for the output buffer, from the begin of a page
-    cdef uint8_t *out   # the output buffer, somewhere in its first page
+    cdef output_room room
+    cdef uint8_t *out  # the output buffer, somewhere in the first page of a region of the room
     cdef uint64_t out_capacity
     cdef readonly uint64_t out_bytes
     cdef readonly uint64_t out_packets

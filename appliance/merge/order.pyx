@@ -21,6 +21,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from appliance.merge.copying cimport *
 from appliance.merge.direct cimport DIRECT_PAGE_BYTES
 from appliance.merge.fronts cimport *
+from appliance.merge.lending cimport allocate_room, forget_pipe, free_room, next_region, region_of
 from appliance.merge.tap cimport Tap
 from appliance.ring.layout cimport *
 from appliance.ring.ring cimport Consumer, signal_eventfd
@@ -28,15 +29,7 @@ from appliance.ring.ring cimport Consumer, signal_eventfd
 IDLE, FULL, BOUNDARY, LIMIT, CONTROL, EPOCH, ENDED = range(7)
 SINK_PCAPNG, SINK_PCAP_NS, SINK_PCAP_US, SINK_DIGESTS, SINK_ERF, SINK_RECORDS = range(6)
 
-cdef extern from "<stdlib.h>" nogil:
-    int posix_memalign(void **memory, size_t alignment, size_t length)
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *address, size_t length, int advice)
-    int MADV_HUGEPAGE
-
 cdef enum:
-    HUGE_PAGE_BYTES = 2 << 20
     COMMIT_TRIES = 1000  # a producer that publishes all the time may hide its commit from us that often
     SHORTEST_STANDSTILL_NS = 2000000  # a sleep of a ms may take that long
 
@@ -61,21 +54,6 @@ cdef uint32_t *with_room(uint32_t *numbers, uint32_t *count, uint32_t index) exc
     return larger
 
 
-cdef uint8_t *output_room(uint64_t out_bytes) noexcept nogil:
-    """For a batch of so many octets, the record that makes it full, and what it lies behind the begin of a page. NULL:
-    there is no memory. A large one is of huge pages where there are any: the kernel writes them with less work."""
-    cdef void *room = NULL
-    cdef size_t length = out_bytes + RECORD_MAX_BYTES + DIRECT_PAGE_BYTES
-    cdef bint huge = out_bytes >= HUGE_PAGE_BYTES / 4
-    cdef size_t unit = HUGE_PAGE_BYTES if huge else DIRECT_PAGE_BYTES
-    length = (length + unit - 1) / unit * unit
-    if posix_memalign(&room, unit, length) != 0:
-        return NULL
-    if huge:
-        madvise(room, length, MADV_HUGEPAGE)
-    return <uint8_t *>room
-
-
 cdef uint64_t monotonic_ns() noexcept nogil:
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
@@ -87,7 +65,7 @@ cdef class Merge:
     """See order.pyi."""
 
     def __cinit__(self, consumers, live, *, int sink, uint64_t max_wait_ms, uint64_t out_bytes,
-                  uint64_t start_grace_ms=0):
+                  uint64_t start_grace_ms=0, bint lends=False):
         cdef uint32_t i
         cdef Consumer consumer
         self.consumers = list(consumers)
@@ -98,10 +76,11 @@ cdef class Merge:
         self.begun_ns = self.looked_ns = monotonic_ns()
         self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
-        self.out = self.room = output_room(out_bytes)
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
-        if not allocate_fronts(&self.fronts, self.source_count) or self.out == NULL or self.sources == NULL:
+        if (not allocate_fronts(&self.fronts, self.source_count) or not allocate_room(&self.room, out_bytes, lends)
+                or self.sources == NULL):
             raise MemoryError
+        self.out = region_of(&self.room)
         for i in range(self.source_count):
             consumer = self.consumers[i]
             self.sources[i].view = &consumer.view
@@ -116,7 +95,7 @@ cdef class Merge:
                 free(self.sources[i].tap_linktypes)
         free(self.sources)
         free_fronts(&self.fronts)
-        free(self.room)
+        free_room(&self.room)
 
     # ---- the stream ----
 
@@ -521,7 +500,9 @@ cdef class Merge:
         self.forget_batch()
 
     cdef void forget_batch(self) noexcept nogil:
-        """The output was taken: the buffer is free again."""
+        """The output was taken: there is room for the next."""
+        next_region(&self.room)
+        self.out = region_of(&self.room)
         self.out_bytes = 0
         self.out_packets = 0
         self.batch_first_ns = self.batch_last_ns = self.batch_late = self.batch_late_max_ns = 0
@@ -534,7 +515,7 @@ cdef class Merge:
 
     cdef void begin_batch_at(self, uint64_t offset) noexcept nogil:
         """The next batch lies so many octets behind the begin of a page."""
-        self.out = self.room + offset % DIRECT_PAGE_BYTES
+        self.out = region_of(&self.room) + offset % DIRECT_PAGE_BYTES
 
     cdef void give_back(self) noexcept nogil:
         """Gives everything consumed back to the producers. Before the write, not after: at most once."""
@@ -589,6 +570,7 @@ cdef class Merge:
 
     def begin_segment(self, uint64_t boundary_ns, uint64_t packets, uint64_t length):
         """Limits of the next segment. What is in the output buffer already goes into it."""
+        forget_pipe(&self.room)
         self.held = self.forced_end = False
         self.boundary_ns = boundary_ns
         self.packets_left = packets - self.out_packets if packets > self.out_packets else 0

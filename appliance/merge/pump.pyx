@@ -5,13 +5,14 @@ Python comes in when there is something to decide: a segment's end, an interface
 failed, a word of the supervisor; and once a second.
 """
 cimport cython
-from libc.errno cimport EINTR, errno
-from libc.stdint cimport UINT64_MAX, int64_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint64_t
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport read, write
 
 from appliance.merge.books cimport Books
 from appliance.merge.direct cimport direct_writing, offset_in_page, write_directly
+from appliance.merge.lending cimport LENDING_MIN_BYTES, lend_pages, may_lend, note_taken
 from appliance.merge.order cimport S_FULL, S_IDLE, Merge, monotonic_ns
 
 cdef extern from "<poll.h>" nogil:
@@ -21,12 +22,14 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int poll(pollfd *fds, unsigned long count, int timeout)
     short POLLIN
+    short POLLOUT
 
 cdef enum:
     HEARTBEAT_MS = 500
     # A live output that has just written waits for so long before it looks again: a turn has its price, and so has each
     # write, whatever its length.
     GATHER_MS = 12
+    ROOM_MS = 100  # a compressor that takes nothing for longer is waited for, and given up, where its time-out is known
     FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
 
 # Not in an enum: see order.pyx. A packet cannot have been captured later than this from now, whatever clock is wrong.
@@ -51,6 +54,7 @@ cdef class Pump:
     cdef readonly uint64_t done
     cdef bint direct
     cdef readonly bint direct_refused
+    cdef bint lends
 
     def __cinit__(self, Merge merge not None, Books books not None, *, bint live, int wake_fd, int channel_fd,
                   uint64_t max_wait_ms):
@@ -73,9 +77,10 @@ cdef class Pump:
             status = self.move()
         return status
 
-    def serve(self, int fd, uint64_t limit_ms, *, bint direct=False):
+    def serve(self, int fd, uint64_t limit_ms, *, bint direct=False, bint lend=False):
         cdef int status
         self.done = 0
+        self.lends = lend
         self.direct = direct and not self.direct_refused
         if self.direct and self.merge.out_bytes == 0:
             self.merge.begin_batch_at(offset_in_page(fd))
@@ -119,18 +124,42 @@ cdef class Pump:
         if self.direct and not self.merge.crowded:  # a crowded ring must not wait for a disk
             self.put_directly(fd)
         while self.done < self.merge.out_bytes:
-            count = write(fd, self.merge.out + self.done, self.merge.out_bytes - self.done)
+            count = self.put_on(fd)
             if count < 0 and errno == EINTR:
+                continue
+            if count < 0 and errno == EAGAIN and self.has_room(fd):
                 continue
             if count <= 0:
                 return False
             self.done += <uint64_t>count
         self.books.batch_written(self.done)
+        if self.lends:
+            note_taken(&self.merge.room, fd)
         self.merge.forget_batch()
         if self.direct:
             self.merge.begin_batch_at(offset_in_page(fd))
         self.done = 0
         return True
+
+    cdef int64_t put_on(self, int fd) noexcept nogil:
+        """Like write(2), for what is not done yet."""
+        cdef uint8_t *data = self.merge.out + self.done
+        cdef uint64_t length = self.merge.out_bytes - self.done
+        cdef int64_t count
+        if not self.lends or not may_lend(&self.merge.room) or self.merge.out_bytes < LENDING_MIN_BYTES:
+            return write(fd, data, length)
+        count = lend_pages(&self.merge.room, fd, data, length)
+        if count < 0 and errno != EAGAIN and errno != EINTR:
+            self.lends = False  # write(2) can do without, or has the better words
+            return write(fd, data, length)
+        return count
+
+    cdef bint has_room(self, int fd) noexcept nogil:
+        """Waits for a compressor to take some of its full pipe."""
+        cdef pollfd pipe = pollfd(fd, POLLOUT, 0)
+        cdef bint has_room = poll(&pipe, 1, ROOM_MS) > 0
+        self.books.heartbeat_ns[0] = monotonic_ns()
+        return has_room
 
     cdef void put_directly(self, int fd) noexcept nogil:
         cdef direct_writing written = write_directly(fd, self.merge.out, self.merge.out_bytes)

@@ -80,11 +80,17 @@ def make_merge(
     max_wait_ms: int = 3_600_000,
     out_bytes: int = 1 << 20,
     mapped: bool = True,
+    lends: bool = False,
 ) -> order.Merge:
     """`mapped`: interface 0 of source i goes out with the number i."""
     flags = [live] * len(sources) if isinstance(live, bool) else live
     merge = order.Merge(
-        [source.consumer for source in sources], flags, sink=sink, max_wait_ms=max_wait_ms, out_bytes=out_bytes
+        [source.consumer for source in sources],
+        flags,
+        sink=sink,
+        max_wait_ms=max_wait_ms,
+        out_bytes=out_bytes,
+        lends=lends,
     )
     if mapped:
         for i in range(len(sources)):

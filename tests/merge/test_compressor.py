@@ -22,6 +22,8 @@ from appliance.merge.compressor import (
     built_in_argv,
     compressor_argv,
     compressor_suffix,
+    program_argv,
+    takes_by_reading,
 )
 from appliance.merge.rotation import NANOSECONDS, NEVER, RotationPolicy
 from appliance.merge.segment import create_exclusively
@@ -54,6 +56,16 @@ def test_a_program_that_does_not_exist_is_refused_before_anything_is_written() -
 )
 def test_names_end_in_what_the_compressor_makes(compressor: str | list[str], suffix: str) -> None:
     assert compressor_suffix(compressor) == suffix
+
+
+def test_pages_are_lent_to_known_programs_alone(tmp_path: Path) -> None:
+    script = tmp_path / "zstd"
+    script.write_text("#!/bin/sh\nexec cat\n")
+    renamed = tmp_path / "pigz"
+    renamed.symlink_to("/bin/cat")
+    assert takes_by_reading(built_in_argv())
+    assert takes_by_reading(program_argv(["gzip", "-1"], "compressor"))
+    assert not any(takes_by_reading((str(path),)) for path in (script, renamed, tmp_path / "lz4"))
 
 
 def test_a_plain_file_is_there_once_it_is_finished_and_locked_until_then(tmp_path: Path) -> None:

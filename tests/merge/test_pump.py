@@ -8,6 +8,7 @@ import resource
 import select
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ LONG_MS = 60_000
 class Bench:
     """A pump over rings in the test's hand, with `fd` to write to."""
 
-    def __init__(self, labels: tuple[str, ...] = ("a", "b"), ring_bytes: int = 1 << 20) -> None:
+    def __init__(self, labels: tuple[str, ...] = ("a", "b"), ring_bytes: int = 1 << 20, *, lends: bool = False) -> None:
         self.sources = [Source(ring_bytes) for _ in labels]
-        self.merge = make_merge(self.sources, max_wait_ms=LONG_MS)
+        self.merge = make_merge(self.sources, max_wait_ms=LONG_MS, lends=lends)
         self.merge.begin_segment(NEVER, NEVER, NEVER)
         self.pages = make_pages(labels)
         self.page = self.pages["merge"]
@@ -69,6 +70,24 @@ def roomy() -> Iterator[Bench]:
 
 
 @pytest.fixture
+def lender() -> Iterator[Bench]:
+    """One source, and a merge that lends its pages."""
+    made = Bench(("a",), ring_bytes=8 << 20, lends=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """As a compressor's, its reading end and its writing end; with room for all that a test puts into it."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 1 << 20)
+    yield read_end, write_end
+    os.close(read_end)
+    os.close(write_end)
+
+
+@pytest.fixture
 def file_fd(tmp_path: Path) -> Iterator[int]:
     """An empty file."""
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600)
@@ -96,6 +115,21 @@ def publish(source: Source, first: int, count: int, octets: int) -> bytes:
 
 def content(fd: int) -> bytes:
     return os.pread(fd, 1 << 24, 0)
+
+
+def blocking_read(fd: int, octets: int) -> bytes:
+    data = b""
+    while len(data) < octets:
+        select.select([fd], [], [])
+        data += os.read(fd, 4096)
+    return data
+
+
+def take(fd: int, octets: int) -> bytes:
+    data = b""
+    while len(data) < octets:
+        data += os.read(fd, octets - len(data))
+    return data
 
 
 def counts(page: CounterPage, *names: str) -> tuple[int, ...]:
@@ -133,6 +167,20 @@ def test_a_descriptor_that_takes_a_part_leaves_the_rest_to_python_and_counts_not
     bench.books.count_written()
     bench.merge.emptied()
     assert counts(bench.source_pages[0], "consumed", "written", "held") == (499, 499, 0)
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_reader_that_is_only_slow_is_waited_for(bench: Bench) -> None:
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    expected = publish(bench.sources[0], 1, 300, 1000)
+    bench.sources[1].write(watermark=1000)
+    reader = ThreadPoolExecutor(1)
+    taken = reader.submit(blocking_read, read_end, len(expected))
+    assert bench.pump.serve(write_end, 1) == order.IDLE
+    assert bench.merge.out_bytes == 0
+    assert taken.result() == expected
+    reader.shutdown()
     os.close(read_end)
     os.close(write_end)
 
@@ -227,6 +275,85 @@ def test_a_file_that_takes_only_a_part_directly_leaves_the_rest_to_python(roomy:
     assert roomy.pump.done == roomy.page["direct_bytes"] == room
     assert bytes(roomy.merge.output()) == expected
     assert counts(roomy.source_pages[0], "consumed", "written", "held") == (400, 0, 400)
+
+
+def test_pages_that_a_pipe_has_are_not_written_on_before_they_are_read(lender: Bench, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    expected = b""
+    for first in range(1, 8000, 1000):
+        expected += publish(lender.sources[0], first, 100, 1000)
+        assert lender.pump.serve(write_end, 1, lend=True) == order.IDLE
+    assert take(read_end, len(expected)) == expected
+    assert counts(lender.source_pages[0], "consumed", "written", "held") == (800, 800, 0)
+
+
+def test_regions_take_turns_and_what_was_read_is_used_again(lender: Bench, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    regions = []
+    for first in range(1, 8000, 1000):
+        expected = publish(lender.sources[0], first, 100, 1000)
+        regions.append(lender.merge.output_address)
+        lender.pump.serve(write_end, 1, lend=True)
+        assert take(read_end, len(expected)) == expected
+    assert len(set(regions)) == 3
+    assert regions[3:6] == regions[:3]
+
+
+def test_the_pages_of_a_finished_pipe_are_not_written_on_either(lender: Bench, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    of_the_first = publish(lender.sources[0], 1, 200, 1000)
+    lender.pump.serve(write_end, 1, lend=True)
+    next_read_end, next_write_end = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(next_write_end, fcntl.F_SETPIPE_SZ, 1 << 20)
+    lender.merge.begin_segment(NEVER, NEVER, NEVER)
+    for first in range(1000, 8000, 1000):
+        expected = publish(lender.sources[0], first, 100, 1000)
+        lender.pump.serve(next_write_end, 1, lend=True)
+        assert take(next_read_end, len(expected)) == expected
+    assert take(read_end, len(of_the_first)) == of_the_first
+    os.close(next_read_end)
+    os.close(next_write_end)
+
+
+def test_a_batch_that_was_lent_in_part_is_not_written_on_when_python_does_the_rest(lender: Bench) -> None:
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    expected = publish(lender.sources[0], 1, 100, 1000)
+    lender.pump.serve(write_end, LONG_MS, lend=True)
+    done = lender.pump.done
+    assert 0 < done < len(expected)
+    rest = bytes(lender.merge.output())[done:]
+    lender.books.count_written()
+    lender.merge.emptied()
+    publish(lender.sources[0], 1000, 100, 1000)
+    lender.pump.fill()
+    assert take(read_end, done) + rest == expected
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_small_batches_are_copied(lender: Bench, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    region = lender.merge.output_address
+    for first in (1, 1000):
+        expected = publish(lender.sources[0], first, 60, 1000)
+        lender.pump.serve(write_end, 1, lend=True)
+        assert lender.merge.output_address == region
+        assert take(read_end, len(expected)) == expected
+
+
+def test_what_cannot_borrow_pages_gets_copies(lender: Bench, file_fd: int) -> None:
+    expected = publish(lender.sources[0], 1, 100, 1000)
+    assert lender.pump.serve(file_fd, 1, lend=True) == order.IDLE
+    assert content(file_fd) == expected
+
+
+def test_a_merge_that_was_made_without_lending_copies(roomy: Bench, pipe: tuple[int, int]) -> None:
+    read_end, write_end = pipe
+    region = roomy.merge.output_address
+    expected = publish(roomy.sources[0], 1, 100, 1000)
+    roomy.pump.serve(write_end, 1, lend=True)
+    assert roomy.merge.output_address == region
+    assert take(read_end, len(expected)) == expected
 
 
 def test_the_end_of_a_segment_is_pythons_matter(bench: Bench) -> None:
