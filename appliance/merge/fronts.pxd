@@ -65,12 +65,24 @@ cdef inline const front *first_front(const fronts *all) noexcept nogil:
 
 
 cdef inline void move_first(fronts *all, uint64_t next_ns) noexcept nogil:
-    """The source that was the first has another record now."""
-    cdef uint32_t i = all.leaves + all.nodes[1].leaf
-    all.nodes[i].next_ns = next_ns
+    """The source that was the first has another record now. On its way up, the earlier one stays in registers, and is
+    chosen by arithmetic: which one that is, no processor can guess."""
+    cdef front earlier = all.nodes[1]
+    cdef const front *other
+    cdef uint32_t i = all.leaves + earlier.leaf
+    cdef uint64_t mask
+    earlier.next_ns = next_ns
+    all.nodes[i] = earlier
     while i > 1:
+        other = &all.nodes[i ^ 1]
+        mask = -<uint64_t>(other.next_ns < next_ns + (i & 1))  # at the same time, a left one goes before a right one
+        next_ns ^= (next_ns ^ other.next_ns) & mask
+        earlier.source ^= (earlier.source ^ other.source) & <uint32_t>mask
+        earlier.leaf ^= (earlier.leaf ^ other.leaf) & <uint32_t>mask
         i //= 2
-        settle_node(all, i)
+        all.nodes[i].next_ns = next_ns
+        all.nodes[i].source = earlier.source
+        all.nodes[i].leaf = earlier.leaf
 
 
 cdef inline uint64_t first_until(const fronts *all, uint64_t limit_ns) noexcept nogil:
