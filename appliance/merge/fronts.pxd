@@ -75,7 +75,8 @@ cdef inline void move_first(fronts *all, uint64_t next_ns) noexcept nogil:
     all.nodes[i] = earlier
     while i > 1:
         other = &all.nodes[i ^ 1]
-        mask = -<uint64_t>(other.next_ns < next_ns + (i & 1))  # at the same time, a left one goes before a right one
+        # At the same time, a left one goes before a right one.
+        mask = -<uint64_t>((other.next_ns < next_ns) | ((other.next_ns == next_ns) & i))
         next_ns ^= (next_ns ^ other.next_ns) & mask
         earlier.source ^= (earlier.source ^ other.source) & <uint32_t>mask
         earlier.leaf ^= (earlier.leaf ^ other.leaf) & <uint32_t>mask

@@ -406,6 +406,18 @@ def test_times_of_the_far_future_stop_nobody(make: Make) -> None:
     assert drain(merge)[1] == [(1, 4 * 10**18), (0, (1 << 64) - 1), (0, (1 << 63) + 5)]
 
 
+def test_the_last_time_of_all_goes_after_all_others_from_any_source(make: Make) -> None:
+    first, last = 10**18, (1 << 64) - 1
+    for position in range(4):
+        sources = make(4)
+        for i, source in enumerate(sources):
+            source.packets_at(first + i, last if i == position else first + 10 + i)
+            source.producer.end()
+        emitted = drain(make_merge(sources))[1]
+        others = [(i, first + 10 + i) for i in range(4) if i != position]
+        assert emitted == [(i, first + i) for i in range(4)] + others + [(position, last)]
+
+
 def test_a_time_beyond_the_horizon_ends_no_segment_and_makes_nobody_late(make: Make) -> None:
     one, other = sources = make(2)
     merge = make_merge(sources)
