@@ -109,8 +109,6 @@ class MergeWorker:
         mode = 0o640 if output.group_readable else 0o600
         self.policy = RotationPolicy(output.rotate_seconds, output.rotate_bytes, output.rotate_packets)
         self.consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
-        # Pages instead of copies, to a compressor that is known to leave them alone.
-        self.may_lend = parts.compressor is not None and takes_by_reading(parts.compressor)
         self.merge = order.Merge(
             self.consumers,
             [source.live for source in parts.sources],
@@ -118,7 +116,7 @@ class MergeWorker:
             max_wait_ms=output.max_wait_ms,
             out_bytes=self.batch_bytes,
             start_grace_ms=START_GRACE_MS,
-            lends=self.may_lend,
+            lends=parts.compressor is not None and takes_by_reading(parts.compressor),
         )
         self.tap = self.make_tap()
         ledger = Ledger(context.page, self.labels, self.source_pages)
@@ -265,7 +263,7 @@ class MergeWorker:
 
     def serve(self, fd: int) -> int:
         was_refused = self.pump.direct_refused
-        status = self.pump.serve(fd, SERVE_MS, direct=self.may_write_directly, lend=self.may_lend)
+        status = self.pump.serve(fd, SERVE_MS, direct=self.may_write_directly)
         if self.pump.direct_refused and not was_refused:
             self.merge.shorten_batches(OUT_BYTES)
             log.info("%s: its file system has no direct I/O; the page cache is used", self.output.directory)

@@ -64,6 +64,10 @@ def built_in_argv() -> tuple[str, ...]:
     return (sys.executable, "-I", "-S", script.origin, os.path.dirname(os.path.dirname(lz4.origin)))
 
 
+def is_built_in(argv: Sequence[str]) -> bool:
+    return tuple(argv) == built_in_argv()
+
+
 def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
     """The command with its program's path. MissingInputError: there is no such program; `what` says for what."""
     program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
@@ -75,7 +79,7 @@ def program_argv(argv: Sequence[str], what: str) -> tuple[str, ...]:
 def takes_by_reading(argv: Sequence[str]) -> bool:
     """Whether the compressor takes its input by read(2) and its kin alone, as those do that we know. Another one, or a
     script under the name of one, may splice the pages of its pipe on to others."""
-    if tuple(argv) == built_in_argv():
+    if is_built_in(argv):
         return True
     program = os.path.realpath(argv[0])
     try:
@@ -247,12 +251,8 @@ class CompressorSink:
         return self._pipe
 
     @property
-    def _is_built_in(self) -> bool:
-        return self._argv == built_in_argv()
-
-    @property
     def name(self) -> str:
-        return "lz4 (built in)" if self._is_built_in else self._argv[0]
+        return "lz4 (built in)" if is_built_in(self._argv) else self._argv[0]
 
     @property
     def pid(self) -> int:

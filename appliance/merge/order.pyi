@@ -34,8 +34,8 @@ class Merge:
     packets, ERF records, digests with the number of their source, or packets as they came. For ERF the output's
     interface number is the port and, from bit 8 on, the link type. The buffer holds `out_bytes` and one record more.
     For `start_grace_ms` after the start, max_wait does not count while a live source has made no promise yet: its
-    worker is only starting. `lends`: a pipe may get the buffer's own pages (Pump.serve); batches then take turns in
-    several places.
+    worker is only starting. `lends`: what batches are written to is a pipe whose reader only reads, and may get the
+    buffer's own pages; batches then take turns in several places.
     """
 
     def __init__(

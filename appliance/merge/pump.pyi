@@ -20,14 +20,14 @@ class Pump:
         status."""
     direct_refused: bool
     """The file system cannot write directly: from then on nothing is."""
-    def serve(self, fd: int, limit_ms: int, *, direct: bool = False, lend: bool = False) -> int:
+    def serve(self, fd: int, limit_ms: int, *, direct: bool = False) -> int:
         """Fills, writes to `fd`, counts, rests and sleeps, until Python is needed, for about `limit_ms` at most.
 
         Returns the merge's status. IDLE with an empty buffer: it has slept, and time is over or the supervisor calls.
         With a batch in the buffer: `fd` took `done` bytes of it and no more (a pipe took nothing for 100 ms, or it has
         failed). A batch is counted as written when all of it is; the open segment gets what was written by
         `Books.take`. `direct`: large batches go past the page cache as long as no ring is crowded; `fd` is a regular
-        file then. `lend`: of a merge that was made for it, large batches go into the pipe `fd` without a copy.
+        file then. If the merge lends its pages, large batches go into a pipe without a copy.
         """
     def gather(self) -> None:
         """A short rest after a batch, so that the next one is worth its turn; none when a ring fills up."""

@@ -54,7 +54,6 @@ cdef class Pump:
     cdef readonly uint64_t done
     cdef bint direct
     cdef readonly bint direct_refused
-    cdef bint lends
 
     def __cinit__(self, Merge merge not None, Books books not None, *, bint live, int wake_fd, int channel_fd,
                   uint64_t max_wait_ms):
@@ -77,10 +76,9 @@ cdef class Pump:
             status = self.move()
         return status
 
-    def serve(self, int fd, uint64_t limit_ms, *, bint direct=False, bint lend=False):
+    def serve(self, int fd, uint64_t limit_ms, *, bint direct=False):
         cdef int status
         self.done = 0
-        self.lends = lend
         self.direct = direct and not self.direct_refused
         if self.direct and self.merge.out_bytes == 0:
             self.merge.begin_batch_at(offset_in_page(fd))
@@ -133,7 +131,7 @@ cdef class Pump:
                 return False
             self.done += <uint64_t>count
         self.books.batch_written(self.done)
-        if self.lends:
+        if may_lend(&self.merge.room):
             note_taken(&self.merge.room, fd)
         self.merge.forget_batch()
         if self.direct:
@@ -146,12 +144,11 @@ cdef class Pump:
         cdef uint8_t *data = self.merge.out + self.done
         cdef uint64_t length = self.merge.out_bytes - self.done
         cdef int64_t count
-        if not self.lends or not may_lend(&self.merge.room) or self.merge.out_bytes < LENDING_MIN_BYTES:
+        if not may_lend(&self.merge.room) or self.merge.out_bytes < LENDING_MIN_BYTES:
             return write(fd, data, length)
         count = lend_pages(&self.merge.room, fd, data, length)
         if count < 0 and errno != EAGAIN and errno != EINTR:
-            self.lends = False  # write(2) can do without, or has the better words
-            return write(fd, data, length)
+            return write(fd, data, length)  # it can do without lending, or has the better words
         return count
 
     cdef bint has_room(self, int fd) noexcept nogil:

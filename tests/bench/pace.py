@@ -8,14 +8,12 @@ longer is measured again. That looks at the machine alone, never at the figure, 
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from support.lab import uninterrupted
+from bench.disturbance import Watch, least_disturbed, repeated
 
 INTERVAL_S = 0.02
 TURNS = 24_000  # of the piece of work: some 0.2 ms, a hundredth of a CPU
@@ -51,7 +49,7 @@ class Span:
         return {cpu: len(samples) for cpu, samples in self._samples.items()}
 
 
-class Pace:
+class Pace(Watch):
     """Watches `cpus` from `__enter__` to `__exit__`, by the CPU time in ns that `work_ns` says it took.
 
     `measured`: measurements so far; `repeated`: those that were thrown away, of all together not many more than one for
@@ -66,40 +64,30 @@ class Pace:
         self._settle_s = settle_s
         self._samples: dict[int, list[int]] = {cpu: [] for cpu in cpus}
         self._fastest_ns: dict[int, float] = {}
-        self._threads: list[threading.Thread] = []
-        self._ends = threading.Event()
+        super().__init__(self._samples, INTERVAL_S)
         self.measured = self.repeated = self.hindered = 0
 
     def __enter__(self) -> Self:
-        for cpu, samples in self._samples.items():
-            self._threads.append(threading.Thread(target=self._watch, args=(cpu, samples), daemon=True))
-            with uninterrupted():  # the main thread makes and removes laboratories
-                self._threads[-1].start()
+        super().__enter__()
         time.sleep(self._settle_s)
         return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._ends.set()
-        for thread in self._threads:
-            thread.join()
 
     def steadiest(self, measure: Callable[[Span], T], cpus: Iterable[int] | None = None) -> T:
         """What `measure` found while these CPUs (all of them) went at their pace; after TRIES without that, or fewer if
         too much was thrown away before, what it found when they were slowed least. The part that matters is to run
         inside of the span that it is given."""
         watched = list(self._samples if cpus is None else cpus)
-        found: list[tuple[float, T]] = []
-        tries = min(TRIES, TRIES + self.measured // 2 - self.repeated)
-        while not found or (found[-1][0] > HINDERED and len(found) < tries):
+
+        def paced() -> tuple[float, T]:
             span = Span(self._samples)
             value = measure(span)
-            found.append((max((self.slowness(cpu, span) for cpu in watched), default=0.0), value))
+            return max((self.slowness(cpu, span) for cpu in watched), default=0.0), value
+
+        found = repeated(paced, HINDERED, min(TRIES, TRIES + self.measured // 2 - self.repeated))
         self.measured += 1
         self.repeated += len(found) - 1
         self.hindered += found[-1][0] > HINDERED
-        return min(found, key=lambda one: one[0])[1]
+        return least_disturbed(found)
 
     def slowness(self, cpu: int, span: Span) -> float:
         """The share of the span in which the CPU was slowed, 0 to 1."""
@@ -119,13 +107,12 @@ class Pace:
             f"meanwhile, {self.hindered} were kept although it did so each time"
         )
 
-    def _watch(self, cpu: int, samples: list[int]) -> None:
-        os.sched_setaffinity(0, {cpu})  # of this thread
-        while not self._ends.wait(INTERVAL_S):
-            samples.append(self._work_ns())
-            if len(samples) >= WINDOW:
-                window_ns = _mean(samples[-WINDOW:])
-                self._fastest_ns[cpu] = min(self._fastest_ns.get(cpu, window_ns), window_ns)
+    def look(self, cpu: int) -> None:
+        samples = self._samples[cpu]
+        samples.append(self._work_ns())
+        if len(samples) >= WINDOW:
+            window_ns = _mean(samples[-WINDOW:])
+            self._fastest_ns[cpu] = min(self._fastest_ns.get(cpu, window_ns), window_ns)
 
 
 def _mean(values: Sequence[int]) -> float:

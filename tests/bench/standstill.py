@@ -8,15 +8,11 @@ figure, as `pace` does.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, TypeVar
 
-from support.lab import uninterrupted
-
+from bench.disturbance import Watch, least_disturbed, repeated
 from bench.measure import percentile
 
 SLEEP_S = 0.001
@@ -34,42 +30,28 @@ class Beside(Protocol):
 T = TypeVar("T", bound=Beside)
 
 
-class Sleeper:
+class Sleeper(Watch):
     """Sleeps on `cpus` from `__enter__` to `__exit__`."""
 
     def __init__(self, cpus: Iterable[int]) -> None:
         self._late_ms: dict[int, list[float]] = {cpu: [] for cpu in cpus}
-        self._ends = threading.Event()
-        self._threads = [threading.Thread(target=self._sleep_on, args=(cpu,), daemon=True) for cpu in self._late_ms]
-
-    def __enter__(self) -> Self:
-        with uninterrupted():  # the main thread makes and removes laboratories
-            for thread in self._threads:
-                thread.start()
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._ends.set()
-        for thread in self._threads:
-            thread.join()
+        super().__init__(self._late_ms, interval_s=0)
 
     def late_ms(self, fraction: float) -> float:
         """Of its sleeps, so many were late by this at most, on the CPU where they were latest."""
         return max((percentile(late, fraction) for late in self._late_ms.values() if late), default=0.0)
 
-    def _sleep_on(self, cpu: int) -> None:
-        os.sched_setaffinity(0, {cpu})  # of this thread
-        while not self._ends.is_set():
-            before = time.monotonic()
-            time.sleep(SLEEP_S)
-            self._late_ms[cpu].append((time.monotonic() - before - SLEEP_S) * 1000)
+    def look(self, cpu: int) -> None:
+        before = time.monotonic()
+        time.sleep(SLEEP_S)
+        self._late_ms[cpu].append((time.monotonic() - before - SLEEP_S) * 1000)
 
 
 def undisturbed(measure: Callable[[], T]) -> T:
     """The first of TRIES beside which the sleeper was in time; else that beside which it was least late."""
-    found: list[T] = []
-    while not found or (found[-1].sleeper_ms > STILL_MS and len(found) < TRIES):
-        found.append(measure())
-    return min(found, key=lambda one: one.sleeper_ms)
+
+    def beside() -> tuple[float, T]:
+        found = measure()
+        return found.sleeper_ms, found
+
+    return least_disturbed(repeated(beside, STILL_MS, TRIES))

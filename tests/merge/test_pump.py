@@ -282,7 +282,7 @@ def test_pages_that_a_pipe_has_are_not_written_on_before_they_are_read(lender: B
     expected = b""
     for first in range(1, 8000, 1000):
         expected += publish(lender.sources[0], first, 100, 1000)
-        assert lender.pump.serve(write_end, 1, lend=True) == order.IDLE
+        assert lender.pump.serve(write_end, 1) == order.IDLE
     assert take(read_end, len(expected)) == expected
     assert counts(lender.source_pages[0], "consumed", "written", "held") == (800, 800, 0)
 
@@ -293,7 +293,7 @@ def test_regions_take_turns_and_what_was_read_is_used_again(lender: Bench, pipe:
     for first in range(1, 8000, 1000):
         expected = publish(lender.sources[0], first, 100, 1000)
         regions.append(lender.merge.output_address)
-        lender.pump.serve(write_end, 1, lend=True)
+        lender.pump.serve(write_end, 1)
         assert take(read_end, len(expected)) == expected
     assert len(set(regions)) == 3
     assert regions[3:6] == regions[:3]
@@ -302,13 +302,13 @@ def test_regions_take_turns_and_what_was_read_is_used_again(lender: Bench, pipe:
 def test_the_pages_of_a_finished_pipe_are_not_written_on_either(lender: Bench, pipe: tuple[int, int]) -> None:
     read_end, write_end = pipe
     of_the_first = publish(lender.sources[0], 1, 200, 1000)
-    lender.pump.serve(write_end, 1, lend=True)
+    lender.pump.serve(write_end, 1)
     next_read_end, next_write_end = os.pipe2(os.O_NONBLOCK)
     fcntl.fcntl(next_write_end, fcntl.F_SETPIPE_SZ, 1 << 20)
     lender.merge.begin_segment(NEVER, NEVER, NEVER)
     for first in range(1000, 8000, 1000):
         expected = publish(lender.sources[0], first, 100, 1000)
-        lender.pump.serve(next_write_end, 1, lend=True)
+        lender.pump.serve(next_write_end, 1)
         assert take(next_read_end, len(expected)) == expected
     assert take(read_end, len(of_the_first)) == of_the_first
     os.close(next_read_end)
@@ -318,7 +318,7 @@ def test_the_pages_of_a_finished_pipe_are_not_written_on_either(lender: Bench, p
 def test_a_batch_that_was_lent_in_part_is_not_written_on_when_python_does_the_rest(lender: Bench) -> None:
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     expected = publish(lender.sources[0], 1, 100, 1000)
-    lender.pump.serve(write_end, LONG_MS, lend=True)
+    lender.pump.serve(write_end, LONG_MS)
     done = lender.pump.done
     assert 0 < done < len(expected)
     rest = bytes(lender.merge.output())[done:]
@@ -336,14 +336,14 @@ def test_small_batches_are_copied(lender: Bench, pipe: tuple[int, int]) -> None:
     region = lender.merge.output_address
     for first in (1, 1000):
         expected = publish(lender.sources[0], first, 60, 1000)
-        lender.pump.serve(write_end, 1, lend=True)
+        lender.pump.serve(write_end, 1)
         assert lender.merge.output_address == region
         assert take(read_end, len(expected)) == expected
 
 
 def test_what_cannot_borrow_pages_gets_copies(lender: Bench, file_fd: int) -> None:
     expected = publish(lender.sources[0], 1, 100, 1000)
-    assert lender.pump.serve(file_fd, 1, lend=True) == order.IDLE
+    assert lender.pump.serve(file_fd, 1) == order.IDLE
     assert content(file_fd) == expected
 
 
@@ -351,7 +351,7 @@ def test_a_merge_that_was_made_without_lending_copies(roomy: Bench, pipe: tuple[
     read_end, write_end = pipe
     region = roomy.merge.output_address
     expected = publish(roomy.sources[0], 1, 100, 1000)
-    roomy.pump.serve(write_end, 1, lend=True)
+    roomy.pump.serve(write_end, 1)
     assert roomy.merge.output_address == region
     assert take(read_end, len(expected)) == expected
 
