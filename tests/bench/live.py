@@ -46,7 +46,8 @@ Pair = tuple[str, str]
 @dataclass(frozen=True)
 class Program:
     """A program under test. `commands`: from the interfaces and the output directory; `files`: what it wrote there,
-    in order. `stops`: the names of the processes that are told to end, without it those that were started."""
+    in order. `stops`: the names of the processes that are told to end, without it those that were started. `heeds_late`:
+    it looks whether it was told to only when a frame comes."""
 
     name: str
     commands: Callable[[Sequence[str], Path], list[list[str]]]
@@ -54,6 +55,7 @@ class Program:
     stops: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     stop_signal: signal.Signals = signal.SIGTERM
+    heeds_late: bool = False
     look: Callable[[Path], str] = lambda out: ""  # what it says of itself while it still runs, at rest
 
     @property
@@ -176,7 +178,7 @@ def trial(bench: Bench, program: Program, interfaces: int, traffic: Traffic, dir
         found = _send(bench, lab, pairs, processes, traffic)
         _check_running(processes, directory / "said")
         found.seen = program.look(directory)
-        _stop(processes, program)
+        _stop(lab, pairs, processes, program)
     found.directory = directory
     found.output = (directory / "said").read_text(errors="replace")
     found.files = program.files(directory)
@@ -315,13 +317,15 @@ def _memory(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     return peak_resident_bytes(pids[0]) if len(pids) == 1 else memory_bytes(pids)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]], program: Program) -> None:
+def _stop(lab: Lab, pairs: Sequence[Pair], processes: Sequence[subprocess.Popen[bytes]], program: Program) -> None:
     """Tells the program to end in good order, and waits for that."""
     for process in processes:
         for pid in tree(process.pid) if program.stops else [process.pid]:
             with contextlib.suppress(OSError):
                 if not program.stops or Path(f"/proc/{pid}/comm").read_text().strip() in program.stops:
                     os.kill(pid, program.stop_signal)
+    if program.heeds_late:
+        lab.send([peer for _, peer in pairs], frames=1)  # of no protocol that a meter counts
     for process in processes:
         process.wait(STOP_TIMEOUT_S)
 

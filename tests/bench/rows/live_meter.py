@@ -65,8 +65,11 @@ PROGRAMS = (
     ),
     Program(
         "yaf",
-        lambda interfaces, out: [["yaf", "--live", "pcap", "--in", interfaces[0], "--out", f"{out}/flows.ipfix"]],
+        lambda interfaces, out: [
+            ["yaf", "--verbose", "--live", "pcap", "--in", interfaces[0], "--out", f"{out}/flows.ipfix"],
+        ],
         needs=("yaf",),
+        heeds_late=True,
     ),
 )  # fmt: skip
 
@@ -75,7 +78,7 @@ def metered_packets(one: Trial) -> int | None:
     """How many packets the program says it metered; None when it does not say."""
     if one.seen.startswith("{"):
         return int(json.loads(one.seen)["meter"]["metered_packets"])
-    found = re.findall(r"(?:Packets processed|Total: Processed): (\d+)", one.seen or one.output)
+    found = re.findall(r"(?:Packets processed|Total: Processed|Flows: \d+ Packets): (\d+)", one.seen or one.output)
     return int(found[-1]) if found else None
 
 
