@@ -2,7 +2,8 @@
 """Records into the output buffer, run by run: a run is what one source has before the next one has something older.
 
 What the copying reads and counts lies in a `copying` on the stack, where a compiler can keep it in registers. Of what
-lies in the merge or in a source it must believe that each store of a packet's octets changes it.
+lies in the merge it must believe that each store of a packet's octets changes it. What is known of a source is in a
+cache line of its own, a `cursor`: where many take turns, a run is often a single record.
 """
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 
@@ -34,12 +35,7 @@ cdef struct copying:
     uint64_t first_ns
     uint64_t newest_ns
     uint64_t last_ns      # of the stream; what is older is late
-    # Of the run.
-    const uint32_t *interface_map
-    uint32_t interface_count
-    uint64_t run_packets
-    uint64_t run_dropped
-    uint64_t run_bytes
+    uint64_t left_behind  # octets of a ring that are behind the position up to which it may go
 
 
 cdef inline bint is_wanted(int sink, uint32_t type, uint32_t length) noexcept nogil:
@@ -88,44 +84,69 @@ cdef inline void end_copying(const copying *now, Merge merge) noexcept nogil:
         merge.batch_last_ns = now.newest_ns
 
 
-cdef inline int copy_run(copying *now, Merge merge, uint32_t index, uint64_t limit_ns,
-                         uint64_t limit_position) noexcept nogil:
-    """Records of one source up to a time and a position in its ring. IDLE: the source has a record that is younger (its
-    state and `next_ns` say so), or it has to be looked at."""
-    cdef merge_source *source = &merge.sources[index]
-    cdef ring_view view = source.view[0]
-    cdef uint64_t position = view.position
-    cdef uint64_t stamp = source.next_ns
-    cdef const uint8_t *record
-    cdef uint32_t length, cost
-    cdef int status = S_IDLE
-    now.interface_map = source.interface_map
-    now.interface_count = source.interface_count
-    now.run_packets = now.run_dropped = now.run_bytes = 0
-    source.state = IS_EMPTY  # as far as is known here
-    while position < limit_position:
-        record = ring_at(&view, position)
-        length = record_check(record, view.other - position)
-        if length == 0 or not is_wanted(now.sink, record_u32(record), length):
-            break  # look() knows what to do with it
-        prefetch(record + 2 * length)  # what is looked at when this source is the first again
-        stamp = record_timestamp_ns(record)
-        cost = (record_u32(record + 20) if now.costs_data else length) + now.cost_bytes
-        if stamp <= limit_ns:
-            status = stop_before(now, stamp, cost)
-        if stamp > limit_ns or status != S_IDLE:
-            source.state = HAS_RECORD
-            break
-        copy_one(now, merge, source, index, record, length, stamp, cost)
-        position += length
-    source.view.position = position
-    source.next_ns = stamp
-    source.consumed += now.run_packets + now.run_dropped
-    source.dropped += now.run_dropped
-    source.pending_packets += now.run_packets
-    source.pending_bytes += now.run_bytes
-    now.packets += now.run_packets
-    return status
+cdef inline void begin_cursors(copying *now, Merge merge, uint64_t limit_position) noexcept nogil:
+    """One for each front; its source is known. `limit_position`: for a single front, how far it may go in its ring."""
+    cdef uint32_t i
+    cdef cursor *at
+    cdef merge_source *source
+    now.left_behind = 0
+    for i in range(merge.fronts.count):
+        at = &merge.cursors[i]
+        source = &merge.sources[at.source]
+        if limit_position < source.view.other:
+            now.left_behind = source.view.other - limit_position
+        at.record = ring_at(source.view, source.view.position)
+        at.left = source.view.other - source.view.position
+        at.next_ns = source.next_ns
+        at.interface_map = source.interface_map
+        at.interface_count = source.interface_count
+        at.bytes = at.packets = at.dropped = 0
+        find_record(now, at)
+
+
+cdef inline void end_cursors(Merge merge) noexcept nogil:
+    cdef uint32_t i
+    cdef const cursor *at
+    cdef merge_source *source
+    for i in range(merge.fronts.count):
+        at = &merge.cursors[i]
+        source = &merge.sources[at.source]
+        source.state = HAS_RECORD if at.length else IS_EMPTY  # as far as is known here
+        source.view.position = source.view.other - at.left
+        source.next_ns = at.next_ns
+        source.consumed += at.packets + at.dropped
+        source.dropped += at.dropped
+        source.pending_packets += at.packets
+        source.pending_bytes += at.bytes
+
+
+cdef inline void find_record(const copying *now, cursor *at) noexcept nogil:
+    """What comes next in the source, if it can be copied; else look() knows what to do with it."""
+    at.length = 0
+    if at.left <= now.left_behind:
+        return
+    at.length = record_check(at.record, at.left)
+    if at.length == 0 or not is_wanted(now.sink, record_u32(at.record), at.length):
+        at.length = 0
+        return
+    prefetch(at.record + 2 * at.length)  # what is looked at when this source is the first again
+    at.next_ns = record_timestamp_ns(at.record)
+
+
+cdef inline int copy_run(copying *now, Merge merge, cursor *at, uint64_t limit_ns) noexcept nogil:
+    """Records of one source up to a time. IDLE: it has a record that is younger, or it has to be looked at."""
+    cdef uint32_t cost
+    cdef int status
+    while at.length and at.next_ns <= limit_ns:
+        cost = (record_u32(at.record + 20) if now.costs_data else at.length) + now.cost_bytes
+        status = stop_before(now, at.next_ns, cost)
+        if status != S_IDLE:
+            return status
+        copy_one(now, merge, at, cost)
+        at.left -= at.length
+        at.record += at.length
+        find_record(now, at)
+    return S_IDLE
 
 
 cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) noexcept nogil:
@@ -139,54 +160,56 @@ cdef inline int stop_before(const copying *now, uint64_t stamp, uint32_t cost) n
     return S_IDLE
 
 
-cdef inline void copy_one(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
-                          uint32_t length, uint64_t stamp, uint32_t cost) noexcept nogil:
+cdef inline void copy_one(copying *now, Merge merge, cursor *at, uint32_t cost) noexcept nogil:
+    cdef uint64_t stamp = at.next_ns
     cdef uint32_t written
     prefetch_for_write(now.target + WRITE_AHEAD_BYTES)
-    written = emit(now, merge, source, index, record, length, stamp)
+    written = emit(now, merge, at)
     now.forced += stamp > now.promised_ns
     if written == 0:
-        now.run_dropped += 1
+        at.dropped += 1
         return
     now.target += written
-    now.run_packets += 1
+    now.packets += 1
+    at.packets += 1
     now.may_stop = True
     now.packets_left -= now.packets_left != 0
     now.bytes_left -= cost if cost < now.bytes_left else now.bytes_left
     now.first_ns = min(now.first_ns, stamp)
     now.newest_ns = max(now.newest_ns, stamp)
     if stamp < now.last_ns:
-        merge.note_late(source, now.last_ns - stamp)
+        merge.note_late(&merge.sources[at.source], now.last_ns - stamp)
     elif stamp <= now.horizon_ns:
         now.last_ns = stamp
 
 
-cdef inline uint32_t emit(copying *now, Merge merge, merge_source *source, uint32_t index, const uint8_t *record,
-                          uint32_t length, uint64_t stamp) noexcept nogil:
+cdef inline uint32_t emit(copying *now, Merge merge, cursor *at) noexcept nogil:
     """The bytes written. 0: it was dropped, because it is damaged or its interface has no number in the output."""
+    cdef const uint8_t *record = at.record
+    cdef uint32_t length = at.length
     cdef uint32_t interface, number, captured, written
     if now.sink == TO_DIGESTS:
-        return emit_digest(now.target, index, record, length)
+        return emit_digest(now.target, at.source, record, length)
     interface = number = record_u32(record + 8)
     captured = record_u32(record + 20)
     if now.sink != TO_RECORDS:
-        number = now.interface_map[interface] if interface < now.interface_count else UNMAPPED
+        number = at.interface_map[interface] if interface < at.interface_count else UNMAPPED
     if captured > length - RECORD_PACKET_MIN or (number == UNMAPPED and now.sink != TO_RECORDS):
         written = 0
     elif now.sink == TO_PCAP_NS or now.sink == TO_PCAP_US:
-        written = <uint32_t>pcap_packet_at(now.target, stamp, captured, record_u32(record + 24),
+        written = <uint32_t>pcap_packet_at(now.target, at.next_ns, captured, record_u32(record + 24),
                                            record + RECORD_PACKET_DATA, now.sink == TO_PCAP_NS)
     elif now.sink == TO_ERF:
-        written = <uint32_t>erf_packet_at(now.target, number, number >> 8, stamp, captured, record_u32(record + 24),
-                                          record + RECORD_PACKET_DATA)
+        written = <uint32_t>erf_packet_at(now.target, number, number >> 8, at.next_ns, captured,
+                                          record_u32(record + 24), record + RECORD_PACKET_DATA)
     else:
         written = copy_record(now.target, record, RECORD_PACKET, length, number)
         record_set_u32(now.target + 20, captured)
     if written == 0:
         return 0
-    now.run_bytes += captured
+    at.bytes += captured
     if now.has_tap:
-        merge.feed_tap(source, record, length, interface, captured)
+        merge.feed_tap(&merge.sources[at.source], record, length, interface, captured)
     return written
 
 

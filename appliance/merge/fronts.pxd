@@ -6,8 +6,7 @@ from libc.stdlib cimport calloc, free
 
 cdef struct front:
     uint64_t next_ns
-    uint32_t source
-    uint32_t leaf
+    uint32_t leaf  # not as long as the time: a compiler that took the two for a vector would make `move_first` slow
 
 cdef struct fronts:
     front *nodes     # [1] is the first of all, [i] of [2 * i] and [2 * i + 1]; the leaves begin at [leaves]
@@ -39,12 +38,12 @@ cdef inline void begin_fronts(fronts *all, uint32_t count) noexcept nogil:
     all.count = 0
 
 
-cdef inline void add_front(fronts *all, uint32_t source, uint64_t next_ns) noexcept nogil:
-    cdef front *leaf = &all.nodes[all.leaves + all.count]
-    leaf.next_ns = next_ns
-    leaf.source = source
-    leaf.leaf = all.count
+cdef inline uint32_t add_front(fronts *all, uint64_t next_ns) noexcept nogil:
+    """Returns its leaf."""
+    cdef uint32_t leaf = all.count
+    all.nodes[all.leaves + leaf] = front(next_ns, leaf)
     all.count += 1
+    return leaf
 
 
 cdef inline void settle_fronts(fronts *all) noexcept nogil:
@@ -67,23 +66,20 @@ cdef inline const front *first_front(const fronts *all) noexcept nogil:
 cdef inline void move_first(fronts *all, uint64_t next_ns) noexcept nogil:
     """The source that was the first has another record now. On its way up, the earlier one stays in registers, and is
     chosen by arithmetic: which one that is, no processor can guess."""
-    cdef front earlier = all.nodes[1]
+    cdef uint32_t leaf = all.nodes[1].leaf
     cdef const front *other
-    cdef uint32_t i = all.leaves + earlier.leaf
+    cdef uint64_t i = all.leaves + leaf
     cdef uint64_t mask
-    earlier.next_ns = next_ns
-    all.nodes[i] = earlier
+    all.nodes[i].next_ns = next_ns
     while i > 1:
         other = &all.nodes[i ^ 1]
         # At the same time, a left one goes before a right one.
         mask = -<uint64_t>((other.next_ns < next_ns) | ((other.next_ns == next_ns) & i))
         next_ns ^= (next_ns ^ other.next_ns) & mask
-        earlier.source ^= (earlier.source ^ other.source) & <uint32_t>mask
-        earlier.leaf ^= (earlier.leaf ^ other.leaf) & <uint32_t>mask
+        leaf ^= (leaf ^ other.leaf) & <uint32_t>mask
         i //= 2
         all.nodes[i].next_ns = next_ns
-        all.nodes[i].source = earlier.source
-        all.nodes[i].leaf = earlier.leaf
+        all.nodes[i].leaf = leaf
 
 
 cdef inline uint64_t first_until(const fronts *all, uint64_t limit_ns) noexcept nogil:

@@ -67,6 +67,18 @@ cdef struct merge_source:
     uint64_t consumed
     int wake_fd                  # the producer's eventfd
 
+cdef struct cursor:  # where the copying is in a source, and what it did there; written back when it is over
+    uint64_t next_ns
+    const uint8_t *record  # the next one
+    uint32_t length        # of it, checked; 0: the source has to be looked at
+    uint32_t source
+    uint64_t left          # octets from it on
+    uint32_t interface_count
+    uint32_t packets
+    const uint32_t *interface_map
+    uint64_t bytes
+    uint32_t dropped
+
 
 cdef uint64_t monotonic_ns() noexcept nogil
 
@@ -75,6 +87,7 @@ cdef uint64_t monotonic_ns() noexcept nogil
 cdef class Merge:
     cdef merge_source *sources
     cdef fronts fronts
+    cdef cursor *cursors  # by leaf of `fronts`
     cdef readonly uint32_t source_count
     cdef list consumers
     cdef output_room room

@@ -77,8 +77,9 @@ cdef class Merge:
         self.start_grace_ns = start_grace_ms * 1000000
         self.boundary_ns = self.packets_left = self.bytes_left = self.horizon_ns = UINT64_MAX
         self.sources = <merge_source *>calloc(max(1, self.source_count), sizeof(merge_source))
+        self.cursors = <cursor *>calloc(max(1, self.source_count), sizeof(cursor))
         if (not allocate_fronts(&self.fronts, self.source_count) or not allocate_room(&self.room, out_bytes, lends)
-                or self.sources == NULL):
+                or self.sources == NULL or self.cursors == NULL):
             raise MemoryError
         self.out = region_of(&self.room)
         for i in range(self.source_count):
@@ -94,6 +95,7 @@ cdef class Merge:
                 free(self.sources[i].interface_map)
                 free(self.sources[i].tap_linktypes)
         free(self.sources)
+        free(self.cursors)
         free_fronts(&self.fronts)
         free_room(&self.room)
 
@@ -437,36 +439,38 @@ cdef class Merge:
         begin_fronts(&self.fronts, count)
         for i in range(self.source_count):
             if self.sources[i].state == HAS_RECORD:
-                add_front(&self.fronts, i, self.sources[i].next_ns)
+                self.cursors[add_front(&self.fronts, self.sources[i].next_ns)].source = i
         settle_fronts(&self.fronts)
 
     cdef void only_front(self, uint32_t source) noexcept nogil:
         begin_fronts(&self.fronts, 1)
-        add_front(&self.fronts, source, self.sources[source].next_ns)
+        self.cursors[add_front(&self.fronts, self.sources[source].next_ns)].source = source
 
     cdef int copy_fronts(self, uint64_t limit_ns, uint64_t limit_position) noexcept nogil:
         """What their sources have, up to a time and a position in the ring, in order, run by run, without a look at the
         rings: until one of them has to be looked at."""
         cdef copying now
         cdef const front *first
-        cdef merge_source *source
+        cdef cursor *at
         cdef uint32_t last = UINT32_MAX
         cdef uint64_t run_limit_ns
         cdef int status = S_IDLE
         begin_copying(&now, self)
+        begin_cursors(&now, self, limit_position)
         while True:
             first = first_front(&self.fronts)
             if first.next_ns > limit_ns:
                 break
             # Where many take turns, a record is often a run of its own. So one that comes first goes by itself, and the
             # end of its source's run is looked for when that source is the first again.
-            run_limit_ns = first_until(&self.fronts, limit_ns) if first.source == last else first.next_ns
-            last = first.source
-            source = &self.sources[last]
-            status = copy_run(&now, self, last, run_limit_ns, min(limit_position, source.view.other))
-            if status != S_IDLE or source.state != HAS_RECORD:
+            run_limit_ns = first_until(&self.fronts, limit_ns) if first.leaf == last else first.next_ns
+            last = first.leaf
+            at = &self.cursors[last]
+            status = copy_run(&now, self, at, run_limit_ns)
+            if status != S_IDLE or at.length == 0:
                 break
-            move_first(&self.fronts, source.next_ns)
+            move_first(&self.fronts, at.next_ns)
+        end_cursors(self)
         end_copying(&now, self)
         return status
 

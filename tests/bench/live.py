@@ -46,8 +46,8 @@ Pair = tuple[str, str]
 @dataclass(frozen=True)
 class Program:
     """A program under test. `commands`: from the interfaces and the output directory; `files`: what it wrote there,
-    in order. `stops`: the names of the processes that are told to end, without it those that were started. `heeds_late`:
-    it looks whether it was told to only when a frame comes."""
+    in order. `stops`: the names of the processes that are told to end, without it those that were started.
+    `heeds_late`: it looks whether it was told to only when a frame comes."""
 
     name: str
     commands: Callable[[Sequence[str], Path], list[list[str]]]
