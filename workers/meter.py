@@ -21,9 +21,10 @@ from appliance.process import DRAIN, RENEW, WorkerContext
 from appliance.ring.ring import Consumer
 
 OUT_BYTES = 512 << 10  # 4,096 digests: more leave the cache, fewer cost turns
+BATCHES_PER_TURN = 8  # then the exporters, the counters and the supervisor's words have their turn
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
-REST_MS = 10  # under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry
+REST_MS = 20  # under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry
 STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
 
 
@@ -104,12 +105,12 @@ class MeterWorker:
             self.metering.finish()
 
     def turn(self) -> bool:
-        status = self.merge.fill()
-        fed = self.merge.out_bytes > 0
-        self.merge.release()  # before they are metered: a successor must not meter them again
-        if fed:
-            self.metering.feed(self.merge.output_address, self.merge.out_bytes)
-            self.merge.emptied()
+        status, fed = self.take_in()
+        watermark = self.merge.watermark if status == order.IDLE else 0
+        if watermark:
+            self.metering.advance(watermark)
+        else:
+            self.metering.publish_counters()
         if status == order.EPOCH:
             self.step_clock()
         elif status == order.CONTROL:
@@ -118,6 +119,21 @@ class MeterWorker:
             return self.idle(may_rest=self.live and fed and not self.merge.crowded)
         self.metering.service(time.monotonic())
         return status != order.ENDED
+
+    def take_in(self) -> tuple[int, bool]:
+        """Meters what waits, some batches of it; the counters are to be published then. Returns the merge's status, and
+        whether there was anything."""
+        status, fed = order.FULL, False
+        for _ in range(BATCHES_PER_TURN):
+            status = self.merge.fill()
+            self.merge.release()  # before they are metered: a successor must not meter them again
+            if self.merge.out_bytes:
+                self.metering.feed(self.merge.output_address, self.merge.out_bytes, more=True)
+                self.merge.emptied()
+                fed = True
+            if status != order.FULL:
+                break
+        return status, fed
 
     def step_clock(self) -> None:
         offset_ns = time.time_ns() - time.monotonic_ns()
@@ -128,8 +144,6 @@ class MeterWorker:
     def idle(self, may_rest: bool) -> bool:
         """`may_rest`: there was traffic, and room for that of a rest."""
         now = time.monotonic()
-        if watermark := self.merge.watermark:
-            self.metering.advance(watermark)
         self.metering.service(now)
         if not self.handle_messages(now):
             return False

@@ -86,9 +86,10 @@ class Metering:
         self._counted = self.table.counters()
         self._take_over(taken_digests)
 
-    def feed(self, address: int, length: int) -> None:
+    def feed(self, address: int, length: int, *, more: bool = False) -> None:
         """Meters `length` octets of records at `address` (aligned to 4), in time order; other records than digests
-        are passed over. ValueError names the offset of a damaged record; what stood before it is metered."""
+        are passed over. `more`: the caller feeds more at once, or calls `publish_counters`. ValueError names the offset
+        of a damaged record; what stood before it is metered."""
         done = 0
         try:
             while done < length:
@@ -96,19 +97,20 @@ class Metering:
                 if done < length:
                     self._hand_over()
         finally:
-            self._publish_counters()
+            if done < length or not more:
+                self.publish_counters()
 
     def advance(self, stream_time_ns: int) -> None:
         """No later digest is older than this: expires what is due, also when no packet comes."""
         while not self.table.advance(stream_time_ns):
             self._hand_over()
         self._hand_over()
-        self._publish_counters()
+        self.publish_counters()
 
     def step(self, delta_ns: int) -> None:
         """The clock was set forward by `delta_ns` (negative: back). Later digests have the new time; flows go on."""
         self.table.step(delta_ns)
-        self._publish_counters()
+        self.publish_counters()
 
     def service(self, now_s: float) -> None:
         """The exporters' timers, connections and queues; also hands over what has expired. `now_s`: CLOCK_MONOTONIC."""
@@ -133,7 +135,7 @@ class Metering:
         while not self.table.flush():
             self._hand_over()
         self._hand_over()
-        self._publish_counters()
+        self.publish_counters()
         counts = self._ignored()
         deadline_s = time.monotonic() + close_s
         failed: ApplianceError | None = None
@@ -158,7 +160,7 @@ class Metering:
         count = self.table.row_count
         if count:
             self.table.count_delays(int(self._clock() * NS_PER_S) if self._live else self.table.stream_time_ns)
-            self._publish_counters()  # first: what a death interrupts is exported, but not sent, and that can be told
+            self.publish_counters()  # first: what a death interrupts is exported, but not sent, and that can be told
             for exporter in self.exporters:
                 exporter.export(self.table.rows_address, count)
             self.table.clear_rows()
@@ -183,9 +185,10 @@ class Metering:
                 own["begun"] = 1
             gone = sum(own[name] for name in ("sent_packets", "not_sent_packets", "lost_unclean_packets"))
             own.add("lost_unclean_packets", max(0, page["exported_packets"] - own["before_packets"] - gone))
-        self._publish_counters()
+        self.publish_counters()
 
-    def _publish_counters(self) -> None:
+    def publish_counters(self) -> None:
+        """What the table counted, into the page."""
         counters = self.table.counters()
         for name, value in counters.items():
             if value != self._counted[name]:

@@ -168,7 +168,7 @@ def test_digests_that_a_meter_took_and_never_counted_are_lost_and_not_metered_ag
     source.publish(10)
     first = worker(pages, ring, tmp_path)
 
-    def die(address: int, length: int) -> None:
+    def die(address: int, length: int, *, more: bool = False) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(first.metering, "feed", die)

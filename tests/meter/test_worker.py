@@ -16,7 +16,7 @@ from appliance.counters import CAPTURE_FIELDS, METER_FIELDS, CounterPages
 from appliance.meter.settings import MeterSettings
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Producer, initialise
-from workers.meter import MeterParts, MeterSource, MeterWorker
+from workers.meter import BATCHES_PER_TURN, MeterParts, MeterSource, MeterWorker
 
 CAPACITY = 1 << 16
 GENERATION = 7
@@ -65,6 +65,12 @@ def of_a_file() -> Iterator[tuple[Watched, Producer]]:
     yield from worker(live=False)
 
 
+@pytest.fixture
+def of_small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watched, Producer]]:
+    monkeypatch.setattr("workers.meter.OUT_BYTES", 10 * DIGEST_BYTES)
+    yield from worker(live=True)
+
+
 def publish(producer: Producer, count: int) -> None:
     packet = Packet()
     assert producer.push(digests(replace(packet, source_port=port) for port in range(count)))
@@ -100,3 +106,13 @@ def test_a_file_is_never_kept_waiting_by_a_rest(of_a_file: tuple[Watched, Produc
     publish(producer, 10)
     meter.turn()
     assert meter.pauses == ["sleep"]
+
+
+def test_a_turn_meters_some_batches_and_tells_what_it_metered(of_small_batches: tuple[Watched, Producer]) -> None:
+    meter, producer = of_small_batches
+    in_a_turn = 10 * BATCHES_PER_TURN
+    publish(producer, in_a_turn + 5)
+    meter.turn()
+    assert (meter.metering.page["metered_packets"], meter.pauses) == (in_a_turn, [])
+    meter.turn()
+    assert (meter.metering.page["metered_packets"], meter.pauses) == (in_a_turn + 5, ["rest"])
