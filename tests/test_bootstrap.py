@@ -81,20 +81,41 @@ def test_what_is_missing_is_named_where_it_cannot_be_installed(project: Path, tm
     )
 
 
-def test_an_environment_that_was_made_for_the_tests_runs_the_appliance_without_another_build(
-    project: Path, tmp_path: Path
-) -> None:
-    tree = tmp_path / "tree"
+def built(project: Path, tree: Path, extras: str, pyproject: str = "") -> None:
+    """A tree with an environment that was built for the jobs `extras`. Its pip only says what it would fetch."""
     programs = tree / ".venv" / "bin"
     programs.mkdir(parents=True)
     (tree / "appliance").mkdir()
-    (tree / "pyproject.toml").touch()
+    (tree / "pyproject.toml").write_text(pyproject)
     shutil.copy2(project / "bootstrap", tree)
-    (programs / "python").symlink_to(sys.executable)
+    python = f'#!/bin/sh\n[ "$1 $2" != "-m pip" ] || {{ shift 2; echo "pip $@"; cat build/requirements.txt; exit 0; }}\n'
+    (programs / "python").write_text(f'{python}exec {sys.executable} "$@"\n')
     (programs / "appliance").write_text('#!/bin/sh\necho "$@"\n')
-    (programs / "appliance").chmod(0o755)
+    for check in ("ruff", "cython-lint", "mypy"):
+        (programs / check).symlink_to("/bin/true")
+    for program in ("python", "appliance"):
+        (programs / program).chmod(0o755)
     version = subprocess.run([sys.executable, "-VV"], capture_output=True, check=True).stdout
-    sources = f"{hashlib.sha256(b'').hexdigest()}  pyproject.toml\n".encode()
-    (tree / ".venv" / "bootstrap.key").write_text(f"{hashlib.sha256(version + sources).hexdigest()} check test\n")
-    done = bootstrap(tree, "run", "-c", "x.toml", env={**os.environ, "PYTHON": sys.executable})
+    sources = f"{hashlib.sha256(pyproject.encode()).hexdigest()}  pyproject.toml\n".encode()
+    (tree / ".venv" / "bootstrap.key").write_text(f"{hashlib.sha256(version + sources).hexdigest()} {extras}\n")
+
+
+def test_an_environment_that_was_made_for_the_tests_runs_the_appliance_without_another_build(
+    project: Path, tmp_path: Path
+) -> None:
+    built(project, tmp_path / "tree", "check test")
+    done = bootstrap(tmp_path / "tree", "run", "-c", "x.toml", env={**os.environ, "PYTHON": sys.executable})
     assert (done.returncode, done.stdout) == (0, "run -c x.toml\n"), done.stderr
+
+
+def test_another_job_of_the_same_sources_fetches_what_it_needs_and_builds_nothing(
+    project: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    built(project, tree, "run", '[project.optional-dependencies]\ncheck = ["a-linter>=2"]\ntest = ["a-judge"]\n')
+    done = bootstrap(tree, "check", env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    log = (tree / "build" / "bootstrap.log").read_text()
+    assert f"pip install -r {tree}/build/requirements.txt\na-linter>=2\n" in log
+    assert "building" not in log and "a-judge" not in log
+    assert (tree / ".venv" / "bootstrap.key").read_text().split()[1:] == ["check", "run"]
