@@ -29,6 +29,7 @@ from support.service import toml
 from bench.context import Bench
 from bench.measure import WarmMemory, find, median, memory_bytes, peak_resident_bytes, tree
 from bench.pace import Span
+from bench.results import Target
 
 ENVIRONMENT = Path(sys.executable).parent
 START_TIMEOUT_S = 20.0
@@ -334,6 +335,33 @@ def medians(trials: Sequence[Trial], of: Callable[[Trial], float | None]) -> flo
     """The median of a figure over the rounds; None when a round does not have it."""
     values = [value for one in trials if (value := of(one)) is not None]
     return median(values) if len(values) == len(trials) and values else None
+
+
+def not_above(
+    job: str,
+    measure: str,
+    ours: Sequence[Trial],
+    peer_name: str,
+    theirs: Sequence[Trial],
+    limit: float,
+    of_ours: Callable[[Trial], float | None],
+    of_theirs: Callable[[Trial], float | None] | None = None,
+) -> Target:
+    """A figure of ours against the peer's, round by round: a host's pace changes from round to round, and less between
+    two trials of the same one."""
+    of_theirs = of_theirs or of_ours
+    pairs = [(of_ours(one), of_theirs(other)) for one, other in zip(ours, theirs, strict=False)]
+    ratios = [one / other for one, other in pairs if one is not None and other]
+    return Target(
+        job,
+        measure,
+        medians(ours, of_ours),
+        peer_name,
+        medians(theirs, of_theirs),
+        "<=",
+        limit,
+        rounds_ratio=median(ratios) if ratios else None,
+    )
 
 
 def by_process(trials: Sequence[Trial]) -> str:

@@ -54,7 +54,8 @@ class Target:
     """One comparison. `relation`: how ours must stand to `limit`, ">=" or "<=".
 
     With a `peer`, the ratio ours/peer is held against `limit`; without, our figure is. `met` is None when a figure is
-    missing: then `remark` says why.
+    missing: then `remark` says why. `rounds_ratio`: the median of the ratios of rounds, which stands for that of the
+    medians.
     """
 
     job: str
@@ -66,12 +67,13 @@ class Target:
     limit: float
     remark: str = ""
     against_peer: bool = True
+    rounds_ratio: float | None = None
 
     @property
     def ratio(self) -> float | None:
         if self.ours is None or not self.peer:
             return None
-        return self.ours / self.peer
+        return self.ours / self.peer if self.rounds_ratio is None else self.rounds_ratio
 
     @property
     def met(self) -> bool | None:

@@ -19,7 +19,7 @@ from support.lab import requires_root, wait_until
 
 from bench.__main__ import ROWS, measure
 from bench.context import Bench, scratch_directory
-from bench.live import Burst, Program, Trial, by_process, medians
+from bench.live import Burst, Program, Trial, by_process, medians, not_above
 from bench.measure import CpuTime
 from bench.results import Picture, RowResult, Table
 from bench.rows import idle, ipfix_pack, latency, live_meter, live_one, offline_flows
@@ -76,6 +76,26 @@ def test_a_median_needs_every_round() -> None:
     assert medians(trials, lambda trial: None if trial.offered == 1 else trial.offered) is None
 
 
+def spending(*ns_per_packet: float) -> list[Trial]:
+    return [Trial(offered=1, bursts=[Burst(1, 1.0, {"x": ns})]) for ns in ns_per_packet]
+
+
+def test_programs_are_held_against_each_other_round_by_round() -> None:
+    target = not_above("job", "ns", spending(30, 11, 12), "peer", spending(28, 10, 25), 1.0, Trial.ns_per_packet)
+    assert (target.ours, target.peer) == (12, 25)
+    assert target.ratio == pytest.approx(30 / 28)
+    assert target.met is False
+
+
+def test_a_peer_with_fewer_rounds_is_held_against_as_many_of_ours() -> None:
+    target = not_above("job", "ns", spending(10, 90), "peer", spending(20), 1.0, Trial.ns_per_packet)
+    assert (target.ours, target.ratio) == (50, 0.5)
+
+
+def test_a_peer_without_a_figure_gives_no_ratio() -> None:
+    assert not_above("job", "ns", spending(10), "peer", [], 1.0, Trial.ns_per_packet).met is None
+
+
 def test_a_program_that_is_not_there_is_missing() -> None:
     program = Program("x", lambda interfaces, out: [], needs=("sh", "no-such-program"))
     assert program.missing == ["no-such-program"]
@@ -114,6 +134,7 @@ def test_a_meter_is_asked_for_its_own_count() -> None:
     assert live_meter.metered_packets(Trial(seen='{"meter": {"metered_packets": 7}}')) == 7
     assert live_meter.metered_packets(Trial(output="Total: Processed: 5, skipped: 0")) == 5
     assert live_meter.metered_packets(Trial(seen="Packets processed: 9\n", output="")) == 9
+    assert live_meter.metered_packets(Trial(output="YAF statistics: Flows: 3 Packets: 8 Dropped: 0 Ignored: 1")) == 8
     assert live_meter.metered_packets(Trial(output="")) is None
 
 

@@ -15,9 +15,10 @@ from bench.live import (
     by_process,
     medians,
     mtracecap_commands,
+    not_above,
     trial,
 )
-from bench.results import Picture, RowResult, Table, Target, absolute
+from bench.results import Picture, RowResult, Table, absolute
 from bench.scan import count_numbered
 
 NAME = "live-many"
@@ -90,7 +91,7 @@ def run_row(bench: Bench) -> RowResult:
             traffic = Traffic(int(seconds * (rate or 900_000)), rate, bursts=1 if rate else 3)
             found = measure(bench, case, interfaces, traffic)
             _report(case, found, table)
-            _targets(case, rate, table, result)
+            _targets(case, rate, found, table, result)
     return result
 
 
@@ -135,7 +136,7 @@ def _report(case: str, found: dict[str, Found], table: Table) -> None:
         )  # fmt: skip
 
 
-def _targets(case: str, rate: float, table: Table, result: RowResult) -> None:
+def _targets(case: str, rate: float, found: dict[str, Found], table: Table, result: RowResult) -> None:
     for ours in OURS:
         job = f"{case}, 60 B: {ours}"
         for figure in ("lost", "inversions"):
@@ -143,7 +144,6 @@ def _targets(case: str, rate: float, table: Table, result: RowResult) -> None:
             result.targets.append(absolute(job, figure, value, "<=", 0))  # type: ignore[arg-type]
         if rate:
             continue
-        cpu = table.value("CPU ns per packet", case=case, program=ours)
         for peer, limit in (("dumpcap -N -C", 1 / 20), ("tcpdumps, unmerged", 1.0)):
-            theirs = table.value("CPU ns per packet", case=case, program=peer)
-            result.targets.append(Target(job, "CPU ns per packet", cpu, peer, theirs, "<=", limit))  # type: ignore[arg-type]
+            own, theirs = (found[name].trials if name in found else [] for name in (ours, peer))
+            result.targets.append(not_above(job, "CPU ns per packet", own, peer, theirs, limit, Trial.ns_per_packet))
