@@ -88,8 +88,8 @@ def built(project: Path, tree: Path, extras: str, pyproject: str = "") -> None:
     (tree / "appliance").mkdir()
     (tree / "pyproject.toml").write_text(pyproject)
     shutil.copy2(project / "bootstrap", tree)
-    python = f'#!/bin/sh\n[ "$1 $2" != "-m pip" ] || {{ shift 2; echo "pip $@"; cat build/requirements.txt; exit 0; }}\n'
-    (programs / "python").write_text(f'{python}exec {sys.executable} "$@"\n')
+    pip = '[ "$1 $2" != "-m pip" ] || { shift 2; echo "pip $@"; cat build/requirements.txt; exit 0; }'
+    (programs / "python").write_text(f'#!/bin/sh\n{pip}\nexec {sys.executable} "$@"\n')
     (programs / "appliance").write_text('#!/bin/sh\necho "$@"\n')
     for check in ("ruff", "cython-lint", "mypy"):
         (programs / check).symlink_to("/bin/true")
