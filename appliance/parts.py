@@ -72,6 +72,7 @@ def capture_parts(wired: Wiring, source: Source) -> workers.capture.CaptureParts
         applications=wired.config.meter.applications,
         entropy=wired.config.meter.entropy,
         port_fd=wired.ports.get(source.label, -1),
+        turn_ms=source.turn_ms,
     )
 
 
@@ -104,6 +105,7 @@ def merge_parts(wired: Wiring, planned: PlannedOutput, is_successor: bool) -> wo
         resolution_of_inputs=wired.options.resolution_of_inputs,
         tap_fd=wired.taps.get(output.name, -1),
         tap_wake_fd=wired.traceflow_wake,
+        turn_ms=planned.turn_ms,
     )
 
 

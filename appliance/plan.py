@@ -20,7 +20,8 @@ from appliance.ring.memory import ring_capacity
 
 MEMORY_SHARE = 8  # of the machine's memory, one part for all rings together
 MEMORY_MAX_BYTES = 1 << 30
-BLOCK_TIMEOUT_MS, BLOCK_TIMEOUT_MAX_MS = 8, 24
+BLOCK_TIMEOUT_MS = 8
+TURN_MAX_MS = 24
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
@@ -44,6 +45,7 @@ class Source:
     ring_bytes: int
     digest_ring_bytes: int  # 0: not metered
     fanout_group: int  # 0: none
+    turn_ms: int = 0  # while packets come steadily, its worker looks at multiples of this; 0: when the kernel wakes it
 
     @property
     def worker(self) -> str:
@@ -61,6 +63,11 @@ class PlannedOutput:
     @property
     def worker(self) -> str:
         return page_name("merge", self.output.name)
+
+    @property
+    def turn_ms(self) -> int:
+        """Of all its sources; 0: they do not turn together."""
+        return min((source.turn_ms for source in self.sources), default=0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,6 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
     """
     memory_bytes = config.memory_bytes or default_memory_bytes(machine_bytes or available_memory_bytes())
     members = [(interface, member) for interface in config.interfaces for member in range(interface.fanout)]
-    members = [(with_block_timeout(interface, config.outputs, len(members)), member) for interface, member in members]
     traced = [output.name for output in config.outputs if is_traced(config, output)]
     tap_ring_bytes = plan_tap(config.traceflow, memory_bytes, len(traced))
     share = (memory_bytes - len(traced) * tap_ring_bytes) // max(1, len(members))
@@ -107,7 +113,8 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
         if config.output_of(interface).format == "erf":  # cut where the cut is counted
             interface = interface.model_copy(update={"snaplen": min(interface.snaplen, ERF_SNAPLEN)})
         label = interface.label if member == 0 else f"{interface.label}.{member}"
-        sources.append(plan_source(interface, index, label, share, metered))
+        source = plan_source(interface, index, label, share, metered)
+        sources.append(with_wakes(source, config.outputs, len(members)))
     used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources) + len(traced) * tap_ring_bytes
     if config.memory_bytes and used > config.memory_bytes:
         raise ConfigError(
@@ -161,14 +168,19 @@ def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
     return replace(plan, exports=tuple(exports), export_pages=tuple(name or free.pop(0) for name in own))
 
 
-def with_block_timeout(interface: Interface, outputs: Sequence[Output], workers: int) -> Interface:
-    """The interface with its block time-out decided. Each time-out wakes a worker: where there are many, each is woken
-    more rarely, as long as no packet waits half of max_wait_ms for that."""
-    if interface.block_timeout_ms:
-        return interface
-    half_of_max_wait_ms = min((output.max_wait_ms // 2 for output in outputs), default=0)
-    timeout_ms = max(BLOCK_TIMEOUT_MS, min(2 * workers, BLOCK_TIMEOUT_MAX_MS, half_of_max_wait_ms))
-    return interface.model_copy(update={"block_timeout_ms": timeout_ms})
+def with_wakes(source: Source, outputs: Sequence[Output], workers: int) -> Source:
+    """The source with what wakes its worker decided. A wake costs more than what one worker of many does in it: while
+    packets come steadily, many workers wake together and more rarely, as long as no packet waits two thirds of
+    max_wait_ms for that."""
+    if source.interface.block_timeout_ms:
+        return source
+    longest_ms = min((2 * output.max_wait_ms // 3 for output in outputs), default=0)
+    turn_ms = min(2 * workers, TURN_MAX_MS, longest_ms - BLOCK_TIMEOUT_MS)
+    return replace(
+        source,
+        interface=source.interface.model_copy(update={"block_timeout_ms": BLOCK_TIMEOUT_MS}),
+        turn_ms=turn_ms if source.uri.scheme == "ring" and turn_ms > BLOCK_TIMEOUT_MS else 0,
+    )
 
 
 def worker_names(

@@ -14,6 +14,7 @@ from appliance.plan import (
     MEMORY_MAX_BYTES,
     MEMORY_SHARE,
     RECORD_MAX_BYTES,
+    Plan,
     available_memory_bytes,
     default_memory_bytes,
     make_plan,
@@ -77,20 +78,34 @@ def test_a_file_s_ring_stays_in_the_cache() -> None:
     assert plan.live_sources == ()
 
 
-@pytest.mark.parametrize(("count", "timeout_ms"), [(1, 8), (4, 8), (5, 10), (8, 16), (16, 24), (40, 24)])
-def test_many_workers_are_woken_more_rarely(count: int, timeout_ms: int) -> None:
+def wakes(plan: Plan) -> set[tuple[int, int]]:
+    return {(source.interface.block_timeout_ms, source.turn_ms) for source in plan.sources}
+
+
+@pytest.mark.parametrize(("count", "turn_ms"), [(1, 0), (4, 0), (5, 10), (8, 16), (16, 24), (40, 24)])
+def test_many_workers_turn_together_and_more_rarely(count: int, turn_ms: int) -> None:
     plan = make_plan(config(*(f"ring:eth{i}" for i in range(count))), 64 * GIB)
-    assert {source.interface.block_timeout_ms for source in plan.sources} == {timeout_ms}
+    assert wakes(plan) == {(8, turn_ms)}
+    assert plan.outputs[0].turn_ms == turn_ms
 
 
-def test_no_packet_waits_half_of_max_wait_for_a_rare_wake_and_a_given_time_out_is_kept() -> None:
+@pytest.mark.parametrize(("max_wait_ms", "turn_ms"), [(2, 0), (24, 0), (30, 12), (48, 24), (1000, 24)])
+def test_no_packet_waits_two_thirds_of_max_wait_for_a_turn(max_wait_ms: int, turn_ms: int) -> None:
     uris = [f"ring:eth{i}" for i in range(16)]
-    plan = make_plan(config(*uris, outputs=(Output(directory="x", max_wait_ms=30),)), 64 * GIB)
-    assert plan.sources[0].interface.block_timeout_ms == 15
-    plan = make_plan(config(*uris, outputs=(Output(directory="x", max_wait_ms=2),)), 64 * GIB)
-    assert plan.sources[0].interface.block_timeout_ms == 8
-    given = Config(interfaces=(Interface(uri="ring:eth0", block_timeout_ms=2),))
-    assert make_plan(given, 64 * GIB).sources[0].interface.block_timeout_ms == 2
+    outputs = (Output(directory="x", max_wait_ms=max_wait_ms),)
+    assert wakes(make_plan(config(*uris, outputs=outputs), 64 * GIB)) == {(8, turn_ms)}
+
+
+def test_an_interface_whose_block_time_out_is_given_is_woken_by_the_kernel_alone() -> None:
+    interfaces = [Interface(uri=f"ring:eth{i}", block_timeout_ms=2 if i == 3 else 0) for i in range(16)]
+    plan = make_plan(Config(interfaces=tuple(interfaces)), 64 * GIB)
+    assert wakes(plan) == {(8, 24), (2, 0)}
+    assert plan.outputs[0].turn_ms == 0
+
+
+def test_what_has_no_kernel_ring_has_no_turn() -> None:
+    plan = make_plan(config(*(f"pcapfile:{i}.pcap" for i in range(16))), 64 * GIB)
+    assert {source.turn_ms for source in plan.sources} == {0}
 
 
 def test_fanout_members_are_sources_of_their_own_in_one_group() -> None:

@@ -64,6 +64,7 @@ class CaptureParts:
     applications: bool = False  # payloads are looked at for names
     entropy: bool = False  # and for their entropy
     port_fd: int = -1  # -1: no port capture
+    turn_ms: int = 0  # see LiveCapture.serve
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -156,6 +157,7 @@ class LiveWorker(SourceWorker):
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
+            turn_ms=self.parts.turn_ms,
             inner=self.parts.inner,
             inspector=self.inspector,
             port=self.port,

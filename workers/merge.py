@@ -78,6 +78,7 @@ class MergeParts:
     resolution_of_inputs: bool = False  # pcap: microseconds unless an input has nanoseconds
     tap_fd: int = -1  # a ring to the flow traces
     tap_wake_fd: int = -1
+    turn_ms: int = 0  # the capture workers turn together, at multiples of this; 0: they do not
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -179,6 +180,7 @@ class MergeWorker:
             wake_fd=parts.wake_fd,
             channel_fd=context.channel.fileno(),
             max_wait_ms=output.max_wait_ms,
+            turn_ms=parts.turn_ms,
         )
         self.is_recovering = True
 

@@ -35,6 +35,7 @@ class LiveCapture:
         ifindex: int,
         reorder_us: int,
         block_timeout_ms: int = 1,
+        turn_ms: int = 0,
         step_ms: int = 50,
         inner: bool = False,
         inspector: Inspector | None = None,
@@ -49,6 +50,11 @@ class LiveCapture:
     def serve(self, wake_fd: int, channel_fd: int, limit_ms: int) -> bool:
         """`pump` again and again, with sleeps until the kernel hands a block over, `wake_fd` (an eventfd) is signalled
         or a tail's time has come; the page gets a heartbeat each turn. GIL released.
+
+        With a `turn_ms`, a turn that took packets, and no more than an eighth of the kernel's ring, is followed by one
+        at the next multiple of `turn_ms` of CLOCK_MONOTONIC, whatever the kernel hands over and consumers want until
+        then: so all capture workers turn at once, and a machine is not woken for each of them. They then publish up to
+        one and the same time, which is as old as a packet in a kernel's block can get.
 
         True: `channel_fd` is readable or the socket reports an error, and somebody must look. False: `limit_ms` are
         over."""

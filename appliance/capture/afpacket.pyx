@@ -37,7 +37,7 @@ cdef extern from "poll.h" nogil:
         int fd
         short events
         short revents
-    int poll(pollfd *fds, unsigned long count, int timeout_ms)
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *signals)
     enum:
         POLLIN
         POLLERR
@@ -49,6 +49,9 @@ cdef enum:
     REASONS = 5
     BLOCKS_PER_TURN = 32
     PACKETS_PER_PUBLISH = 1024  # of a block: what is published together is still in the cache then
+    ROOM_FOR_BURSTS = 8  # who does not hear of full blocks has taken no more than this part of the kernel's ring before
+    TIMER_DELAY_MS = 1   # the kernel may hand a block over so much later than it should
+    HEARTBEAT_NS = 1000000000
 
 # Words of the commit slot, behind COMMIT_WORD_PUBLISHED. From WORD_COUNTERS on they are in the order of
 # COMMITTED_FIELDS.
@@ -97,6 +100,11 @@ cdef uint64_t now_ns(int clock) noexcept nogil:
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
 
 
+cdef inline void sleep_on(pollfd *fds, unsigned long count, uint64_t longest_ns) noexcept nogil:
+    cdef timespec longest = timespec(longest_ns // 1000000000, longest_ns % 1000000000)
+    ppoll(fds, count, &longest, NULL)
+
+
 cdef inline uint64_t older_by(uint64_t timestamp_ns, uint64_t difference_ns) noexcept nogil:
     return timestamp_ns - difference_ns if timestamp_ns > difference_ns else 0
 
@@ -138,7 +146,11 @@ cdef class LiveCapture:
     cdef uint32_t snaplen
     cdef int ifindex
     cdef uint64_t reorder_ns
-    cdef uint64_t held_ms           # how long a sleep may be while a block is held
+    cdef uint64_t held_ns           # how long a sleep may be while a block is held
+    cdef uint64_t turn_ns           # 0: the kernel alone wakes us
+    cdef uint64_t turn_lag_ns       # what is older than this at a turn, the kernel has handed over
+    cdef bint turns_together        # the next turn is at a multiple of turn_ns
+    cdef uint64_t youngest_ns       # nothing younger is published in this turn
     cdef uint64_t step_ns
     cdef int64_t clock_offset       # REALTIME - MONOTONIC of this epoch
     cdef bint owes_watermark        # a consumer asked, and the open kernel block was not empty
@@ -158,8 +170,8 @@ cdef class LiveCapture:
     def __cinit__(self, int fd, uint64_t block_bytes, uint32_t block_count, Producer records not None,
                   Producer digests, page, *, uint64_t socket_serial, int linktype, bint cooked,
                   uint32_t snaplen, int ifindex, uint64_t reorder_us, uint64_t block_timeout_ms=1,
-                  uint64_t step_ms=50, bint inner=False, Inspector inspector=None, PortTap port=None,
-                  Gate gate=None):
+                  uint64_t turn_ms=0, uint64_t step_ms=50, bint inner=False, Inspector inspector=None,
+                  PortTap port=None, Gate gate=None):
         self.fd = fd
         self.socket_serial = socket_serial
         self.block_bytes = block_bytes
@@ -177,7 +189,10 @@ cdef class LiveCapture:
         self.ifindex = ifindex
         self.reorder_ns = reorder_us * 1000
         self.publish_at = PACKETS_PER_PUBLISH
-        self.held_ms = max(reorder_us // 1000 + 1, block_timeout_ms)
+        self.held_ns = max(reorder_us // 1000 + 1, block_timeout_ms) * 1000000
+        self.turn_ns = turn_ms * 1000000
+        self.turn_lag_ns = (block_timeout_ms + TIMER_DELAY_MS) * 1000000 + self.reorder_ns
+        self.youngest_ns = UINT64_MAX
         self.step_ns = step_ms * 1000000
         self.tail = ReorderTail()
         self.page = <uint64_t *><uint64_t>page.address
@@ -292,31 +307,39 @@ cdef class LiveCapture:
         return called
 
     cdef bint serve_until(self, int wake_fd, int channel_fd, uint64_t until_ns) noexcept nogil:
-        cdef pollfd[3] fds
-        cdef uint64_t now, woken
-        cdef int timeout_ms
-        fds[0].fd = channel_fd
-        fds[1].fd = wake_fd
-        fds[2].fd = self.fd
-        fds[0].events = fds[1].events = POLLIN
-        while True:
+        cdef bint called = False
+        cdef uint64_t now
+        while not called:
             now = now_ns(CLOCK_MONOTONIC)
             self.page[self.heartbeat_index] = now
             if now >= until_ns:
                 return False
-            timeout_ms = <int>min(<uint64_t>(until_ns - now) // 1000000 + 1, <uint64_t>1000)
             self.turn()
-            # The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep.
-            fds[2].events = 0 if self.held else POLLIN
-            self.announce_sleep(RING_SLEEPS)
-            if self.ready():
-                timeout_ms = 0
-            poll(fds, 3, min(timeout_ms, <int>self.longest_sleep_ms()))
-            self.announce_sleep(RING_AWAKE)
-            if fds[1].revents:
-                read(wake_fd, &woken, sizeof(woken))
-            if fds[0].revents or fds[2].revents & (POLLERR | POLLHUP | POLLNVAL):
-                return True
+            if self.turns_together:
+                called = self.sleep_until_turn(channel_fd, until_ns - now)
+            else:
+                called = self.sleep_until_woken(channel_fd, wake_fd, until_ns - now)
+        return True
+
+    cdef bint sleep_until_turn(self, int channel_fd, uint64_t longest_ns) noexcept nogil:
+        """Hears the supervisor alone. Whatever the others want, they get at the turn of all."""
+        cdef pollfd channel = pollfd(channel_fd, POLLIN, 0)
+        sleep_on(&channel, 1, min(self.turn_ns - now_ns(CLOCK_MONOTONIC) % self.turn_ns, longest_ns))
+        return channel.revents != 0
+
+    cdef bint sleep_until_woken(self, int channel_fd, int wake_fd, uint64_t longest_ns) noexcept nogil:
+        cdef pollfd[3] fds
+        cdef uint64_t woken
+        fds[0] = pollfd(channel_fd, POLLIN, 0)
+        fds[1] = pollfd(wake_fd, POLLIN, 0)
+        # The kernel calls the socket readable as long as we hold a block, so then time alone ends a sleep.
+        fds[2] = pollfd(self.fd, 0 if self.held else POLLIN, 0)
+        self.announce_sleep(RING_SLEEPS)
+        sleep_on(fds, 3, 0 if self.ready() else min(self.longest_sleep_ns(), longest_ns))
+        self.announce_sleep(RING_AWAKE)
+        if fds[1].revents:
+            read(wake_fd, &woken, sizeof(woken))
+        return fds[0].revents != 0 or fds[2].revents & (POLLERR | POLLHUP | POLLNVAL) != 0
 
     cdef void announce_sleep(self, uint32_t how) noexcept nogil:
         ring_producer_sleeps(&self.records.view, how)
@@ -331,10 +354,10 @@ cdef class LiveCapture:
             or (self.digests is not None and self.digests.view.header.watermark_wanted != 0)
         )
 
-    cdef uint64_t longest_sleep_ms(self) noexcept nogil:
+    cdef uint64_t longest_sleep_ns(self) noexcept nogil:
         """Short while a tail waits for its time. A watermark that is owed comes with the block that the kernel fills:
         it hands that over in time, and wakes us."""
-        return self.held_ms if self.held or self.tail.count or self.owes_watermark else 1000
+        return self.held_ns if self.held or self.tail.count or self.owes_watermark else HEARTBEAT_NS
 
     cdef uint64_t turn(self) noexcept nogil:
         cdef uint64_t before = self.arrivals
@@ -347,6 +370,7 @@ cdef class LiveCapture:
             self.port.look(now)
         if self.watermark_is_wanted():
             self.owes_watermark = True
+        self.youngest_ns = UINT64_MAX if stepped else self.youngest_of_turn(now)
         ring_rewind(&self.records.view)
         if self.digests is not None:
             ring_rewind(&self.digests.view)
@@ -369,8 +393,18 @@ cdef class LiveCapture:
             self.publish(self.tail.newest_ns)
         if taken == 0:
             self.collect_kernel_counters()
+        else:
+            self.owes_watermark = False  # it has moved
+        self.turns_together = self.turn_ns and 0 < taken <= self.block_count // ROOM_FOR_BURSTS
         self.measure_queue()
         return self.arrivals - before
+
+    cdef uint64_t youngest_of_turn(self, uint64_t now) noexcept nogil:
+        """Workers that turn together publish up to one and the same time. So the merge can take all of it, and each
+        finds its ring empty, to be rewound, at its next turn."""
+        if not self.turns_together:
+            return UINT64_MAX
+        return older_by(now, now_ns(CLOCK_MONOTONIC) % self.turn_ns + self.turn_lag_ns)
 
     cdef bint watermark_is_wanted(self) noexcept nogil:
         cdef bint wanted = ring_watermark_wanted(&self.records.view) != 0
@@ -694,8 +728,12 @@ cdef class LiveCapture:
 
     cdef void publish_quietly(self, uint64_t boundary_ns) noexcept nogil:
         """The same, and the consumers are woken with the next `publish`: once for a block."""
-        cdef uint64_t watermark = boundary_ns
-        cdef uint32_t cut = self.tail.cut(boundary_ns, &watermark)
+        cdef uint64_t watermark
+        cdef uint32_t cut
+        if boundary_ns != UINT64_MAX:
+            boundary_ns = min(boundary_ns, self.youngest_ns)
+        watermark = boundary_ns
+        cut = self.tail.cut(boundary_ns, &watermark)
         if boundary_ns == UINT64_MAX:
             watermark = older_by(self.tail.newest_ns, self.reorder_ns)
         if cut == 0:

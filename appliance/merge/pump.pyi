@@ -5,16 +5,26 @@ from appliance.merge.order import Merge
 
 class Pump:
     """Drives `merge`. `wake_fd`: the eventfd by which producers wake us (it does not block); `channel_fd`: readable
-    when the supervisor calls. The GIL is released in every call."""
+    when the supervisor calls. `turn_ms`: all capture workers turn at multiples of this, and a rest ends when they have;
+    0: they do not. The GIL is released in every call."""
 
     def __init__(
-        self, merge: Merge, books: Books, *, live: bool, wake_fd: int, channel_fd: int, max_wait_ms: int
+        self,
+        merge: Merge,
+        books: Books,
+        *,
+        live: bool,
+        wake_fd: int,
+        channel_fd: int,
+        max_wait_ms: int,
+        turn_ms: int = 0,
     ) -> None: ...
     max_wait_ms: int
     done: int
     """Bytes of the batch in the merge's buffer that `serve` wrote before it gave up on it."""
-    def gather_ms(self) -> int:
-        """So long a rest after a batch may be: a quarter of `max_wait_ms` at most."""
+    def gather_ns(self, now: int) -> int:
+        """So long a rest after a batch may be that begins at `now` (CLOCK_MONOTONIC): until the end of the capture
+        workers' next turn, or a quarter of `max_wait_ms` at most."""
     def fill(self) -> int:
         """One look at the rings: moves what may go into the buffer and gives the rings back. Returns the merge's
         status."""

@@ -21,6 +21,7 @@ cdef extern from "<poll.h>" nogil:
         short events
         short revents
     int poll(pollfd *fds, unsigned long count, int timeout)
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *signals)
     short POLLIN
     short POLLOUT
 
@@ -29,6 +30,7 @@ cdef enum:
     # A live output that has just written waits for so long before it looks again: a turn has its price, and so has each
     # write, whatever its length.
     GATHER_MS = 12
+    TURN_NS = 2000000  # so long after its begin, a turn of all capture workers is over
     ROOM_MS = 100  # a compressor that takes nothing for longer is waited for, and given up, where its time-out is known
     FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
 
@@ -51,18 +53,20 @@ cdef class Pump:
     cdef int wake_fd
     cdef int channel_fd
     cdef public uint64_t max_wait_ms
+    cdef uint64_t turn_ns
     cdef readonly uint64_t done
     cdef bint direct
     cdef readonly bint direct_refused
 
     def __cinit__(self, Merge merge not None, Books books not None, *, bint live, int wake_fd, int channel_fd,
-                  uint64_t max_wait_ms):
+                  uint64_t max_wait_ms, uint64_t turn_ms=0):
         self.merge = merge
         self.books = books
         self.live = live
         self.wake_fd = wake_fd
         self.channel_fd = channel_fd
         self.max_wait_ms = max_wait_ms
+        self.turn_ns = turn_ms * 1000000
 
     def hang_up(self):
         self.channel_fd = -1
@@ -180,26 +184,31 @@ cdef class Pump:
         with nogil:
             self.sleep_for(timeout_ms)
 
-    cpdef int64_t gather_ms(self) noexcept nogil:
-        return min(<int64_t>GATHER_MS, self.quarter_of_max_wait())
+    cpdef int64_t gather_ns(self, uint64_t now) noexcept nogil:
+        if self.turn_ns:
+            return self.turn_ns - (now - TURN_NS) % self.turn_ns
+        return min(<int64_t>GATHER_MS, self.quarter_of_max_wait()) * 1000000
 
     cdef bint rest(self) noexcept nogil:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
-        cdef int64_t timeout_ms = self.gather_ms()
+        cdef int64_t timeout_ns = self.gather_ns(monotonic_ns())
         cdef int64_t hold_ms = self.merge.hold_left_ms()
+        cdef timespec timeout
         cdef pollfd channel
         if self.merge.crowded:
             return False
         if hold_ms >= 0:
-            timeout_ms = min(timeout_ms, hold_ms)
+            timeout_ns = min(timeout_ns, min(hold_ms, self.quarter_of_max_wait()) * 1000000)
         if self.merge.boundary_ns != UINT64_MAX:
-            timeout_ms = min(timeout_ms, -self.overdue_ns() // 1000000)
-        if timeout_ms <= 0:
+            timeout_ns = min(timeout_ns, -self.overdue_ns())
+        if timeout_ns <= 0:
             return False
         channel.fd = self.channel_fd
         channel.events = POLLIN
         channel.revents = 0
-        poll(&channel, 1, <int>timeout_ms)
+        timeout.tv_sec = timeout_ns // 1000000000
+        timeout.tv_nsec = timeout_ns % 1000000000
+        ppoll(&channel, 1, &timeout, NULL)
         return channel.revents != 0
 
     cdef bint doze(self) noexcept nogil:

@@ -9,8 +9,9 @@ import mmap
 import os
 import random
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CLONE_NEWNET = 0x40000000
 GENERATION = 7
 RING_BYTES = 8 << 20
 HEAD_OFFSET = 128  # of ring_header.head, ring/layout.h
+NO_TURN_EVER_MS = 1 << 40
 PACKET = 6
 COUNTERS = 0x80000C07
 
@@ -52,7 +54,17 @@ def inside(namespace: str) -> Iterator[None]:
 class Bench:
     """A socket on one interface, its rings, and whoever captures into them at the moment."""
 
-    def __init__(self, lab: Lab, interface: str, *, ring_bytes: int = RING_BYTES, metered: bool = True, **request: Any):
+    def __init__(
+        self,
+        lab: Lab,
+        interface: str,
+        *,
+        ring_bytes: int = RING_BYTES,
+        metered: bool = True,
+        turn_ms: int = 0,
+        **request: Any,
+    ):
+        self.turn_ms = turn_ms
         asked: dict[str, Any] = {"interface": interface, "kernel_ring_bytes": 64 << 20} | request
         with inside(lab.namespace):
             self.opened: OpenedInterface = opener.open_interface(OpenRequest(**asked))
@@ -84,6 +96,7 @@ class Bench:
             snaplen=self.request.snaplen,
             ifindex=self.opened.ifindex,
             reorder_us=1000,
+            turn_ms=self.turn_ms,
         )
 
     def die(self) -> None:
@@ -319,6 +332,76 @@ def test_a_full_digest_ring_costs_no_packet(lab: Lab) -> None:
     assert page["digests_dropped"] > 0
     assert page["digests_published"] == bench.count_digests() == 12_000 - page["digests_dropped"]
     assert page["dropped_ring_packets"] == 0
+    bench.close()
+
+
+# ---- turns ----------------------------------------------------------------------------------------------------------
+
+
+class Serving:
+    """A capture that serves in a thread of its own, until `stop`."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.wake_fd, self.channel_fd = os.eventfd(0), os.eventfd(0)
+        self.called = threading.Thread(target=bench.capture.serve, args=(self.wake_fd, self.channel_fd, 60_000))
+        self.called.start()
+
+    def read(self, packets: int) -> bool:
+        """Whether so many packets are read; waits a while for them."""
+        return eventually(lambda: self.bench.page["read_packets"] == packets)
+
+    def stop(self) -> None:
+        os.eventfd_write(self.channel_fd, 1)
+        self.called.join()
+        os.close(self.wake_fd)
+        os.close(self.channel_fd)
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_while_packets_come_a_worker_sleeps_until_the_turn_of_all_or_until_the_supervisor_calls(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, turn_ms=NO_TURN_EVER_MS)
+    serving = Serving(bench)
+    lab.send([pa], frames=10, rate=0)
+    assert serving.read(10), "what comes after a pause is handed over by the kernel, and wakes"
+    lab.send([pa], frames=5, rate=0)
+    time.sleep(10 * bench.request.block_timeout_ms / 1000)
+    assert bench.page["read_packets"] == 10
+    serving.stop()
+    bench.pump_until(15)
+    bench.close()
+
+
+def test_a_worker_turns_at_multiples_of_the_turn_and_hears_the_kernel_again_when_a_turn_was_in_vain(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, turn_ms=100)
+    serving = Serving(bench)
+    for i in range(1, 4):
+        lab.send([pa], frames=10, rate=0)
+        assert serving.read(10 * i)
+    serving.stop()
+    bench.close()
+
+
+def test_a_worker_whose_kernel_ring_fills_up_does_not_wait_for_the_turn_of_all(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, turn_ms=NO_TURN_EVER_MS, kernel_ring_bytes=8 << 20)
+    lab.send([pa], frames=2000, rate=0, sizes=(1514,))  # blocks of 1 MiB: three, of eight
+    time.sleep(10 * bench.request.block_timeout_ms / 1000)
+    serving = Serving(bench)
+    assert serving.read(2000)
+    lab.send([pa], frames=5, rate=0)
+    assert serving.read(2005)
+    serving.stop()
     bench.close()
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,14 @@ LONG_MS = 60_000
 class Bench:
     """A pump over rings in the test's hand, with `fd` to write to."""
 
-    def __init__(self, labels: tuple[str, ...] = ("a", "b"), ring_bytes: int = 1 << 20, *, lends: bool = False) -> None:
+    def __init__(
+        self,
+        labels: tuple[str, ...] = ("a", "b"),
+        ring_bytes: int = 1 << 20,
+        *,
+        lends: bool = False,
+        turn_ms: int = 0,
+    ) -> None:
         self.sources = [Source(ring_bytes) for _ in labels]
         self.merge = make_merge(self.sources, max_wait_ms=LONG_MS, lends=lends)
         self.merge.begin_segment(NEVER, NEVER, NEVER)
@@ -44,6 +52,7 @@ class Bench:
             wake_fd=self.wake_fd,
             channel_fd=self.channel.fileno(),
             max_wait_ms=LONG_MS,
+            turn_ms=turn_ms,
         )
 
     def close(self) -> None:
@@ -395,4 +404,11 @@ def test_a_source_without_a_page_is_refused(bench: Bench) -> None:
 @pytest.mark.parametrize(("max_wait_ms", "gather_ms"), [(10, 2), (50, 12), (1000, 12)])
 def test_a_rest_is_a_quarter_of_max_wait_or_shorter(bench: Bench, max_wait_ms: int, gather_ms: int) -> None:
     bench.pump.max_wait_ms = max_wait_ms
-    assert bench.pump.gather_ms() == gather_ms
+    assert bench.pump.gather_ns(time.monotonic_ns()) == gather_ms * 1_000_000
+
+
+@pytest.mark.parametrize(("at_ms", "rest_ms"), [(0, 2), (1, 1), (2, 24), (3, 23), (25, 1), (49, 1)])
+def test_a_rest_ends_when_the_capture_workers_have_had_their_turn(at_ms: int, rest_ms: int) -> None:
+    bench = Bench(turn_ms=24)
+    assert bench.pump.gather_ns((24 * 1000 + at_ms) * 1_000_000) == rest_ms * 1_000_000
+    bench.close()

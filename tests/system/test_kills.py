@@ -19,16 +19,18 @@ from support.service import Service, descendants, process_name
 pytestmark = [requires_root, requires_tool("capinfos", "lz4")]
 
 RATE = 10_000
+LABELS = "abcdef"
 ANSWER_DELAY_S = 0.1
 
 
-def start_under_load(lab: Lab, directory: Path, rate: int = RATE, **tables: object) -> tuple[Service, Sender]:
-    a, pa = lab.veth("a")
-    b, pb = lab.veth("b")
+def start_under_load(
+    lab: Lab, directory: Path, rate: int = RATE, count: int = 2, **tables: object
+) -> tuple[Service, Sender]:
+    pairs = [lab.veth(label) for label in LABELS[:count]]
     # The kernel's ring must hold what comes while a worker is dead: 128 blocks of 8 ms.
-    interfaces = [{"uri": f"ring:{name}", "kernel_ring_bytes": 128 << 20} for name in (a, b)]
+    interfaces = [{"uri": f"ring:{name}", "kernel_ring_bytes": 128 << 20} for name, _ in pairs]
     service = Service(lab, directory, interfaces, meter={"enabled": True}, **tables)
-    sender = lab.start_sender([pa, pb], rate=rate)
+    sender = lab.start_sender([peer for _, peer in pairs], rate=rate)
     service.wait_until(lambda: service.interface("a").written_packets > rate // 4, "traffic in files")
     return service, sender
 
@@ -54,7 +56,7 @@ def stop_and_balance(service: Service, sender: Sender) -> tuple[int, int]:
     report = check_numbered(service.ready())
     missing = 0
     for view in last.interfaces:
-        number = "ab".index(view.label)
+        number = LABELS.index(view.label)
         found, count = report[number], sent.sent_by_id[number]
         assert (found.duplicates, found.corrupt, found.disordered) == (0, 0, 0), (view, service.log)
         assert not found.unexpected(count)
@@ -80,6 +82,17 @@ def test_a_killed_worker_costs_nothing(lab: Lab, directory: Path, worker: str) -
     assert_frames_are_published_after(service, moment)
     assert stop_and_balance(service, sender) == (0, 0)
     assert f"{worker} was ended by signal 9" in service.log
+
+
+def test_a_killed_worker_of_many_that_turn_together_costs_nothing(lab: Lab, directory: Path) -> None:
+    service, sender = start_under_load(lab, directory, rate=RATE // 2, count=6)
+    chance = random.Random(4)
+    for _ in range(5):
+        killed = service.pids()["capture/c"]
+        time.sleep(chance.uniform(0, 0.3))
+        os.kill(killed, signal.SIGKILL)
+        service.wait_for_start("capture/c", killed)
+    assert stop_and_balance(service, sender) == (0, 0)
 
 
 def test_a_killed_merge_costs_only_what_it_counts(lab: Lab, directory: Path) -> None:
@@ -125,7 +138,7 @@ def test_a_killed_compressor_costs_only_what_it_counts(lab: Lab, directory: Path
     published = check_numbered(service.ready())
     quarantined = last.outputs[0].quarantined_packets
     for view in last.interfaces:
-        number = "ab".index(view.label)
+        number = LABELS.index(view.label)
         assert (published[number].duplicates, published[number].corrupt, published[number].disordered) == (0, 0, 0)
         assert view.received_packets == view.written_packets + view.dropped_packets
     assert published.packets + quarantined == sum(view.written_packets for view in last.interfaces)

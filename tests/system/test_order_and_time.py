@@ -35,6 +35,19 @@ def test_both_interfaces_are_one_stream_in_the_order_of_time(lab: Lab, directory
     service.check(sent.sent_by_id)
 
 
+def test_many_interfaces_whose_workers_turn_together_are_one_stream_in_the_order_of_time(
+    lab: Lab, directory: Path
+) -> None:
+    pairs = [lab.veth(f"b{i}") for i in range(8)]
+    service = Service(lab, directory, [{"uri": f"ring:{name}"} for name, _ in pairs])
+    sent = lab.send([peer for _, peer in pairs[:7]], frames=5_000, rate=5_000)  # the last one is silent
+    rest = service.wait_at_rest({name: 5_000 for name, _ in pairs[:7]} | {pairs[7][0]: 0})
+    assert service.stop() == 0
+    assert all(output.late_packets == output.forced_packets == 0 for output in rest.outputs)
+    report = service.check(sent.sent_by_id)
+    assert report.inversions == 0
+
+
 def test_files_close_at_every_full_second_idle_or_not(lab: Lab, directory: Path) -> None:
     a, pa = lab.veth("a")
     b, _ = lab.veth("b")
