@@ -24,7 +24,9 @@ OUT_BYTES = 512 << 10  # 4,096 digests: more leave the cache, fewer cost turns
 BATCHES_PER_TURN = 8  # then the exporters, the counters and the supervisor's words have their turn
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
-REST_MS = 20  # under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry
+# Under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry. Each look takes the
+# capture workers' memory out of the cache.
+REST_MS = 50
 STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
 
 
@@ -90,6 +92,7 @@ class MeterWorker:
                 sum(page["ignored_octets"] for page in capture_pages),
             ),
         )
+        self.was_crowded = False  # since the last rest or sleep
         self.next_ask = 0.0
         self.draining_since: float | None = None
         self.is_renewed = False
@@ -116,7 +119,7 @@ class MeterWorker:
         elif status == order.CONTROL:
             self.merge.control_done()  # interfaces are the packet ring's matter
         elif status == order.IDLE:
-            return self.idle(may_rest=self.live and fed and not self.merge.crowded)
+            return self.idle(may_rest=self.live and fed and not self.was_crowded)
         self.metering.service(time.monotonic())
         return status != order.ENDED
 
@@ -126,6 +129,7 @@ class MeterWorker:
         status, fed = order.FULL, False
         for _ in range(BATCHES_PER_TURN):
             status = self.merge.fill()
+            self.was_crowded |= self.merge.crowded
             self.merge.release()  # before they are metered: a successor must not meter them again
             if self.merge.out_bytes:
                 self.metering.feed(self.merge.output_address, self.merge.out_bytes, more=True)
@@ -143,6 +147,7 @@ class MeterWorker:
 
     def idle(self, may_rest: bool) -> bool:
         """`may_rest`: there was traffic, and room for that of a rest."""
+        self.was_crowded = False
         now = time.monotonic()
         self.metering.service(now)
         if not self.handle_messages(now):

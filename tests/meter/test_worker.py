@@ -101,6 +101,18 @@ def test_a_ring_that_fills_up_allows_no_rest(live: tuple[Watched, Producer]) -> 
     assert meter.pauses == ["sleep"]
 
 
+def test_a_ring_that_was_filling_up_when_it_was_looked_at_allows_no_rest_when_it_is_empty(
+    of_small_batches: tuple[Watched, Producer],
+) -> None:
+    meter, producer = of_small_batches
+    publish(producer, CAPACITY // DIGEST_BYTES // 4 + 1)
+    while not meter.pauses:
+        meter.turn()
+    publish(producer, 10)
+    meter.turn()
+    assert meter.pauses == ["sleep", "rest"]
+
+
 def test_a_file_is_never_kept_waiting_by_a_rest(of_a_file: tuple[Watched, Producer]) -> None:
     meter, producer = of_a_file
     publish(producer, 10)
