@@ -24,8 +24,8 @@ OUT_BYTES = 512 << 10  # 4,096 digests: more leave the cache, fewer cost turns
 BATCHES_PER_TURN = 8  # then the exporters, the counters and the supervisor's words have their turn
 HEARTBEAT_MS = 500
 START_GRACE_MS = 2000  # packets wait so long for a capture worker that is only starting
-# Under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry. Each look takes the
-# capture workers' memory out of the cache.
+# Under traffic: one look at many batches costs less than a wake for each, and no flow is in a hurry. Each look
+# takes the capture workers' memory out of the cache.
 REST_MS = 50
 STREAM_TIME_EVERY_S = 1.0  # how often idle sources are asked, so that flows expire
 
