@@ -27,7 +27,7 @@ from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport put_plain
-from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch_for_write
+from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch_for_write, prefetch_lines
 from appliance.ring.ring cimport Producer
 
 from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS
@@ -49,6 +49,7 @@ cdef enum:
     REASONS = 5
     BLOCKS_PER_TURN = 32
     PACKETS_PER_PUBLISH = 1024  # of a block: what is published together is still in the cache then
+    KERNEL_AHEAD_BYTES = 3072  # fetched ahead of a packet: another CPU has just written it, and that takes longer
     ROOM_FOR_BURSTS = 8  # who does not hear of full blocks has taken no more than this part of the kernel's ring before
     TIMER_DELAY_MS = 1   # the kernel may hand a block over so much later than it should
     HEARTBEAT_NS = 1000000000
@@ -540,6 +541,7 @@ cdef class LiveCapture:
             digests = self.digests.view
         while entry < end and offset <= last_offset:
             packet = <tpacket3_hdr *>(<uint8_t *>block + offset)
+            prefetch_lines(<uint8_t *>packet + KERNEL_AHEAD_BYTES)
             stamp = packet_stamp_ns(packet)
             if stamp < newest_ns or not goes_as_it_is(packet, self.ifindex, self.snaplen):
                 break

@@ -13,7 +13,7 @@ from appliance.merge.order cimport *
 from appliance.ring.digest cimport DIGEST_MIN_BYTES, PLAIN_DIGEST_BYTES, digest, plain_digest
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport expand_plain
-from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch, prefetch_for_write
+from appliance.ring.prefetch cimport READ_AHEAD_BYTES, WRITE_AHEAD_BYTES, prefetch_for_write, prefetch_lines
 
 cdef struct copying:
     int sink
@@ -129,7 +129,7 @@ cdef inline void find_record(const copying *now, cursor *at) noexcept nogil:
     if at.length == 0 or not is_wanted(now.sink, record_u32(at.record), at.length):
         at.length = 0
         return
-    prefetch(at.record + 2 * at.length)  # what is looked at when this source is the first again
+    prefetch_lines(at.record + max(2 * at.length, <uint32_t>READ_AHEAD_BYTES))
     at.next_ns = record_timestamp_ns(at.record)
 
 

@@ -453,7 +453,8 @@ cdef class Merge:
         cdef const front *first
         cdef cursor *at
         cdef uint32_t last = UINT32_MAX
-        cdef uint64_t run_limit_ns
+        cdef uint64_t after_one
+        cdef bint may_run = False
         cdef int status = S_IDLE
         begin_copying(&now, self)
         begin_cursors(&now, self, limit_position)
@@ -461,12 +462,14 @@ cdef class Merge:
             first = first_front(&self.fronts)
             if first.next_ns > limit_ns:
                 break
-            # Where many take turns, a record is often a run of its own. So one that comes first goes by itself, and the
-            # end of its source's run is looked for when that source is the first again.
-            run_limit_ns = first_until(&self.fronts, limit_ns) if first.leaf == last else first.next_ns
+            # Where many take turns, a record is often a run of its own: the end of a source's run is looked for only if
+            # the run before had more than one, or this source was the first already.
+            may_run = may_run or first.leaf == last
             last = first.leaf
             at = &self.cursors[last]
-            status = copy_run(&now, self, at, run_limit_ns)
+            after_one = at.left - at.length
+            status = copy_run(&now, self, at, first_until(&self.fronts, limit_ns) if may_run else first.next_ns)
+            may_run = at.left < after_one
             if status != S_IDLE or at.length == 0:
                 break
             move_first(&self.fronts, at.next_ns)
