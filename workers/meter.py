@@ -157,7 +157,7 @@ class MeterWorker:
             self.merge.want_all_watermarks()
         holding = self.merge.want_watermarks()
         if may_rest:
-            self.poller().poll(REST_MS)
+            self.rest()
         else:
             self.sleep(max(1, self.parts.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
         return True
@@ -169,15 +169,23 @@ class MeterWorker:
             poller.register(fd, events)
         return poller
 
+    def rest(self) -> None:
+        """Lets packets come together; no news ends it, but a ring that fills up."""
+        self.merge.sleeps(True, resting=True)
+        self.wait(REST_MS)
+
     def sleep(self, timeout_ms: int, now: float) -> None:
         deadline = self.metering.next_deadline_s()
         if deadline < math.inf:
             timeout_ms = min(timeout_ms, max(1, int((deadline - now) * 1000) + 1))
+        self.merge.sleeps(True)
+        self.wait(0 if self.merge.has_news else timeout_ms)
+
+    def wait(self, timeout_ms: int) -> None:
+        """A sleep that was announced to the capture workers."""
         poller = self.poller()
         poller.register(self.parts.wake_fd, select.POLLIN)
-        self.merge.sleeps(True)
-        if not self.merge.has_news:
-            poller.poll(timeout_ms)
+        poller.poll(timeout_ms)
         self.merge.sleeps(False)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.parts.wake_fd)

@@ -127,6 +127,7 @@ cdef class Merge:
     cdef public uint64_t horizon_ns
     cdef public int64_t clock_offset_ns
     cdef uint64_t looked_ns  # CLOCK_MONOTONIC at the last look at the clock
+    cdef uint64_t rest_ns         # so long a rest was meant to be since then
     cdef uint64_t stood_still_ns  # left out of the holding times
     cdef uint64_t begun_ns
     cdef uint64_t start_grace_ns
@@ -170,6 +171,6 @@ cdef class Merge:
     cdef int64_t hold_left_ms(self) noexcept nogil
     cdef void ask_all(self) noexcept nogil
     cdef void ask(self, uint32_t index, uint64_t now) noexcept nogil
-    cdef void announce_sleep(self, bint sleeping) noexcept nogil
+    cdef void announce_sleep(self, uint32_t how) noexcept nogil
     cdef bint moved(self) noexcept nogil
     cdef uint64_t watermark_or_last(self) noexcept nogil

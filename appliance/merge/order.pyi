@@ -110,8 +110,9 @@ class Merge:
         """Asks the empty live sources that hold others up, each at most once per max_wait / 2. Returns how many."""
     def want_all_watermarks(self) -> None:
         """Asks every empty live source."""
-    def sleeps(self, sleeping: bool) -> None:
-        """True before a sleep, then look at `has_news`; False after it."""
+    def sleeps(self, sleeping: bool, *, resting: bool = False) -> None:
+        """True before a sleep, then look at `has_news`; False after it. With `resting` no news ends it, but a ring that
+        fills up."""
     def force(self) -> None:
         """The boundary counts as passed, whatever a silent source's watermark says."""
     def hold(self) -> None:

@@ -115,12 +115,14 @@ cdef class Merge:
     cdef uint64_t now_ns(self) noexcept nogil:
         """The clock of the holding times. A time in which nothing was done here counts as max_wait / 4 at most:
         where we could not run, neither could the sources' workers, perhaps, and none of them was silent. While records
-        are held, looks at this clock are that far apart at most. A host takes a CPU away between any two of them."""
+        are held, looks at this clock are that far apart at most, but for a rest that was meant to be longer. A host
+        takes a CPU away between any two of them."""
         cdef uint64_t now = monotonic_ns()
         cdef uint64_t counted_ns = max(self.max_wait_ns / 4, SHORTEST_STANDSTILL_NS)
-        if now - self.looked_ns > counted_ns:
+        if now - self.looked_ns > self.rest_ns + counted_ns:
             self.stood_still_ns += now - self.looked_ns - counted_ns
         self.looked_ns = now
+        self.rest_ns = 0
         return now - self.stood_still_ns + <uint64_t>self.clock_offset_ns
 
     cdef void refresh_all(self) noexcept nogil:
@@ -647,14 +649,15 @@ cdef class Merge:
             if ring_want_watermark(source.view):
                 signal_eventfd(source.wake_fd)
 
-    def sleeps(self, bint sleeping):
-        self.announce_sleep(sleeping)
+    def sleeps(self, bint sleeping, *, bint resting=False):
+        self.announce_sleep((RING_RESTS if resting else RING_SLEEPS) if sleeping else RING_AWAKE)
 
-    cdef void announce_sleep(self, bint sleeping) noexcept nogil:
-        """True before a sleep; then `moved` must be looked at once more. False after it."""
+    cdef void announce_sleep(self, uint32_t how) noexcept nogil:
+        """RING_SLEEPS before a sleep; then `moved` must be looked at once more. RING_RESTS before a rest. RING_AWAKE
+        after both."""
         cdef uint32_t i
         for i in range(self.source_count):
-            ring_consumer_sleeps(self.sources[i].view, sleeping)
+            ring_consumer_sleeps(self.sources[i].view, how)
 
     @property
     def has_news(self):

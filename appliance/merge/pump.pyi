@@ -24,7 +24,8 @@ class Pump:
     """Bytes of the batch in the merge's buffer that `serve` wrote before it gave up on it."""
     def gather_ns(self, now: int) -> int:
         """So long a rest after a batch may be that begins at `now` (CLOCK_MONOTONIC): until the end of the capture
-        workers' next turn, or a quarter of `max_wait_ms` at most."""
+        workers' next turn; else 12 ms and a quarter of `max_wait_ms` at most, or 20 ms and two fifths of it where the
+        last `serve` could write directly."""
     def fill(self) -> int:
         """One look at the rings: moves what may go into the buffer and gives the rings back. Returns the merge's
         status."""
@@ -40,7 +41,8 @@ class Pump:
         file then. If the merge lends its pages, large batches go into a pipe without a copy.
         """
     def gather(self) -> None:
-        """A short rest after a batch, so that the next one is worth its turn; none when a ring fills up."""
+        """A short rest after a batch, so that the next one is worth its turn. A ring that fills up allows none, and
+        ends it."""
     def idle(self) -> None:
         """Sleeps until a ring has news, the supervisor calls, or something falls due: watermarks are asked for, and a
         segment whose time is over ends although a source is silent."""

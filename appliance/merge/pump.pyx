@@ -14,6 +14,7 @@ from appliance.merge.books cimport Books
 from appliance.merge.direct cimport direct_writing, offset_in_page, write_directly
 from appliance.merge.lending cimport LENDING_MIN_BYTES, lend_pages, may_lend, note_taken
 from appliance.merge.order cimport S_FULL, S_IDLE, Merge, monotonic_ns
+from appliance.ring.layout cimport RING_AWAKE, RING_RESTS, RING_SLEEPS
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -28,8 +29,9 @@ cdef extern from "<poll.h>" nogil:
 cdef enum:
     HEARTBEAT_MS = 500
     # A live output that has just written waits for so long before it looks again: a turn has its price, and so has each
-    # write, whatever its length.
+    # write, whatever its length. A file may wait for longer than who reads a pipe: two rests are within max_wait.
     GATHER_MS = 12
+    FILE_GATHER_MS = 20
     TURN_NS = 2000000  # so long after its begin, a turn of all capture workers is over
     ROOM_MS = 100  # a compressor that takes nothing for longer is waited for, and given up, where its time-out is known
     FORCE_GRACE_MS = 200  # a segment's time is over for longer than max_wait and this: some source is silent
@@ -182,34 +184,32 @@ cdef class Pump:
 
     def sleep(self, int timeout_ms):
         with nogil:
-            self.sleep_for(timeout_ms)
+            self.doze_for(timeout_ms)
 
     cpdef int64_t gather_ns(self, uint64_t now) noexcept nogil:
         if self.turn_ns:
             return self.turn_ns - (now - TURN_NS) % self.turn_ns
+        if self.direct:
+            return max(<int64_t>1, min(<int64_t>FILE_GATHER_MS, <int64_t>self.max_wait_ms * 2 // 5)) * 1000000
         return min(<int64_t>GATHER_MS, self.quarter_of_max_wait()) * 1000000
 
     cdef bint rest(self) noexcept nogil:
         """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
         cdef int64_t timeout_ns = self.gather_ns(monotonic_ns())
         cdef int64_t hold_ms = self.merge.hold_left_ms()
-        cdef timespec timeout
-        cdef pollfd channel
         if self.merge.crowded:
             return False
         if hold_ms >= 0:
-            timeout_ns = min(timeout_ns, min(hold_ms, self.quarter_of_max_wait()) * 1000000)
+            timeout_ns = min(timeout_ns, hold_ms * 1000000)
+            if self.turn_ns:
+                timeout_ns = min(timeout_ns, self.quarter_of_max_wait() * 1000000)
         if self.merge.boundary_ns != UINT64_MAX:
             timeout_ns = min(timeout_ns, -self.overdue_ns())
         if timeout_ns <= 0:
             return False
-        channel.fd = self.channel_fd
-        channel.events = POLLIN
-        channel.revents = 0
-        timeout.tv_sec = timeout_ns // 1000000000
-        timeout.tv_nsec = timeout_ns % 1000000000
-        ppoll(&channel, 1, &timeout, NULL)
-        return channel.revents != 0
+        self.merge.rest_ns = timeout_ns
+        self.merge.announce_sleep(RING_RESTS)
+        return self.sleep_for(timeout_ns)
 
     cdef bint doze(self) noexcept nogil:
         """Sleeps until something comes or falls due. Returns whether the supervisor calls."""
@@ -225,7 +225,7 @@ cdef class Pump:
             timeout_ms = min(timeout_ms, max(<int64_t>1, hold_ms), self.quarter_of_max_wait())
         if self.live and not self.merge.held and self.merge.boundary_ns != UINT64_MAX:
             timeout_ms = min(timeout_ms, self.until_boundary_ms())
-        return self.sleep_for(<int>min(timeout_ms, <int64_t>HEARTBEAT_MS))
+        return self.doze_for(min(timeout_ms, <int64_t>HEARTBEAT_MS))
 
     cdef int64_t quarter_of_max_wait(self) noexcept nogil:
         return max(<int64_t>1, <int64_t>self.max_wait_ms // 4)
@@ -245,17 +245,23 @@ cdef class Pump:
             return 0
         return self.quarter_of_max_wait()
 
-    cdef bint sleep_for(self, int timeout_ms) noexcept nogil:
+    cdef bint doze_for(self, int64_t timeout_ms) noexcept nogil:
+        self.merge.announce_sleep(RING_SLEEPS)
+        return self.sleep_for(0 if self.merge.moved() else timeout_ms * 1000000)
+
+    cdef bint sleep_for(self, int64_t timeout_ns) noexcept nogil:
+        """The sleep has been announced to the producers. Returns whether the supervisor calls."""
+        cdef timespec timeout
         cdef pollfd[2] fds
         cdef uint64_t woken
         fds[0].fd = self.wake_fd
         fds[1].fd = self.channel_fd
         fds[0].events = fds[1].events = POLLIN
         fds[0].revents = fds[1].revents = 0
-        self.merge.announce_sleep(True)
-        if not self.merge.moved():
-            poll(fds, 2, timeout_ms)
-        self.merge.announce_sleep(False)
+        timeout.tv_sec = timeout_ns // 1000000000
+        timeout.tv_nsec = timeout_ns % 1000000000
+        ppoll(fds, 2, &timeout, NULL)
+        self.merge.announce_sleep(RING_AWAKE)
         if fds[0].revents:
             read(self.wake_fd, &woken, sizeof(woken))
         return fds[1].revents != 0

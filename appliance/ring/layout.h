@@ -19,10 +19,11 @@
 #define RING_COMMIT_WORDS 30u
 #define RING_REWIND_BYTES (1u << 20) /* nearer to the start it does not pay, unless the ring is small */
 
-/* What a sleeping producer wants to be woken for. */
+/* What a sleeper wants to be woken for. */
 #define RING_AWAKE 0u
-#define RING_SLEEPS 1u          /* the consumer wants a watermark */
-#define RING_SLEEPS_FOR_ROOM 2u /* that, or there is room again */
+#define RING_SLEEPS 1u          /* a producer: the consumer wants a watermark; a consumer: there is something new */
+#define RING_SLEEPS_FOR_ROOM 2u /* a producer: that, or there is room again */
+#define RING_RESTS 3u           /* a consumer: a quarter of the ring is used */
 
 /* What the producer must find again after its death, written before the head that it belongs to.
  * Two slots in turn: the slot whose `head` equals the ring's head is the valid one. `words` belong to the producer. */
@@ -55,7 +56,7 @@ struct ring_header {
     /* written by the consumer */
     uint64_t tail;              /* bytes consumed */
     uint32_t watermark_wanted;  /* 1: the consumer waits for this ring's watermark */
-    uint32_t consumer_sleeping;
+    uint32_t consumer_sleeping; /* RING_AWAKE, ... */
     uint8_t pad2[112];
 };
 

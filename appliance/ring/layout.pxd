@@ -9,6 +9,7 @@ cdef extern from "layout.h" nogil:
     const uint32_t RING_AWAKE
     const uint32_t RING_SLEEPS
     const uint32_t RING_SLEEPS_FOR_ROOM
+    const uint32_t RING_RESTS
     const uint32_t COMMIT_WORD_PUBLISHED
     const uint32_t RECORD_PACKET
     const uint32_t RECORD_INTERFACE

@@ -102,7 +102,10 @@ static inline void ring_rewind(struct ring_view *view)
 static inline int ring_wake_consumer(struct ring_view *view)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    if (!RING_LOAD_RELAXED(&view->header->consumer_sleeping))
+    uint32_t how = RING_LOAD_RELAXED(&view->header->consumer_sleeping);
+    if (how == RING_AWAKE)
+        return 0;
+    if (how == RING_RESTS && ring_free_bytes(view) > view->capacity - view->capacity / 4)
         return 0;
     return (int)__atomic_exchange_n(&view->header->consumer_sleeping, 0u, __ATOMIC_RELAXED);
 }
@@ -277,9 +280,10 @@ static inline int ring_release(struct ring_view *view, uint64_t position)
     return (int)__atomic_exchange_n(&view->header->producer_sleeping, 0u, __ATOMIC_RELAXED);
 }
 
-static inline void ring_consumer_sleeps(struct ring_view *view, uint32_t sleeping)
+/* `how`: RING_AWAKE, RING_SLEEPS or RING_RESTS. */
+static inline void ring_consumer_sleeps(struct ring_view *view, uint32_t how)
 {
-    RING_STORE_RELAXED(&view->header->consumer_sleeping, sleeping);
+    RING_STORE_RELAXED(&view->header->consumer_sleeping, how);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 

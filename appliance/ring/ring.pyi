@@ -92,5 +92,8 @@ class Consumer:
         """Gives up everything published, corrupt or not; returns how many bytes that was."""
     def want_watermark(self) -> None:
         """Asks the producer for a fresh watermark, waking it if it sleeps."""
-    def sleeps(self, sleeping: bool) -> None:
-        """True before a sleep: call `refresh` once more afterwards. False after it."""
+    def sleeps(self, sleeping: bool, *, resting: bool = False) -> None:
+        """True before a sleep: call `refresh` once more afterwards. False after it.
+
+        The producer wakes a sleeping consumer whenever it publishes something; with `resting` only when a quarter of
+        the ring is used then."""

@@ -264,8 +264,8 @@ cdef class Consumer:
         if ring_want_watermark(&self.view):
             signal_eventfd(self.wake_fd)
 
-    def sleeps(self, bint sleeping):
-        ring_consumer_sleeps(&self.view, sleeping)
+    def sleeps(self, bint sleeping, *, bint resting=False):
+        ring_consumer_sleeps(&self.view, (RING_RESTS if resting else RING_SLEEPS) if sleeping else RING_AWAKE)
 
     @property
     def unread_bytes(self):

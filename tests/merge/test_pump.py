@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +15,19 @@ from pathlib import Path
 
 import pytest
 from merge.outputs import make_pages
-from merge.rings import Source, make_merge, packet
+from merge.rings import GENERATION, Source, make_merge, packet
+from support.lab import wait_until
 
 from appliance.counters import CounterPage
 from appliance.merge import order
 from appliance.merge.books import Books
 from appliance.merge.pump import Pump
 from appliance.merge.rotation import NEVER
+from appliance.ring.ring import Producer
 
 LONG_MS = 60_000
+CONSUMER_SLEEPING_OFFSET = 780  # ring_header.consumer_sleeping, and a value of it (layout.h)
+RING_RESTS = 3
 
 
 class Bench:
@@ -405,6 +410,37 @@ def test_a_source_without_a_page_is_refused(bench: Bench) -> None:
 def test_a_rest_is_a_quarter_of_max_wait_or_shorter(bench: Bench, max_wait_ms: int, gather_ms: int) -> None:
     bench.pump.max_wait_ms = max_wait_ms
     assert bench.pump.gather_ns(time.monotonic_ns()) == gather_ms * 1_000_000
+
+
+@pytest.mark.parametrize(("max_wait_ms", "gather_ms"), [(1, 1), (10, 4), (50, 20), (1000, 20)])
+def test_a_file_is_written_after_longer_rests(roomy: Bench, direct_fd: int, max_wait_ms: int, gather_ms: int) -> None:
+    roomy.pump.serve(direct_fd, 0, direct=True)
+    roomy.pump.max_wait_ms = max_wait_ms
+    assert roomy.pump.gather_ns(time.monotonic_ns()) == gather_ms * 1_000_000
+
+
+def test_a_rest_ends_when_a_ring_fills_up() -> None:
+    bench = Bench(("a",), turn_ms=10**9)
+    source = bench.sources[0]
+    producer = Producer(source.fd, GENERATION, bench.wake_fd)
+
+    def rests() -> bool:  # whoever wakes it takes that down
+        return struct.unpack("=I", os.pread(source.fd, 4, CONSUMER_SLEEPING_OFFSET))[0] == RING_RESTS
+
+    def fill() -> list[bool]:
+        wait_until(rests, "the rest")
+        seen = []
+        for count in (10, 5000):
+            assert producer.push(packet(1, b"x" * 60) * count)
+            producer.publish(1)
+            seen.append(rests())
+        return seen
+
+    with ThreadPoolExecutor(1) as threads:
+        seen = threads.submit(fill)
+        bench.pump.gather()  # would be over in days
+        assert seen.result() == [True, False]
+    bench.close()
 
 
 @pytest.mark.parametrize(("at_ms", "rest_ms"), [(0, 2), (1, 1), (2, 24), (3, 23), (25, 1), (49, 1)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from meter.flow_packets import Packet, digests
@@ -22,6 +23,8 @@ CAPACITY = 1 << 16
 GENERATION = 7
 DIGEST_BYTES = 128
 
+M = TypeVar("M", bound=MeterWorker)
+
 
 class Watched(MeterWorker):
     """Notes its pauses in place of taking them."""
@@ -30,14 +33,25 @@ class Watched(MeterWorker):
         super().__init__(*arguments)
         self.pauses: list[str] = []
 
-    def poller(self) -> Any:
-        return SimpleNamespace(poll=lambda timeout_ms: self.pauses.append("rest"))
+    def rest(self) -> None:
+        self.pauses.append("rest")
 
     def sleep(self, timeout_ms: int, now: float) -> None:
         self.pauses.append("sleep")
 
 
-def worker(live: bool) -> Iterator[tuple[Watched, Producer]]:
+class Resting(MeterWorker):
+    """Where it would wait, it does what it is told."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def poller(self) -> Any:
+        return SimpleNamespace(register=lambda fd, events: None, poll=lambda timeout_ms: self.meanwhile())
+
+
+def worker(live: bool, kind: type[M]) -> Iterator[tuple[M, Producer]]:
     ring_fd = allocate(CAPACITY, "digests")
     initialise(ring_fd, CAPACITY, GENERATION)
     wake_fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
@@ -47,7 +61,7 @@ def worker(live: bool) -> Iterator[tuple[Watched, Producer]]:
     parts = MeterParts((source,), GENERATION, wake_fds[1], MeterSettings(), max_wait_ms=50)
     context: Any = SimpleNamespace(pages=pages, page=pages["meter"], channel=ours, messages=list)
     try:
-        yield Watched(context, parts), Producer(ring_fd, GENERATION)
+        yield kind(context, parts), Producer(ring_fd, GENERATION, wake_fds[1])
     finally:
         for fd in (ring_fd, *wake_fds):
             os.close(fd)
@@ -57,18 +71,23 @@ def worker(live: bool) -> Iterator[tuple[Watched, Producer]]:
 
 @pytest.fixture
 def live() -> Iterator[tuple[Watched, Producer]]:
-    yield from worker(live=True)
+    yield from worker(True, Watched)
+
+
+@pytest.fixture
+def resting() -> Iterator[tuple[Resting, Producer]]:
+    yield from worker(True, Resting)
 
 
 @pytest.fixture
 def of_a_file() -> Iterator[tuple[Watched, Producer]]:
-    yield from worker(live=False)
+    yield from worker(False, Watched)
 
 
 @pytest.fixture
 def of_small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watched, Producer]]:
     monkeypatch.setattr("workers.meter.OUT_BYTES", 10 * DIGEST_BYTES)
-    yield from worker(live=True)
+    yield from worker(True, Watched)
 
 
 def publish(producer: Producer, count: int) -> None:
@@ -84,6 +103,23 @@ def test_under_traffic_it_rests_and_is_not_woken_for_each_batch(live: tuple[Watc
         assert meter.turn()
         assert meter.pauses == ["rest"] * turns
     assert meter.metering.page["metered_packets"] == 20
+
+
+def test_a_rest_ends_when_a_ring_fills_up(resting: tuple[Resting, Producer]) -> None:
+    meter, producer = resting
+    wake_fd = meter.parts.wake_fd
+    woken: list[bool] = []
+
+    def fill() -> None:
+        for count in (10, CAPACITY // DIGEST_BYTES // 4):
+            publish(producer, count)
+            woken.append(bool(select.select([wake_fd], [], [], 0)[0]))
+
+    publish(producer, 10)
+    meter.meanwhile = fill
+    meter.turn()
+    assert woken == [False, True]
+    assert not select.select([wake_fd], [], [], 0)[0]
 
 
 def test_without_traffic_it_sleeps_until_it_is_woken(live: tuple[Watched, Producer]) -> None:

@@ -458,6 +458,28 @@ def test_only_a_sleeping_consumer_is_woken() -> None:
     os.close(event)
 
 
+def test_a_consumer_that_rests_is_woken_when_a_quarter_of_the_ring_is_used() -> None:
+    fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
+    producer, consumer = Producer(fd, GENERATION, event), Consumer(fd, GENERATION)
+    block = record(b"x" * 1000)
+    for lap in range(3):
+        consumer.sleeps(True, resting=True)
+        used = 0
+        while used + len(block) < CAPACITY // 4:
+            producer.push(block)
+            used += len(block)
+            producer.publish(lap)
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(event)
+        producer.push(block)
+        producer.publish(lap)
+        assert os.eventfd_read(event) == 1
+        while consumer.pop() is not None:
+            consumer.release()
+    os.close(fd)
+    os.close(event)
+
+
 def test_a_producer_that_sleeps_for_room_is_woken_when_half_of_the_ring_is_free() -> None:
     fd, event = new_ring(), os.eventfd(0, os.EFD_NONBLOCK)
     producer, consumer = Producer(fd, GENERATION), Consumer(fd, GENERATION, event)
