@@ -137,6 +137,7 @@ cdef class LiveCapture:
     cdef Producer digests
     cdef ReorderTail tail
     cdef uint64_t counters[32]
+    cdef object counter_page        # keeps the memory of `page`
     cdef uint64_t *page
     cdef uint32_t page_index[32]
     cdef kernel_account *kernel     # in the page
@@ -196,6 +197,7 @@ cdef class LiveCapture:
         self.youngest_ns = UINT64_MAX
         self.step_ns = step_ms * 1000000
         self.tail = ReorderTail()
+        self.counter_page = page
         self.page = <uint64_t *><uint64_t>page.address
         for i, name in enumerate(COMMITTED_FIELDS):
             self.page_index[i] = page.index(name)
