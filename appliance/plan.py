@@ -113,8 +113,9 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
         if config.output_of(interface).format == "erf":  # cut where the cut is counted
             interface = interface.model_copy(update={"snaplen": min(interface.snaplen, ERF_SNAPLEN)})
         label = interface.label if member == 0 else f"{interface.label}.{member}"
-        source = plan_source(interface, index, label, share, metered)
-        sources.append(with_wakes(source, config.outputs, len(members)))
+        sources.append(plan_source(interface, index, label, share, metered))
+    kernel_rings = sum(source.uri.scheme == "ring" for source in sources)
+    sources = [with_wakes(source, config.outputs, kernel_rings) for source in sources]
     used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources) + len(traced) * tap_ring_bytes
     if config.memory_bytes and used > config.memory_bytes:
         raise ConfigError(
@@ -168,18 +169,18 @@ def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
     return replace(plan, exports=tuple(exports), export_pages=tuple(name or free.pop(0) for name in own))
 
 
-def with_wakes(source: Source, outputs: Sequence[Output], workers: int) -> Source:
-    """The source with what wakes its worker decided. A wake costs more than what one worker of many does in it: while
-    packets come steadily, many workers wake together and more rarely, as long as no packet waits two thirds of
-    max_wait_ms for that."""
+def with_wakes(source: Source, outputs: Sequence[Output], kernel_rings: int) -> Source:
+    """The source with what wakes its worker decided. A wake costs more than what a worker does in it at most rates:
+    while packets come steadily, workers wake together and more rarely, as long as no packet waits two thirds of
+    max_wait_ms for that. One that is alone has nobody's packets to wait for, and hands on its own at once."""
     if source.interface.block_timeout_ms:
         return source
     longest_ms = min((2 * output.max_wait_ms // 3 for output in outputs), default=0)
-    turn_ms = min(2 * workers, TURN_MAX_MS, longest_ms - BLOCK_TIMEOUT_MS)
+    turn_ms = min(TURN_MAX_MS, longest_ms - BLOCK_TIMEOUT_MS)
     return replace(
         source,
         interface=source.interface.model_copy(update={"block_timeout_ms": BLOCK_TIMEOUT_MS}),
-        turn_ms=turn_ms if source.uri.scheme == "ring" and turn_ms > BLOCK_TIMEOUT_MS else 0,
+        turn_ms=turn_ms if source.uri.scheme == "ring" and kernel_rings > 1 and turn_ms > BLOCK_TIMEOUT_MS else 0,
     )
 
 

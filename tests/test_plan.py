@@ -82,8 +82,8 @@ def wakes(plan: Plan) -> set[tuple[int, int]]:
     return {(source.interface.block_timeout_ms, source.turn_ms) for source in plan.sources}
 
 
-@pytest.mark.parametrize(("count", "turn_ms"), [(1, 0), (4, 0), (5, 10), (8, 16), (16, 24), (40, 24)])
-def test_many_workers_turn_together_and_more_rarely(count: int, turn_ms: int) -> None:
+@pytest.mark.parametrize(("count", "turn_ms"), [(1, 0), (2, 24), (16, 24)])
+def test_workers_turn_together_and_more_rarely_but_not_one_that_is_alone(count: int, turn_ms: int) -> None:
     plan = make_plan(config(*(f"ring:eth{i}" for i in range(count))), 64 * GIB)
     assert wakes(plan) == {(8, turn_ms)}
     assert plan.outputs[0].turn_ms == turn_ms
@@ -101,6 +101,11 @@ def test_an_interface_whose_block_time_out_is_given_is_woken_by_the_kernel_alone
     plan = make_plan(Config(interfaces=tuple(interfaces)), 64 * GIB)
     assert wakes(plan) == {(8, 24), (2, 0)}
     assert plan.outputs[0].turn_ms == 0
+
+
+def test_beside_what_has_no_kernel_ring_a_worker_is_alone() -> None:
+    plan = make_plan(config("ring:eth0", "pcap:eth1"), 64 * GIB)
+    assert {source.turn_ms for source in plan.sources} == {0}
 
 
 def test_what_has_no_kernel_ring_has_no_turn() -> None:

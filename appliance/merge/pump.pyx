@@ -105,7 +105,7 @@ cdef class Pump:
 
     cdef int serve_until(self, int fd, uint64_t until_ns) noexcept nogil:
         cdef int status
-        cdef bint called, has_written
+        cdef bint has_written
         while True:
             self.books.heartbeat_ns[0] = monotonic_ns()
             status = self.move()
@@ -113,8 +113,7 @@ cdef class Pump:
             if has_written and not self.put(fd):
                 return status
             if status == S_IDLE:
-                called = self.rest() if has_written and self.live else self.doze()
-                if called:
+                if self.pause(has_written):
                     return status
             elif status != S_FULL:
                 return status
@@ -175,8 +174,11 @@ cdef class Pump:
     # ---- waiting ----
 
     def gather(self):
+        cdef int64_t rest_ns
         with nogil:
-            self.rest()
+            rest_ns = self.longest_rest_ns()
+            if rest_ns > 0:
+                self.rest(rest_ns)
 
     def idle(self):
         with nogil:
@@ -193,23 +195,36 @@ cdef class Pump:
             return max(<int64_t>1, min(<int64_t>FILE_GATHER_MS, <int64_t>self.max_wait_ms * 2 // 5)) * 1000000
         return min(<int64_t>GATHER_MS, self.quarter_of_max_wait()) * 1000000
 
-    cdef bint rest(self) noexcept nogil:
-        """Lets packets come together without a wake for each batch, as long as nothing is due and there is room."""
+    cdef bint pause(self, bint has_written) noexcept nogil:
+        """After a look at the rings, all was moved that could be. Returns whether the supervisor calls."""
+        cdef int64_t rest_ns = self.longest_rest_ns() if self.live and (has_written or self.is_turn()) else 0
+        if rest_ns > 0:
+            return self.rest(rest_ns)
+        return False if self.live and has_written else self.doze()
+
+    cdef bint is_turn(self) noexcept nogil:
+        """The capture workers have their turn: in a doze each of them would wake us."""
+        return self.turn_ns and monotonic_ns() % self.turn_ns < TURN_NS
+
+    cdef int64_t longest_rest_ns(self) noexcept nogil:
+        """0 or less when something is due or a ring fills up."""
         cdef int64_t timeout_ns = self.gather_ns(monotonic_ns())
         cdef int64_t hold_ms = self.merge.hold_left_ms()
         if self.merge.crowded:
-            return False
+            return 0
         if hold_ms >= 0:
             timeout_ns = min(timeout_ns, hold_ms * 1000000)
             if self.turn_ns:
                 timeout_ns = min(timeout_ns, self.quarter_of_max_wait() * 1000000)
         if self.merge.boundary_ns != UINT64_MAX:
             timeout_ns = min(timeout_ns, -self.overdue_ns())
-        if timeout_ns <= 0:
-            return False
-        self.merge.rest_ns = timeout_ns
+        return timeout_ns
+
+    cdef bint rest(self, int64_t rest_ns) noexcept nogil:
+        """Lets packets come together without a wake for each batch."""
+        self.merge.rest_ns = rest_ns
         self.merge.announce_sleep(RING_RESTS)
-        return self.sleep_for(timeout_ns)
+        return self.sleep_for(rest_ns)
 
     cdef bint doze(self) noexcept nogil:
         """Sleeps until something comes or falls due. Returns whether the supervisor calls."""

@@ -448,3 +448,28 @@ def test_a_rest_ends_when_the_capture_workers_have_had_their_turn(at_ms: int, re
     bench = Bench(turn_ms=24)
     assert bench.pump.gather_ns((24 * 1000 + at_ms) * 1_000_000) == rest_ms * 1_000_000
     bench.close()
+
+
+def test_while_the_capture_workers_have_their_turn_none_of_them_wakes_it(file_fd: int) -> None:
+    bench = Bench(("a",), turn_ms=1)  # they have it all the time
+    source, event = bench.sources[0], os.eventfd(0, os.EFD_NONBLOCK)
+    producer = Producer(source.fd, GENERATION, event)
+
+    def turns() -> None:
+        try:
+            for i in range(1, 21):
+                producer.push(packet(i, b"x" * 60))
+                producer.publish(i)
+                wait_until(lambda: producer.mapping.used_bytes == 0, "the packet in the file")
+        finally:
+            bench.supervisor.send(b"end")
+
+    with ThreadPoolExecutor(1) as threads:
+        ended = threads.submit(turns)
+        bench.pump.serve(file_fd, LONG_MS)
+        ended.result()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(event)
+    assert len(content(file_fd)) == 20 * len(packet(1, b"x" * 60))
+    os.close(event)
+    bench.close()
