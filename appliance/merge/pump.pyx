@@ -174,11 +174,8 @@ cdef class Pump:
     # ---- waiting ----
 
     def gather(self):
-        cdef int64_t rest_ns
         with nogil:
-            rest_ns = self.longest_rest_ns()
-            if rest_ns > 0:
-                self.rest(rest_ns)
+            self.pause(True)
 
     def idle(self):
         with nogil:

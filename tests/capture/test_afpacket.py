@@ -12,13 +12,13 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.frames import Shape, numbered_frame
-from support.lab import Lab, requires_root
+from support.lab import Lab, requires_root, wait_until
 from support.replay import send_frames
 
 from appliance.capture import opener
@@ -351,9 +351,9 @@ class Serving:
         self.called.start()
         return self
 
-    def takes(self, packets: int) -> bool:
-        """Whether it takes so many packets in all from the kernel; waits a while for them."""
-        return eventually(lambda: self.taken == packets)
+    def wait_until_taken(self, packets: int) -> None:
+        """Until it has taken so many packets in all from the kernel."""
+        wait_until(lambda: self.taken == packets, f"{packets} packets taken", timeout_s=20)
 
     @property
     def taken(self) -> int:
@@ -367,21 +367,12 @@ class Serving:
         os.close(self.channel_fd)
 
 
-def eventually(holds: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 def test_while_packets_come_a_worker_sleeps_until_the_turn_of_all_or_until_the_supervisor_calls(lab: Lab) -> None:
     a, pa = lab.veth("a")
     bench = Bench(lab, a, turn_ms=NO_TURN_EVER_MS)
     with Serving(bench) as serving:
         lab.send([pa], frames=1, rate=0)  # two could come in two blocks
-        assert serving.takes(1), "what comes after a pause is handed over by the kernel, and wakes"
+        serving.wait_until_taken(1)  # what comes after a pause is handed over by the kernel, and wakes
         lab.send([pa], frames=5, rate=0)
         time.sleep(10 * bench.request.block_timeout_ms / 1000)
         assert serving.taken == 1
@@ -395,7 +386,7 @@ def test_a_worker_turns_at_multiples_of_the_turn_and_hears_the_kernel_again_when
     with Serving(bench) as serving:
         for i in range(1, 4):
             lab.send([pa], frames=10, rate=0)
-            assert serving.takes(10 * i)
+            serving.wait_until_taken(10 * i)
     bench.close()
 
 
@@ -405,9 +396,9 @@ def test_a_worker_whose_kernel_ring_fills_up_does_not_wait_for_the_turn_of_all(l
     lab.send([pa], frames=1500, rate=0, sizes=(1514,))  # three blocks of 1 MiB or a few more, of eight
     time.sleep(10 * bench.request.block_timeout_ms / 1000)
     with Serving(bench) as serving:
-        assert serving.takes(1500)
+        serving.wait_until_taken(1500)
         lab.send([pa], frames=1, rate=0)
-        assert serving.takes(1501)
+        serving.wait_until_taken(1501)
     bench.close()
 
 
