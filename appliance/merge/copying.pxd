@@ -6,6 +6,7 @@ lies in the merge it must believe that each store of a packet's octets changes i
 cache line of its own, a `cursor`: where many take turns, a run is often a single record.
 """
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from appliance.formats.erf cimport ERF_ETHERNET_PAD_BYTES, ERF_HEADER_BYTES, erf_packet_at
 from appliance.formats.record cimport PCAP_PACKET_HEADER_BYTES, pcap_packet_at
@@ -101,7 +102,7 @@ cdef inline void begin_cursors(copying *now, Merge merge, uint64_t limit_positio
         at.interface_map = source.interface_map
         at.interface_count = source.interface_count
         at.bytes = at.packets = at.dropped = 0
-        find_record(now, at)
+        find_record(now, merge, at)
 
 
 cdef inline void end_cursors(Merge merge) noexcept nogil:
@@ -120,17 +121,27 @@ cdef inline void end_cursors(Merge merge) noexcept nogil:
         source.pending_bytes += at.bytes
 
 
-cdef inline void find_record(const copying *now, cursor *at) noexcept nogil:
+cdef inline void find_record(const copying *now, Merge merge, cursor *at) noexcept nogil:
     """What comes next in the source, if it can be copied; else look() knows what to do with it."""
+    while at.left > now.left_behind:
+        at.length = record_check(at.record, at.left)
+        if at.length and is_wanted(now.sink, record_u32(at.record), at.length):
+            prefetch_lines(at.record + max(2 * at.length, <uint32_t>READ_AHEAD_BYTES))
+            at.next_ns = record_timestamp_ns(at.record)
+            return
+        if not note_counters(&merge.sources[at.source], at.record, at.length):
+            break
+        at.left -= at.length
+        at.record += at.length
     at.length = 0
-    if at.left <= now.left_behind:
-        return
-    at.length = record_check(at.record, at.left)
-    if at.length == 0 or not is_wanted(now.sink, record_u32(at.record), at.length):
-        at.length = 0
-        return
-    prefetch_lines(at.record + max(2 * at.length, <uint32_t>READ_AHEAD_BYTES))
-    at.next_ns = record_timestamp_ns(at.record)
+
+
+cdef inline bint note_counters(merge_source *source, const uint8_t *record, uint32_t length) noexcept nogil:
+    """The source's counters, if the record is that. `length`: 0 for a damaged one."""
+    if length != RECORD_COUNTERS_BYTES or record_u32(record) != RECORD_COUNTERS:
+        return False
+    memcpy(source.counters, record + RECORD_PREFIX_BYTES, 8 * RECORD_COUNTERS_WORDS)
+    return True
 
 
 cdef inline int copy_run(copying *now, Merge merge, cursor *at, uint64_t limit_ns) noexcept nogil:
@@ -145,7 +156,7 @@ cdef inline int copy_run(copying *now, Merge merge, cursor *at, uint64_t limit_n
         copy_one(now, merge, at, cost)
         at.left -= at.length
         at.record += at.length
-        find_record(now, at)
+        find_record(now, merge, at)
     return S_IDLE
 
 

@@ -210,8 +210,8 @@ cdef class Merge:
                 source.next_ns = record_timestamp_ns(record)
                 source.state = HAS_RECORD
                 return source.state
-            if type == RECORD_COUNTERS and length == RECORD_COUNTERS_BYTES:
-                memcpy(source.counters, record + RECORD_PREFIX_BYTES, 8 * RECORD_COUNTERS_WORDS)
+            if note_counters(source, record, length):
+                pass
             elif type == RECORD_EPOCH and length >= RECORD_PREFIX_BYTES + 12:
                 memcpy(&source.epoch_offset, record + RECORD_PREFIX_BYTES, 8)
                 if not self.epoch_known or not self.same_epoch(source.epoch_offset):
@@ -472,9 +472,15 @@ cdef class Merge:
             after_one = at.left - at.length
             status = copy_run(&now, self, at, first_until(&self.fronts, limit_ns) if may_run else first.next_ns)
             may_run = at.left < after_one
-            if status != S_IDLE or at.length == 0:
+            if status != S_IDLE:
                 break
-            move_first(&self.fronts, at.next_ns)
+            if at.length:
+                move_first(&self.fronts, at.next_ns)
+            elif at.left == 0 and self.sources[at.source].live and not self.final:
+                limit_ns = min(limit_ns, self.promise(&self.sources[at.source]))  # the others may go on so far
+                move_first(&self.fronts, UINT64_MAX)
+            else:
+                break
         end_cursors(self)
         end_copying(&now, self)
         return status

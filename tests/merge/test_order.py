@@ -243,6 +243,18 @@ def test_any_number_of_sources_takes_turns_by_time_and_then_by_source(make: Make
     assert [block[7][:2] for block in blocks(bytes(merge.output()))] == [bytes([i, n]) for _, i, n in sorted(expected)]
 
 
+def test_when_a_source_runs_out_the_others_go_on_as_far_as_it_has_promised(make: Make) -> None:
+    sources = make(3)
+    sources[0].packets_at(1, 4, watermark=6)
+    sources[1].packets_at(2, 6, 7, 8, watermark=9)
+    sources[2].packets_at(3, 5, 9, watermark=9)
+    merge = make_merge(sources)
+    assert drain(merge) == (order.IDLE, [(0, 1), (1, 2), (2, 3), (0, 4), (2, 5), (1, 6)])
+    sources[0].packets_at(7, watermark=8)
+    assert drain(merge) == (order.IDLE, [(0, 7), (1, 7), (1, 8)])
+    assert merge.late == merge.forced == 0
+
+
 # ---- holding times ----
 
 
@@ -651,6 +663,15 @@ def test_counters_are_those_of_the_last_record_that_was_passed(make: Make) -> No
     assert merge.source_counters(0) == (0, 0, 0, 0, 0)
     drain(merge)
     assert merge.source_counters(0) == (20, 2, 4, 6, 8)
+
+
+def test_counters_between_packets_are_noted_and_disturb_no_order(make: Make) -> None:
+    a, b = sources = make(2)
+    merge = make_merge(sources)
+    a.write(packet(1), counters(1, 0, 0, 0, 1), counters(2, 0, 0, 0, 1), packet(3), watermark=9)
+    b.write(counters(7, 0, 0, 0, 0), packet(2), counters(8, 0, 0, 0, 1), packet(4), watermark=9)
+    assert drain(merge) == (order.IDLE, [(0, 1), (1, 2), (0, 3), (1, 4)])
+    assert [merge.source_counters(i)[0] for i in range(2)] == [2, 8]
 
 
 @pytest.mark.parametrize("sink", [order.SINK_PCAPNG, order.SINK_DIGESTS])
