@@ -56,6 +56,7 @@ cdef class Pump:
     cdef int channel_fd
     cdef public uint64_t max_wait_ms
     cdef uint64_t turn_ns
+    cdef uint64_t wrote_ns  # CLOCK_MONOTONIC of the last batch; 0: there was none
     cdef readonly uint64_t done
     cdef bint direct
     cdef readonly bint direct_refused
@@ -194,7 +195,11 @@ cdef class Pump:
 
     cdef bint pause(self, bint has_written) noexcept nogil:
         """After a look at the rings, all was moved that could be. Returns whether the supervisor calls."""
-        cdef int64_t rest_ns = self.longest_rest_ns() if self.live and (has_written or self.is_turn()) else 0
+        cdef int64_t rest_ns = 0
+        if has_written:
+            self.wrote_ns = monotonic_ns()
+        if self.live and (has_written or self.is_turn() or self.has_just_written()):
+            rest_ns = self.longest_rest_ns()
         if rest_ns > 0:
             return self.rest(rest_ns)
         return False if self.live and has_written else self.doze()
@@ -202,6 +207,11 @@ cdef class Pump:
     cdef bint is_turn(self) noexcept nogil:
         """The capture workers have their turn: in a doze each of them would wake us."""
         return self.turn_ns and monotonic_ns() % self.turn_ns < TURN_NS
+
+    cdef bint has_just_written(self) noexcept nogil:
+        """With that the workers' turn was over: what comes next, comes with their next one. In a doze each of them
+        would wake us then, we would write too early for a rest until the turn after, and so on."""
+        return self.turn_ns and self.wrote_ns and monotonic_ns() - self.wrote_ns < self.turn_ns // 2
 
     cdef int64_t longest_rest_ns(self) noexcept nogil:
         """0 or less when something is due or a ring fills up."""

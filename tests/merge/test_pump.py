@@ -26,8 +26,8 @@ from appliance.merge.rotation import NEVER
 from appliance.ring.ring import Producer
 
 LONG_MS = 60_000
-CONSUMER_SLEEPING_OFFSET = 780  # ring_header.consumer_sleeping, and a value of it (layout.h)
-RING_RESTS = 3
+CONSUMER_SLEEPING_OFFSET = 780  # ring_header.consumer_sleeping, and values of it (layout.h)
+RING_AWAKE, RING_SLEEPS, RING_RESTS = 0, 1, 3
 
 
 class Bench:
@@ -419,13 +419,19 @@ def test_a_file_is_written_after_longer_rests(roomy: Bench, direct_fd: int, max_
     assert roomy.pump.gather_ns(time.monotonic_ns()) == gather_ms * 1_000_000
 
 
+def sleeps(source: Source) -> int:
+    """How its consumer sleeps, if it does."""
+    how: int = struct.unpack("=I", os.pread(source.fd, 4, CONSUMER_SLEEPING_OFFSET))[0]
+    return how
+
+
 def test_a_rest_ends_when_a_ring_fills_up() -> None:
     bench = Bench(("a",), turn_ms=10**9)
     source = bench.sources[0]
     producer = Producer(source.fd, GENERATION, bench.wake_fd)
 
     def rests() -> bool:  # whoever wakes it takes that down
-        return struct.unpack("=I", os.pread(source.fd, 4, CONSUMER_SLEEPING_OFFSET))[0] == RING_RESTS
+        return sleeps(source) == RING_RESTS
 
     def fill() -> list[bool]:
         wait_until(rests, "the rest")
@@ -447,6 +453,29 @@ def test_a_rest_ends_when_a_ring_fills_up() -> None:
 def test_a_rest_ends_when_the_capture_workers_have_had_their_turn(at_ms: int, rest_ms: int) -> None:
     bench = Bench(turn_ms=24)
     assert bench.pump.gather_ns((24 * 1000 + at_ms) * 1_000_000) == rest_ms * 1_000_000
+    bench.close()
+
+
+def test_when_it_has_written_in_the_workers_turn_it_rests_until_the_next_one(file_fd: int) -> None:
+    bench = Bench(("a",), turn_ms=10**9)
+    source = bench.sources[0]
+
+    def serve_and_look() -> int:
+        """How the pump waits for what comes next."""
+        with ThreadPoolExecutor(1) as threads:
+            served = threads.submit(bench.pump.serve, file_fd, LONG_MS)
+            wait_until(lambda: sleeps(source) != RING_AWAKE, "the wait")
+            how = sleeps(source)
+            bench.supervisor.send(b"word")
+            served.result()
+            bench.channel.recv(4)
+        return how
+
+    assert serve_and_look() == RING_SLEEPS  # for anything that comes
+    source.write(packet(1), watermark=1)
+    assert serve_and_look() == RING_RESTS
+    assert content(file_fd)
+    assert serve_and_look() == RING_RESTS
     bench.close()
 
 
