@@ -27,7 +27,7 @@ from appliance.capture.trigger cimport Gate, PortTap, packet_view
 from appliance.ring.digest cimport *
 from appliance.ring.layout cimport *
 from appliance.ring.plain cimport put_plain
-from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch_for_write, prefetch_lines
+from appliance.ring.prefetch cimport WRITE_AHEAD_BYTES, prefetch, prefetch_for_write, prefetch_lines
 from appliance.ring.ring cimport Producer
 
 from appliance.counters import IGNORED_FIELDS, IGNORED_REASONS, KERNEL_ACCOUNT_FIELDS
@@ -48,10 +48,17 @@ cdef enum:
     REASON_SHIFT = 8  # ENTRY flags: 1 + index of the reason why it is not metered
     REASONS = 5
     BLOCKS_PER_TURN = 32
-    PACKETS_PER_PUBLISH = 1024  # of a block: what is published together is still in the cache then
+    PACKETS_PER_PUBLISH = 1024  # what is published together is still in the cache then
+    CACHE_LINE_BYTES = 64
+    PAGE_BYTES = 4096
+    BLOCKS_AHEAD = 4
+    ENTRIES_AHEAD_BYTES = 16384
     KERNEL_AHEAD_BYTES = 3072  # fetched ahead of a packet: another CPU has just written it, and that takes longer
-    ROOM_FOR_BURSTS = 8  # who does not hear of full blocks has taken no more than this part of the kernel's ring before
+    # A part of the kernel's ring: who does not hear of full blocks has taken no more before, and no more is walked
+    # without being published and given back.
+    ROOM_FOR_BURSTS = 8
     TIMER_DELAY_MS = 1   # the kernel may hand a block over so much later than it should
+    TURN_GRID_NS = 1000000  # what the workers of a turn publish ends at a multiple of this
     HEARTBEAT_NS = 1000000000
 
 # Words of the commit slot, behind COMMIT_WORD_PUBLISHED. From WORD_COUNTERS on they are in the order of
@@ -163,6 +170,7 @@ cdef class LiveCapture:
     cdef uint32_t digest_room       # the longest digest
     cdef bint leaves_plain          # the meter makes the digests of plain packets
     cdef uint32_t publish_at        # so long a tail is looked through for what may be published
+    cdef bint kernel_is_counted     # since the last block was handed over
     cdef bint owes_wake             # something was published since the consumers were woken
     cdef uint64_t ignored[IGNORED_COUNTS]  # by the parser, of the packet at hand; else zero
     cdef PortTap port               # None: the interface has no port capture
@@ -317,6 +325,7 @@ cdef class LiveCapture:
             self.page[self.heartbeat_index] = now
             if now >= until_ns:
                 return False
+            self.fetch_ahead()
             self.turn()
             if self.turns_together:
                 called = self.sleep_until_turn(channel_fd, until_ns - now)
@@ -344,6 +353,28 @@ cdef class LiveCapture:
             read(wake_fd, &woken, sizeof(woken))
         return fds[0].revents != 0 or fds[2].revents & (POLLERR | POLLHUP | POLLNVAL) != 0
 
+    cdef void fetch_ahead(self) noexcept nogil:
+        """After a sleep, nothing that a turn looks at is near, not even the addresses of its pages. All are asked for
+        at once here, so that they come together instead of one after the other."""
+        cdef uint32_t i
+        cdef const uint8_t *block
+        for i in range(BLOCKS_AHEAD):
+            block = <uint8_t *>self.block((self.block_index + i) % self.block_count)
+            prefetch_lines(block)
+            prefetch_lines(block + 2 * CACHE_LINE_BYTES)
+            prefetch(block + PAGE_BYTES)
+            prefetch(block + 2 * PAGE_BYTES)
+        for i in range(ENTRIES_AHEAD_BYTES // PAGE_BYTES):
+            prefetch_for_write(<uint8_t *>&self.tail.entries[self.tail.count] + i * PAGE_BYTES)
+        prefetch(&self.end_arrival[self.block_index])
+        prefetch_for_write(&self.start_arrival[self.block_index])
+        prefetch_for_write(&self.page[self.page_index[0]])
+        prefetch_for_write(&self.page[self.page_index[COMMITTED - 1]])
+        prefetch_for_write(self.kernel)
+        ring_fetch_ahead(&self.records.view)
+        if self.digests is not None:
+            ring_fetch_ahead(&self.digests.view)
+
     cdef void announce_sleep(self, uint32_t how) noexcept nogil:
         ring_producer_sleeps(&self.records.view, how)
         if self.digests is not None:
@@ -368,7 +399,7 @@ cdef class LiveCapture:
         cdef uint64_t now = now_ns(CLOCK_REALTIME)
         cdef int64_t offset = <int64_t>(now - now_ns(CLOCK_MONOTONIC))
         cdef bint stepped = self.differs(offset)
-        cdef uint32_t taken = 0
+        cdef uint32_t taken
         if self.port is not None:
             self.port.look(now)
         if self.watermark_is_wanted():
@@ -377,14 +408,7 @@ cdef class LiveCapture:
         ring_rewind(&self.records.view)
         if self.digests is not None:
             ring_rewind(&self.digests.view)
-        while taken < BLOCKS_PER_TURN and LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER:
-            if self.held == self.block_count:
-                self.publish(UINT64_MAX)  # the whole kernel ring is in the tail: it must go back
-            self.collect_kernel_counters()  # before any packet of the block is published: never more than received
-            self.walk(self.block(self.block_index), stepped, now, offset)
-            taken += 1
-            self.add_counters_record()
-            self.publish(older_by(self.tail.newest_ns, self.reorder_ns))
+        taken = self.walk_blocks(stepped, now, offset)
         if self.kernel_is_empty():
             if stepped and self.differs(offset):
                 self.begin_epoch(offset)
@@ -402,12 +426,38 @@ cdef class LiveCapture:
         self.measure_queue()
         return self.arrivals - before
 
+    cdef uint32_t walk_blocks(self, bint stepped, uint64_t now, int64_t offset) noexcept nogil:
+        """Returns how many. Small ones are published together: each publication has its price, and one record of
+        counters costs the merge as much as a packet."""
+        cdef uint32_t taken = 0
+        cdef uint64_t told = self.arrivals
+        cdef bint is_told = True
+        while taken < BLOCKS_PER_TURN and self.has_block():
+            self.walk(self.block(self.block_index), stepped, now, offset)
+            taken += 1
+            is_told = self.arrivals - told >= PACKETS_PER_PUBLISH or self.held > self.block_count // ROOM_FOR_BURSTS
+            if is_told:
+                self.publish_walked()
+                told = self.arrivals
+        if not is_told:
+            self.publish_walked()
+        return taken
+
+    cdef bint has_block(self) noexcept nogil:
+        """The kernel has handed over the next block."""
+        if self.held == self.block_count:
+            self.publish(UINT64_MAX)  # its whole ring is in the tail: the next block is one that must go back first
+        return LOAD_STATUS(self.block(self.block_index)) & TP_STATUS_USER != 0
+
     cdef uint64_t youngest_of_turn(self, uint64_t now) noexcept nogil:
         """Workers that turn together publish up to one and the same time. So the merge can take all of it, and each
-        finds its ring empty, to be rewound, at its next turn."""
+        finds its ring empty, to be rewound, at its next turn. Each reads the two clocks a moment apart, and that is
+        never as long as in another worker: the grid makes their results equal."""
+        cdef uint64_t youngest
         if not self.turns_together:
             return UINT64_MAX
-        return older_by(now, now_ns(CLOCK_MONOTONIC) % self.turn_ns + self.turn_lag_ns)
+        youngest = older_by(now, now_ns(CLOCK_MONOTONIC) % self.turn_ns + self.turn_lag_ns)
+        return youngest - youngest % TURN_GRID_NS
 
     cdef bint watermark_is_wanted(self) noexcept nogil:
         cdef bint wanted = ring_watermark_wanted(&self.records.view) != 0
@@ -458,6 +508,7 @@ cdef class LiveCapture:
         cdef uint32_t i = 0
         cdef uint32_t run
         cdef tpacket3_hdr *packet
+        self.kernel_is_counted = False
         self.start_arrival[self.block_index] = self.arrivals
         self.end_arrival[self.block_index] = UINT64_MAX  # held, and not to be given back before its end is known
         self.held += 1
@@ -721,6 +772,13 @@ cdef class LiveCapture:
 
     # ---- publishing ----
 
+    cdef void publish_walked(self) noexcept nogil:
+        """What was walked, with the counters behind it, and the consumers are woken."""
+        if not self.kernel_is_counted:
+            self.collect_kernel_counters()
+        self.add_counters_record()
+        self.publish(older_by(self.tail.newest_ns, self.reorder_ns))
+
     cdef void publish(self, uint64_t boundary_ns) noexcept nogil:
         """Everything up to `boundary_ns` becomes visible, as far as a clean cut allows, and is promised."""
         self.publish_quietly(boundary_ns)
@@ -752,6 +810,8 @@ cdef class LiveCapture:
         """The first `cut` of the tail, with the promise that goes with them."""
         cdef uint64_t record_bytes = 0, digest_bytes = 0
         cdef uint64_t digest_head = 0
+        if not self.kernel_is_counted:
+            self.collect_kernel_counters()  # first: never more is published than was received
         self.tail.sort(cut, &self.records.view, &self.digests.view if self.digests is not None else NULL)
         self.count(cut, &record_bytes, &digest_bytes)
         if self.digests is not None:
@@ -779,35 +839,31 @@ cdef class LiveCapture:
 
     cdef void count(self, uint32_t cut, uint64_t *record_bytes, uint64_t *digest_bytes) noexcept nogil:
         """Adds the first `cut` entries, which are in order, to the counters: what is counted here is what is published
-        with them. Sums first, as if all were packets that are published whole, which is mostly so; then what is not."""
-        cdef uint32_t i
-        cdef tail_entry *entry
+        with them. The sums take all for packets that are published whole, which is mostly so; what is not is taken off
+        where it is met."""
+        cdef const tail_entry *entry = self.tail.entries
+        cdef const tail_entry *end = entry + cut
         cdef uint64_t in_records = 0, in_digests = 0, digests = 0, original_bytes = 0, captured_bytes = 0
-        cdef uint32_t flags = 0
-        for i in range(cut):
-            entry = &self.tail.entries[i]
+        while entry < end:
             in_records += entry.record_bytes
+            in_digests += entry.digest_bytes
+            digests += entry.digest_bytes != 0
             original_bytes += entry.original_length
             captured_bytes += entry.captured_length
-            flags |= entry.flags
+            if entry.flags or entry.captured_length != entry.original_length:
+                self.count_exception(entry)
+            entry += 1
         record_bytes[0] = in_records
+        digest_bytes[0] = in_digests
         self.published_arrivals += cut
         self.counters[READ_PACKETS] += cut
         self.counters[READ_BYTES] += original_bytes
         self.counters[PUBLISHED_PACKETS] += cut
         self.counters[PUBLISHED_BYTES] += captured_bytes
+        self.counters[DIGESTS_PUBLISHED] += digests
         self.counters[LAST_PACKET] = max(self.counters[LAST_PACKET], self.tail.entries[cut - 1].timestamp_ns)
         self.counters[REORDERED] += self.tail.reordered
         self.tail.reordered = 0
-        if flags or captured_bytes != original_bytes:
-            for i in range(cut):
-                self.count_exception(&self.tail.entries[i])
-        if self.digests is not None:
-            for i in range(cut):
-                in_digests += self.tail.entries[i].digest_bytes
-                digests += self.tail.entries[i].digest_bytes != 0
-            self.counters[DIGESTS_PUBLISHED] += digests
-        digest_bytes[0] = in_digests
 
     cdef inline void count_exception(self, const tail_entry *entry) noexcept nogil:
         if entry.flags & ENTRY_CONTROL:
@@ -872,6 +928,7 @@ cdef class LiveCapture:
 
     cdef void collect_kernel_counters(self) noexcept nogil:
         self.store_kernel_counters(kernel_collect(self.kernel, self.fd))
+        self.kernel_is_counted = True
 
     cdef void store_kernel_counters(self, kernel_half total) noexcept nogil:
         self.page[self.received_index] = total.received

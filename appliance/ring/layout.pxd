@@ -63,6 +63,7 @@ cdef extern from "ring.h" nogil:
     int ring_wake_consumer(ring_view *view)
     void ring_publish(ring_view *view, uint64_t position, int64_t watermark_ns, const uint64_t *words,
                       uint32_t word_count)
+    void ring_fetch_ahead(const ring_view *view)
     void ring_rewind(ring_view *view)
     uint64_t ring_rewound(const ring_header *header, uint64_t head)
     void ring_promise(ring_view *view, int64_t watermark_ns)

@@ -28,6 +28,10 @@
 #define RING_LOAD_ACQUIRE(source) __atomic_load_n((source), __ATOMIC_ACQUIRE)
 #define RING_LOAD_RELAXED(source) __atomic_load_n((source), __ATOMIC_RELAXED)
 
+#define RING_LINE_BYTES 64u
+#define RING_PAGE_BYTES 4096u
+#define RING_AHEAD_PAGES 4u
+
 /* One side's own, private view of a ring. */
 struct ring_view {
     struct ring_header *header;
@@ -76,6 +80,18 @@ static inline uint8_t *ring_reserve(struct ring_view *view, uint64_t bytes)
 static inline void ring_advance(struct ring_view *view, uint64_t bytes)
 {
     view->position += bytes;
+}
+
+/* After a sleep, nothing of a ring is near, and not even its pages' addresses. What a producer needs of it first is asked
+ * for at once here, so that it comes together instead of one after the other. */
+static inline void ring_fetch_ahead(const struct ring_view *view)
+{
+    const char *header = (const char *)view->header;
+
+    for (size_t at = offsetof(struct ring_header, head); at < sizeof(struct ring_header); at += RING_LINE_BYTES)
+        __builtin_prefetch(header + at, 1);
+    for (uint64_t page = 0; page < RING_AHEAD_PAGES; page++)
+        __builtin_prefetch(view->data + ((view->position + page * RING_PAGE_BYTES) & (view->capacity - 1)), 1);
 }
 
 /* When everything published is consumed, and lies far enough from the start of the data: goes on there. What is written

@@ -63,9 +63,11 @@ class Bench:
         ring_bytes: int = RING_BYTES,
         metered: bool = True,
         turn_ms: int = 0,
+        reorder_us: int = 1000,
         **request: Any,
     ):
         self.turn_ms = turn_ms
+        self.reorder_us = reorder_us
         asked: dict[str, Any] = {"interface": interface, "kernel_ring_bytes": 64 << 20} | request
         with inside(lab.namespace):
             self.opened: OpenedInterface = opener.open_interface(OpenRequest(**asked))
@@ -77,6 +79,7 @@ class Bench:
         self.records = Consumer(self.fds[0], GENERATION)
         self.digests = Consumer(self.fds[1], GENERATION) if metered else None
         self.packets: list[tuple[int, bytes, int]] = []  # timestamp, data, original length
+        self.accounts: list[tuple[int, ...]] = []  # the counters that came between the packets
         self.begin()
 
     def begin(self, serial: int = 1) -> None:
@@ -96,7 +99,7 @@ class Bench:
             cooked=self.opened.cooked,
             snaplen=self.request.snaplen,
             ifindex=self.opened.ifindex,
-            reorder_us=1000,
+            reorder_us=self.reorder_us,
             turn_ms=self.turn_ms,
         )
 
@@ -108,6 +111,8 @@ class Bench:
         self.records.refresh()
         while (record := self.records.pop()) is not None:
             kind, _, _, high, low, captured, original = struct.unpack_from("=IIIIIII", record)
+            if kind == COUNTERS:
+                self.accounts.append(struct.unpack_from("=5Q", record, 20))
             if kind == PACKET:
                 self.packets.append((high << 32 | low, record[28 : 28 + captured], original))
         self.records.release()
@@ -399,6 +404,45 @@ def test_a_worker_whose_kernel_ring_fills_up_does_not_wait_for_the_turn_of_all(l
         serving.wait_until_taken(1500)
         lab.send([pa], frames=1, rate=0)
         serving.wait_until_taken(1501)
+    bench.close()
+
+
+def test_workers_that_turn_together_publish_up_to_one_and_the_same_millisecond(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, turn_ms=100)
+    lab.send([pa], frames=1, rate=0)
+    while bench.capture.pump() == 0:  # from then on it turns with the others
+        time.sleep(0.001)
+    lab.send([pa], frames=1, rate=0)
+    time.sleep(0.3)
+    bench.capture.pump()
+    bench.consume()
+    assert bench.records.watermark_ns > bench.packets[0][0]
+    assert bench.records.watermark_ns % 1_000_000 == 0
+    bench.close()
+
+
+def test_small_blocks_of_one_turn_are_published_together_with_one_account_of_all_that_was_received(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a)
+    for i in range(5):
+        lab.send([pa], frames=1, rate=0, first_sequence=i)
+        time.sleep(0.1)  # the kernel hands its block over
+    assert bench.capture.pump() == 5
+    bench.consume()
+    assert numbers(bench.frames) == list(range(5))
+    assert [account[:2] for account in bench.accounts] == [(5, 0)]
+    bench.close()
+
+
+def test_a_kernel_ring_that_is_taken_whole_in_one_turn_is_walked_once(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, kernel_ring_bytes=2 << 20, reorder_us=1_000_000)
+    lab.send([pa], frames=4000, rate=0, sizes=(1514,))
+    bench.drain()
+    kept = 4000 - bench.page["dropped_kernel_packets"]
+    assert numbers(bench.frames) == list(range(kept))
+    assert bench.page["read_packets"] == kept
     bench.close()
 
 
