@@ -21,7 +21,7 @@ from appliance.ring.memory import ring_capacity
 MEMORY_SHARE = 8  # of the machine's memory, one part for all rings together
 MEMORY_MAX_BYTES = 1 << 30
 BLOCK_TIMEOUT_MS = 8
-TURN_MAX_MS = 24
+TURN_MAX_MS = 32
 FILE_RING_BYTES = 4 << 20  # a file waits when its ring is full, so a small ring that stays in the cache is faster
 DIGEST_PARTS = 4  # one part of a source's share is its digest ring, when flows are metered
 RECORD_MAX_BYTES = 1 << 20
@@ -171,11 +171,11 @@ def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
 
 def with_wakes(source: Source, outputs: Sequence[Output], kernel_rings: int) -> Source:
     """The source with what wakes its worker decided. A wake costs more than what a worker does in it at most rates:
-    while packets come steadily, workers wake together and more rarely, as long as no packet waits two thirds of
+    while packets come steadily, workers wake together and more rarely, as long as no packet waits four fifths of
     max_wait_ms for that. One that is alone has nobody's packets to wait for, and hands on its own at once."""
     if source.interface.block_timeout_ms:
         return source
-    longest_ms = min((2 * output.max_wait_ms // 3 for output in outputs), default=0)
+    longest_ms = min((4 * output.max_wait_ms // 5 for output in outputs), default=0)
     turn_ms = min(TURN_MAX_MS, longest_ms - BLOCK_TIMEOUT_MS)
     return replace(
         source,

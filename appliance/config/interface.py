@@ -92,7 +92,7 @@ class Interface(Table):
     block_timeout_ms: Annotated[int, zero_or_between(1, 1000)] = Field(
         default=0,
         description="the kernel hands over a block that is not full after this long, and wakes the capture worker "
-        "(ring: only); 0 = 8, and two or more capture workers take what comes steadily together, every 24 ms at most",
+        "(ring: only); 0 = 8, and two or more capture workers take what comes steadily together, every 32 ms at most",
     )
     reorder_us: Annotated[int, between(0, 1_000_000)] = Field(
         default=1000, description="disorder between receive CPUs that is put right; what is later is counted as late"
