@@ -58,10 +58,12 @@ def compressor_argv(compressor: str | Sequence[str]) -> tuple[str, ...] | None:
 
 
 def built_in_argv() -> tuple[str, ...]:
-    """The built-in compressor as a script, with the directory that has `lz4`: see there."""
+    """The built-in compressor as a script, with the directory that has `lz4`: see there. A compressor runs in /, and
+    neither the interpreter nor a module need have been found by a whole path."""
     script, lz4 = importlib.util.find_spec(BUILT_IN), importlib.util.find_spec("lz4")
     assert script is not None and script.origin and lz4 is not None and lz4.origin
-    return (sys.executable, "-I", "-S", script.origin, os.path.dirname(os.path.dirname(lz4.origin)))
+    libraries = os.path.dirname(os.path.dirname(os.path.abspath(lz4.origin)))
+    return (os.path.abspath(sys.executable), "-I", "-S", os.path.abspath(script.origin), libraries)
 
 
 def is_built_in(argv: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -177,6 +178,20 @@ def test_the_built_in_compressor_makes_a_frame_with_a_checksum_that_lz4_accepts(
     sink.finish(20)
     assert decompressed(path) == content
     assert Path(path).read_bytes()[4] & 0x04, "content checksum"
+
+
+def test_the_built_in_compressor_starts_anywhere_also_if_the_interpreter_was_found_by_a_relative_path() -> None:
+    code = "from appliance.merge.compressor import built_in_argv; print(*built_in_argv(), sep=chr(10))"
+    relative = os.path.relpath(Path(sys.executable).parent)
+    found = subprocess.run(
+        [Path(sys.executable).name, "-c", code],
+        env=os.environ | {"PATH": f"{relative}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    done = subprocess.run(found.stdout.split("\n")[:-1], input=bytes(100), cwd="/", capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_built_in_compressor_fails_where_it_cannot_write() -> None:
