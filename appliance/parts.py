@@ -136,7 +136,7 @@ def meter_parts(wired: Wiring) -> workers.meter.MeterParts:
         generation=wired.generation,
         wake_fd=wired.meter_wake,
         settings=replace(meter_settings(wired.config), interfaces=interface_names(wired.plan)),
-        max_wait_ms=max(output.max_wait_ms for output in wired.config.outputs),
+        max_wait_ms=wired.plan.max_wait_ms,
         export_pages=wired.plan.export_pages,
     )
 

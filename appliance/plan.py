@@ -89,6 +89,11 @@ class Plan:
         return tuple(source for source in self.sources if source.uri.is_live)
 
     @property
+    def max_wait_ms(self) -> int:
+        """The longest of all outputs: so long the meter waits, which reads all sources."""
+        return max(planned.output.max_wait_ms for planned in self.outputs)
+
+    @property
     def workers(self) -> tuple[str, ...]:
         return worker_names(self.sources, self.outputs, self.meter, self.monitor, self.traceflow)
 
@@ -114,8 +119,7 @@ def make_plan(config: Config, machine_bytes: int | None = None) -> Plan:
             interface = interface.model_copy(update={"snaplen": min(interface.snaplen, ERF_SNAPLEN)})
         label = interface.label if member == 0 else f"{interface.label}.{member}"
         sources.append(plan_source(interface, index, label, share, metered))
-    kernel_rings = sum(source.uri.scheme == "ring" for source in sources)
-    sources = [with_wakes(source, config.outputs, kernel_rings) for source in sources]
+    sources = with_wakes(sources, config)
     used = sum(source.ring_bytes + source.digest_ring_bytes for source in sources) + len(traced) * tap_ring_bytes
     if config.memory_bytes and used > config.memory_bytes:
         raise ConfigError(
@@ -169,19 +173,28 @@ def with_exports(plan: Plan, exports: Sequence[MeterExport]) -> Plan:
     return replace(plan, exports=tuple(exports), export_pages=tuple(name or free.pop(0) for name in own))
 
 
-def with_wakes(source: Source, outputs: Sequence[Output], kernel_rings: int) -> Source:
-    """The source with what wakes its worker decided. A wake costs more than what a worker does in it at most rates:
-    while packets come steadily, workers wake together and more rarely, as long as no packet waits four fifths of
-    max_wait_ms for that. One that is alone has nobody's packets to wait for, and hands on its own at once."""
-    if source.interface.block_timeout_ms:
-        return source
+def with_wakes(sources: Sequence[Source], config: Config) -> list[Source]:
+    """The sources with what wakes their workers decided, by the interfaces and outputs of `config`: at the start, and
+    again for a reload, which changes nothing but the turns. A wake costs more than what a worker does in it at most
+    rates: while packets come steadily, workers wake together and more rarely. One that is alone has nobody's packets to
+    wait for, and hands on its own at once."""
+    block_timeouts_ms = {interface.label: interface.block_timeout_ms for interface in config.interfaces}
+    are_several = sum(source.uri.scheme == "ring" for source in sources) > 1
+    turn_ms = longest_turn_ms(config.outputs) if are_several else 0
+    woken = []
+    for source in sources:
+        own_ms = block_timeouts_ms[source.interface.label]
+        interface = source.interface.model_copy(update={"block_timeout_ms": own_ms or BLOCK_TIMEOUT_MS})
+        turns = source.uri.scheme == "ring" and not own_ms
+        woken.append(replace(source, interface=interface, turn_ms=turn_ms if turns else 0))
+    return woken
+
+
+def longest_turn_ms(outputs: Sequence[Output]) -> int:
+    """So that no packet waits four fifths of max_wait_ms for a turn; 0: the kernel's blocks are as rare as that."""
     longest_ms = min((4 * output.max_wait_ms // 5 for output in outputs), default=0)
     turn_ms = min(TURN_MAX_MS, longest_ms - BLOCK_TIMEOUT_MS)
-    return replace(
-        source,
-        interface=source.interface.model_copy(update={"block_timeout_ms": BLOCK_TIMEOUT_MS}),
-        turn_ms=turn_ms if source.uri.scheme == "ring" and kernel_rings > 1 and turn_ms > BLOCK_TIMEOUT_MS else 0,
-    )
+    return turn_ms if turn_ms > BLOCK_TIMEOUT_MS else 0
 
 
 def worker_names(

@@ -114,7 +114,9 @@ def differing(one: Any, other: Any) -> list[str]:
     return [field.validation_alias or key for key, field in fields if getattr(one, key) != getattr(other, key)]
 
 
-def settings_text(output: Output, hook: Iterable[str], filters: Mapping[str, str]) -> bytes:
-    """For the merge: what it takes up. `hook`: the argv with its program's path; `filters`: new ones, by source."""
+def settings_text(output: Output, hook: Iterable[str], filters: Mapping[str, str], turn_ms: int) -> bytes:
+    """For the merge: what it takes up. `hook`: the argv with its program's path; `filters`: new ones, by source;
+    `turn_ms`: its capture workers' turn (Pump)."""
     settings = {key: getattr(output, key) for key in OUTPUT_KEYS if key != "hook"}
-    return json.dumps({"output": settings, "hook": list(hook), "filters": dict(filters)}).encode()
+    told = {"output": settings, "hook": list(hook), "filters": dict(filters), "turn_ms": turn_ms}
+    return json.dumps(told).encode()

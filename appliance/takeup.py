@@ -13,7 +13,7 @@ from appliance.merge.compressor import hook_argv
 from appliance.meter_settings import check_flow_directories, check_meter
 from appliance.monitor.topology import changes_text, program_version, topology_of
 from appliance.monitor.view import Topology
-from appliance.plan import Plan, Source, with_exports
+from appliance.plan import Plan, Source, with_exports, with_wakes
 from appliance.process import MESSAGE_BYTES, RELOAD
 from appliance.reload import Changes, settings_text
 
@@ -35,16 +35,10 @@ class Prepared:
 def prepare_reload(wired: Wiring, changes: Changes) -> Prepared:
     """ApplianceError: something of it cannot be had. Nothing is taken up yet. No request may be with the opener."""
     config = changes.config
-    plan = planned_anew(wired, config)
+    plan = planned_anew(wired.plan, config)
     topology = topology_of(plan, config, program_version())
     filters = {interface.label: interface.filter for interface in changes.interfaces}
-    words = {}
-    for planned in plan.outputs:
-        told = [source for source in planned.sources if source.interface.label in filters]
-        texts = {source.label: source.interface.filter for source in told}
-        if planned.output in changes.outputs or texts:
-            hook = hook_argv(planned.output)
-            words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts)
+    words = turn_words(wired.plan, plan) | output_words(wired.plan, plan, changes)
     if plan.monitor and topology != wired.topology:
         words["monitor"] = RELOAD + changes_text(topology)
     for worker, message in words.items():
@@ -56,20 +50,46 @@ def prepare_reload(wired: Wiring, changes: Changes) -> Prepared:
     return Prepared(plan, topology, words, compile_filters(wired, filters))
 
 
-def planned_anew(wired: Wiring, config: Config) -> Plan:
-    """What is planned, with what a reload can change of it."""
+def planned_anew(old: Plan, config: Config) -> Plan:
+    """The plan, with what a reload can change of it."""
     interfaces = {interface.label: interface for interface in config.interfaces}
-    sources = {source.label: with_filter(source, interfaces) for source in wired.plan.sources}
+    anew = with_wakes([with_filter(source, interfaces) for source in old.sources], config)
+    sources = {source.label: source for source in anew}
     outputs = tuple(
         replace(
             planned,
             output=config.output(planned.output.name),
             sources=tuple(sources[source.label] for source in planned.sources),
         )
-        for planned in wired.plan.outputs
+        for planned in old.outputs
     )
-    plan = replace(wired.plan, sources=tuple(sources.values()), outputs=outputs)
-    return with_exports(plan, config.meter.exports) if plan.meter is not None else plan
+    new = replace(old, sources=tuple(sources.values()), outputs=outputs)
+    return with_exports(new, config.meter.exports) if new.meter is not None else new
+
+
+def turn_words(old: Plan, new: Plan) -> dict[str, bytes]:
+    """For those whom other max_wait_ms concern, but no merge: capture workers that get another turn, and the meter."""
+    words = {
+        after.worker: RELOAD + str(after.turn_ms).encode()
+        for before, after in zip(old.sources, new.sources, strict=True)
+        if after.turn_ms != before.turn_ms
+    }
+    if new.meter is not None and new.max_wait_ms != old.max_wait_ms:
+        words["meter"] = RELOAD + str(new.max_wait_ms).encode()
+    return words
+
+
+def output_words(old: Plan, new: Plan, changes: Changes) -> dict[str, bytes]:
+    """For the merges of outputs that have changed themselves, or whose sources got other filters or turns."""
+    filters = {interface.label: interface.filter for interface in changes.interfaces}
+    words = {}
+    for before, planned in zip(old.outputs, new.outputs, strict=True):
+        told = [source for source in planned.sources if source.interface.label in filters]
+        texts = {source.label: source.interface.filter for source in told}
+        if planned.output in changes.outputs or texts or planned.turn_ms != before.turn_ms:
+            hook = hook_argv(planned.output)
+            words[planned.worker] = RELOAD + settings_text(planned.output, hook, texts, planned.turn_ms)
+    return words
 
 
 def compile_filters(wired: Wiring, filters: Mapping[str, str]) -> dict[str, bytes]:

@@ -11,7 +11,9 @@ import pytest
 from appliance.config import Config, Interface, Meter, MeterExport, Monitor, Output, Service, expand_interfaces
 from appliance.errors import ConfigError
 from appliance.plan import make_plan, with_exports
+from appliance.process import RELOAD
 from appliance.reload import OUTPUT_KEYS, PresentInterface, changes_between, settings_text
+from appliance.takeup import output_words, planned_anew, turn_words
 
 
 def config(**output: Any) -> Config:
@@ -44,9 +46,10 @@ def test_what_concerns_files_to_come_changes_while_it_runs(key: str, value: obje
     assert [getattr(output, key) for output in changes.outputs] == [value]
     assert changes.config.outputs == changes.outputs
     assert changes.refused == ()
-    told = json.loads(settings_text(changes.outputs[0], changes.outputs[0].hook, {}))
+    told = json.loads(settings_text(changes.outputs[0], changes.outputs[0].hook, {}, 8))
     assert {*told["output"], "hook"} == set(OUTPUT_KEYS)
     assert (told["output"] | {"hook": tuple(told["hook"])})[key] == value
+    assert told["turn_ms"] == 8
 
 
 def test_the_same_configuration_changes_nothing() -> None:
@@ -130,6 +133,39 @@ def test_the_log_level_and_the_limits_of_restarts_change() -> None:
     service = Service(log_level="debug", restart_limit=1, restart_window_s=2)
     changes = changes_between(with_parts(), with_parts(service=service))
     assert changes and changes.config.service == service
+
+
+def test_who_waits_and_turns_by_max_wait_is_told_of_another_one() -> None:
+    """The turn is that of all interfaces, and follows the least max_wait_ms of all outputs."""
+
+    def waiting(x: int, y: int, rotate_seconds: int = 60) -> Config:
+        outputs = (
+            Output(name="x", directory=Path("/x"), max_wait_ms=x, rotate_seconds=rotate_seconds),
+            Output(name="y", directory=Path("/y"), max_wait_ms=y),
+        )
+        interfaces = (
+            Interface(uri="ring:a", output="x"),
+            Interface(uri="ring:b", output="y"),
+            Interface(uri="ring:c", output="y", block_timeout_ms=4),
+        )
+        return with_parts(interfaces=interfaces, outputs=outputs)
+
+    def told(old: Config, new: Config) -> dict[str, Any]:
+        before = make_plan(old, machine_bytes=1 << 30)
+        after = planned_anew(before, new)
+        words = turn_words(before, after) | output_words(before, after, changes_between(old, new))
+        return {name: json.loads(word.removeprefix(RELOAD)) for name, word in words.items()}
+
+    words = told(waiting(50, 100), waiting(24, 100))
+    assert words.keys() == {"capture/a", "capture/b", "merge/x"}  # the kernel alone wakes c: y's merge has no turn
+    assert (words["capture/a"], words["capture/b"]) == (11, 11)
+    assert (words["merge/x"]["turn_ms"], words["merge/x"]["output"]["max_wait_ms"]) == (11, 24)
+    assert told(waiting(24, 100), waiting(50, 200))["capture/a"] == 32
+    assert told(waiting(24, 100), waiting(24, 200)).keys() == {"merge/y", "meter"}
+    assert told(waiting(24, 100), waiting(24, 200))["meter"] == 200
+    assert told(waiting(50, 100), waiting(20, 100))["capture/b"] == 0
+    assert told(waiting(50, 50), waiting(50, 50, rotate_seconds=5)).keys() == {"merge/x"}
+    assert told(waiting(50, 50), waiting(50, 50)) == {}
 
 
 def test_every_interface_stands_for_what_it_stood_for_at_the_start() -> None:

@@ -28,7 +28,7 @@ from appliance.capture.pcap_live import BLOCK_TIMEOUT_MS, PcapCapture
 from appliance.capture.trigger import PortTap
 from appliance.config import Interface
 from appliance.errors import FormatError, InputOutputError
-from appliance.process import DRAIN, WorkerContext, set_capabilities, takes_log_level
+from appliance.process import DRAIN, RELOAD, WorkerContext, set_capabilities, takes_log_level
 from appliance.ring.ring import Producer
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class CaptureParts:
     applications: bool = False  # payloads are looked at for names
     entropy: bool = False  # and for their entropy
     port_fd: int = -1  # -1: no port capture
-    turn_ms: int = 0  # see LiveCapture.serve
+    turn_ms: int = 0  # at the start; see LiveCapture.serve
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -135,6 +135,7 @@ class LiveWorker(SourceWorker):
         self.next_check = 0.0
         self.progress_at = 0.0  # when packets came last
         self.drain_until: float | None = None
+        self.turn_ms = parts.turn_ms
         self.inspector = make_inspector(parts)
         self.port = PortTap(parts.port_fd, parts.generation) if parts.port_fd >= 0 else None
         assert parts.opened is not None
@@ -157,7 +158,7 @@ class LiveWorker(SourceWorker):
             ifindex=opened.ifindex,
             reorder_us=self.parts.interface.reorder_us,
             block_timeout_ms=self.parts.interface.block_timeout_ms,
-            turn_ms=self.parts.turn_ms,
+            turn_ms=self.turn_ms,
             inner=self.parts.inner,
             inspector=self.inspector,
             port=self.port,
@@ -205,7 +206,7 @@ class LiveWorker(SourceWorker):
         log.warning("%s: %s", self.opened.interface, os.strerror(number) if number else "the socket reports an error")
 
     def listen(self) -> None:
-        """Words of the supervisor: drain, or a new socket."""
+        """Words of the supervisor: drain, another turn, or a new socket."""
         try:
             message, fd = opener.receive(self.context.channel, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -216,6 +217,8 @@ class LiveWorker(SourceWorker):
             return
         if not message or message == DRAIN:
             self.begin_drain()
+        elif message.startswith(RELOAD):
+            self.capture.turn_ms = self.turn_ms = int(message.removeprefix(RELOAD))
         elif fd >= 0 and self.drain_until is not None:
             os.close(fd)  # too late
         elif fd >= 0:

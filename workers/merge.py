@@ -352,6 +352,7 @@ class MergeWorker:
         self.stream.use_rotation(self.policy, skip_empty=output.empty_segments == "skip")
         self.merge.set_max_wait(output.max_wait_ms)
         self.pump.max_wait_ms = output.max_wait_ms
+        self.pump.turn_ms = changes["turn_ms"]
         for i, label in enumerate(self.labels):
             if label in changes["filters"]:
                 self.stream.describe_filter(i, changes["filters"][label])

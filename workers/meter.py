@@ -17,7 +17,7 @@ from appliance.counters import IGNORED_REASONS
 from appliance.merge import order
 from appliance.meter.metering import CLOSE_S, Metering
 from appliance.meter.settings import MeterSettings
-from appliance.process import DRAIN, RENEW, WorkerContext
+from appliance.process import DRAIN, RELOAD, RENEW, WorkerContext
 from appliance.ring.ring import Consumer
 
 OUT_BYTES = 512 << 10  # 4,096 digests: more leave the cache, fewer cost turns
@@ -68,6 +68,7 @@ class MeterWorker:
     def __init__(self, context: WorkerContext, parts: MeterParts) -> None:
         self.context = context
         self.parts = parts
+        self.max_wait_ms = parts.max_wait_ms
         self.live = all(source.live for source in parts.sources)
         consumers = [Consumer(source.ring_fd, parts.generation, source.wake_fd) for source in parts.sources]
         occupancies = [consumer.mapping.occupancy() for consumer in consumers]
@@ -75,7 +76,7 @@ class MeterWorker:
             consumers,
             [source.live for source in parts.sources],
             sink=order.SINK_DIGESTS,
-            max_wait_ms=parts.max_wait_ms,
+            max_wait_ms=self.max_wait_ms,
             out_bytes=OUT_BYTES,
             start_grace_ms=START_GRACE_MS,
         )
@@ -159,7 +160,7 @@ class MeterWorker:
         if may_rest:
             self.rest()
         else:
-            self.sleep(max(1, self.parts.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
+            self.sleep(max(1, self.max_wait_ms // 4) if holding else HEARTBEAT_MS, now)
         return True
 
     def poller(self) -> select.poll:
@@ -196,6 +197,10 @@ class MeterWorker:
         if RENEW in said:
             self.is_renewed = True
             return False
+        for message in said:
+            if message.startswith(RELOAD):
+                self.max_wait_ms = int(message.removeprefix(RELOAD))
+                self.merge.set_max_wait(self.max_wait_ms)
         if DRAIN in said and self.draining_since is None:
             self.draining_since = now
             self.context.set_state("draining")

@@ -58,6 +58,8 @@ class LiveCapture:
 
         True: `channel_fd` is readable or the socket reports an error, and somebody must look. False: `limit_ms` are
         over."""
+    turn_ms: int
+    """What is stored here counts from the next turn on, which is one of this worker's own."""
     def finish(self) -> None:
         """Publishes the whole tail, in whatever order it is: before the socket is given up, or at the end."""
     is_drained: bool

@@ -49,8 +49,6 @@ cdef enum:
     REASONS = 5
     BLOCKS_PER_TURN = 32
     PACKETS_PER_PUBLISH = 1024  # what is published together is still in the cache then
-    CACHE_LINE_BYTES = 64
-    PAGE_BYTES = 4096
     BLOCKS_AHEAD = 4
     ENTRIES_AHEAD_BYTES = 16384
     KERNEL_AHEAD_BYTES = 3072  # fetched ahead of a packet: another CPU has just written it, and that takes longer
@@ -486,6 +484,15 @@ cdef class LiveCapture:
             self.add_counters_record()  # with all that was counted now: the last file's own account
             self.publish(UINT64_MAX)
             self.measure_queue()
+
+    @property
+    def turn_ms(self):
+        return self.turn_ns // 1000000
+
+    @turn_ms.setter
+    def turn_ms(self, uint64_t turn_ms):
+        self.turn_ns = turn_ms * 1000000
+        self.turns_together = False  # what we publish next is not bound to the old turn's time
 
     @property
     def is_drained(self):

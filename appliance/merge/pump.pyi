@@ -20,6 +20,7 @@ class Pump:
         turn_ms: int = 0,
     ) -> None: ...
     max_wait_ms: int
+    turn_ms: int
     done: int
     """Bytes of the batch in the merge's buffer that `serve` wrote before it gave up on it."""
     def gather_ns(self, now: int) -> int:

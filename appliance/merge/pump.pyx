@@ -74,6 +74,14 @@ cdef class Pump:
     def hang_up(self):
         self.channel_fd = -1
 
+    @property
+    def turn_ms(self):
+        return self.turn_ns // 1000000
+
+    @turn_ms.setter
+    def turn_ms(self, uint64_t turn_ms):
+        self.turn_ns = turn_ms * 1000000
+
     # ---- a turn ----
 
     def fill(self):

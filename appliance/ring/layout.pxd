@@ -55,6 +55,9 @@ cdef extern from "ring.h" nogil:
         uint64_t head
         uint64_t rewound
 
+    enum:
+        CACHE_LINE_BYTES
+        PAGE_BYTES
     int RING_OK
     int RING_CORRUPT
     uint64_t ring_free_bytes(ring_view *view)

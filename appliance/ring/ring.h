@@ -28,8 +28,8 @@
 #define RING_LOAD_ACQUIRE(source) __atomic_load_n((source), __ATOMIC_ACQUIRE)
 #define RING_LOAD_RELAXED(source) __atomic_load_n((source), __ATOMIC_RELAXED)
 
-#define RING_LINE_BYTES 64u
-#define RING_PAGE_BYTES 4096u
+#define CACHE_LINE_BYTES 64u
+#define PAGE_BYTES 4096u
 #define RING_AHEAD_PAGES 4u
 
 /* One side's own, private view of a ring. */
@@ -88,10 +88,10 @@ static inline void ring_fetch_ahead(const struct ring_view *view)
 {
     const char *header = (const char *)view->header;
 
-    for (size_t at = offsetof(struct ring_header, head); at < sizeof(struct ring_header); at += RING_LINE_BYTES)
+    for (size_t at = offsetof(struct ring_header, head); at < sizeof(struct ring_header); at += CACHE_LINE_BYTES)
         __builtin_prefetch(header + at, 1);
     for (uint64_t page = 0; page < RING_AHEAD_PAGES; page++)
-        __builtin_prefetch(view->data + ((view->position + page * RING_PAGE_BYTES) & (view->capacity - 1)), 1);
+        __builtin_prefetch(view->data + ((view->position + page * PAGE_BYTES) & (view->capacity - 1)), 1);
 }
 
 /* When everything published is consumed, and lies far enough from the start of the data: goes on there. What is written

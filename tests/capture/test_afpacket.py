@@ -385,6 +385,24 @@ def test_while_packets_come_a_worker_sleeps_until_the_turn_of_all_or_until_the_s
     bench.close()
 
 
+def test_another_turn_is_taken_up_while_a_worker_turns(lab: Lab) -> None:
+    a, pa = lab.veth("a")
+    bench = Bench(lab, a, turn_ms=NO_TURN_EVER_MS)
+    with Serving(bench) as serving:
+        lab.send([pa], frames=1, rate=0)
+        serving.wait_until_taken(1)
+    lab.send([pa], frames=5, rate=0)
+    bench.capture.turn_ms = 0
+    with Serving(bench) as serving:
+        serving.wait_until_taken(6)
+        lab.send([pa], frames=1, rate=0)
+        serving.wait_until_taken(7)
+    assert bench.capture.turn_ms == 0
+    bench.consume()
+    assert len(bench.packets) == 7
+    bench.close()
+
+
 def test_a_worker_turns_at_multiples_of_the_turn_and_hears_the_kernel_again_when_a_turn_was_in_vain(lab: Lab) -> None:
     a, pa = lab.veth("a")
     bench = Bench(lab, a, turn_ms=100)

@@ -185,7 +185,7 @@ def test_a_request_ends_the_file_also_under_load_and_a_reload_counts_for_the_nex
     worker = make()
     worker.publish(0, packet(time.time_ns()))
     wait_until(lambda: worker.page["written_packets"] == 1, "it is written")
-    worker.channel.send(b'reload {"output": {"rotate_packets": 2}, "hook": [], "filters": {}}')
+    worker.channel.send(b'reload {"output": {"rotate_packets": 2}, "hook": [], "filters": {}, "turn_ms": 0}')
     worker.channel.send(ROTATE)
     wait_until(lambda: worker.page["segments_published"] == 1, "the file is published")
     worker.publish(0, *(packet(time.time_ns()) for _ in range(5)))

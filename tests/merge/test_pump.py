@@ -456,6 +456,17 @@ def test_a_rest_ends_when_the_capture_workers_have_had_their_turn(at_ms: int, re
     bench.close()
 
 
+def test_a_rest_follows_the_workers_to_another_turn() -> None:
+    bench, without = Bench(turn_ms=24), Bench()
+    bench.pump.turn_ms = 10
+    assert bench.pump.turn_ms == 10
+    assert bench.pump.gather_ns(20_002_000_000) == 10_000_000
+    bench.pump.turn_ms = 0
+    assert bench.pump.gather_ns(20_002_000_000) == without.pump.gather_ns(20_002_000_000)
+    bench.close()
+    without.close()
+
+
 def test_when_it_has_written_in_the_workers_turn_it_rests_until_the_next_one(file_fd: int) -> None:
     bench = Bench(("a",), turn_ms=10**9)
     source = bench.sources[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 
 import pytest
 from meter.flow_packets import Packet, digests
+from support.lab import wait_until
 
 from appliance.counters import CAPTURE_FIELDS, METER_FIELDS, CounterPages
 from appliance.meter.settings import MeterSettings
+from appliance.process import RELOAD
 from appliance.ring.memory import allocate
 from appliance.ring.ring import Producer, initialise
 from workers.meter import BATCHES_PER_TURN, MeterParts, MeterSource, MeterWorker
@@ -52,18 +55,26 @@ class Resting(MeterWorker):
 
 
 def worker(live: bool, kind: type[M]) -> Iterator[tuple[M, Producer]]:
-    ring_fd = allocate(CAPACITY, "digests")
-    initialise(ring_fd, CAPACITY, GENERATION)
-    wake_fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    for meter, (producer,) in worker_of("a", live=live, kind=kind):
+        yield meter, producer
+
+
+def worker_of(labels: str, live: bool, kind: type[M], max_wait_ms: int = 50) -> Iterator[tuple[M, list[Producer]]]:
+    """Of a source for each letter."""
+    ring_fds = [allocate(CAPACITY, "digests") for _ in labels]
+    for fd in ring_fds:
+        initialise(fd, CAPACITY, GENERATION)
+    wake_fd, *wake_fds = (os.eventfd(0, os.EFD_NONBLOCK) for _ in (None, *labels))
     ours, theirs = socket.socketpair()
-    pages = CounterPages([("capture/a", CAPTURE_FIELDS), ("meter", METER_FIELDS)])
-    source = MeterSource("a", "capture/a", live, ring_fd, wake_fds[0])
-    parts = MeterParts((source,), GENERATION, wake_fds[1], MeterSettings(), max_wait_ms=50)
+    pages = CounterPages([*((f"capture/{label}", CAPTURE_FIELDS) for label in labels), ("meter", METER_FIELDS)])
+    rings = zip(labels, ring_fds, wake_fds, strict=True)
+    sources = tuple(MeterSource(label, f"capture/{label}", live, ring, wake) for label, ring, wake in rings)
+    parts = MeterParts(sources, GENERATION, wake_fd, MeterSettings(), max_wait_ms)
     context: Any = SimpleNamespace(pages=pages, page=pages["meter"], channel=ours, messages=list)
     try:
-        yield kind(context, parts), Producer(ring_fd, GENERATION, wake_fds[1])
+        yield kind(context, parts), [Producer(fd, GENERATION, wake_fd) for fd in ring_fds]
     finally:
-        for fd in (ring_fd, *wake_fds):
+        for fd in (*ring_fds, wake_fd, *wake_fds):
             os.close(fd)
         ours.close()
         theirs.close()
@@ -72,6 +83,11 @@ def worker(live: bool, kind: type[M]) -> Iterator[tuple[M, Producer]]:
 @pytest.fixture
 def live() -> Iterator[tuple[Watched, Producer]]:
     yield from worker(True, Watched)
+
+
+@pytest.fixture
+def patient() -> Iterator[tuple[Watched, list[Producer]]]:
+    yield from worker_of("ab", live=True, kind=Watched, max_wait_ms=60_000)
 
 
 @pytest.fixture
@@ -94,6 +110,19 @@ def publish(producer: Producer, count: int) -> None:
     packet = Packet()
     assert producer.push(digests(replace(packet, source_port=port) for port in range(count)))
     producer.publish(packet.time_ns)
+
+
+def test_another_max_wait_is_taken_up_while_it_waits(patient: tuple[Watched, list[Producer]]) -> None:
+    meter, (talkative, silent) = patient
+    packet = Packet(time_ns=time.time_ns())
+    silent.publish(packet.time_ns - 1)
+    assert talkative.push(digests([packet]))
+    talkative.publish(packet.time_ns)
+    meter.turn()
+    meter.turn()
+    assert meter.metering.page["metered_packets"] == 0
+    meter.context.messages = lambda: [RELOAD + b"1"]  # type: ignore[method-assign]
+    wait_until(lambda: meter.turn() and meter.metering.page["metered_packets"] == 1, "it waits no longer")
 
 
 def test_under_traffic_it_rests_and_is_not_woken_for_each_batch(live: tuple[Watched, Producer]) -> None:

@@ -47,6 +47,19 @@ def ready_bytes(service: Service) -> int:
     return total
 
 
+def test_the_wait_for_order_and_the_turns_that_follow_it_change_under_traffic(lab: Lab, directory: Path) -> None:
+    traffic = Traffic(lab, lab_with_wires(lab, "a", "b"))
+    service = Service(lab, directory, [{"uri": f"ring:{name}"} for name in traffic.wires], meter={"enabled": True})
+    pids = service.pids()
+    sender = traffic.start(rate=10_000)
+    for max_wait_ms in (20, 500, 24, 1000):
+        reload(service, with_output(service, max_wait_ms=max_wait_ms))
+    traffic.stop(sender)
+    assert service.pids() == pids
+    last = conclude(service, traffic)
+    assert [view.lost_packets for view in last.interfaces] == [0, 0]
+
+
 def program(directory: Path, name: str, text: str) -> list[str]:
     path = directory / name
     path.write_text(f"#!/bin/sh\n{text}\n")
