@@ -8,6 +8,9 @@ from typing import Any
 
 from bench.results import Picture, RowResult, Table
 
+CAPTION_HEIGHT = 0.03  # of the picture's
+SERIES_A_LINE = 6  # of a legend
+
 
 def draw(results: Iterable[RowResult], directory: Path, caption: str) -> list[Path]:
     """Writes the pictures into `directory`; returns their paths."""
@@ -34,7 +37,8 @@ def _draw(table: Table, picture: Picture, path: Path, caption: str) -> bool:
         return False
     groups = list(dict.fromkeys(group for _, group in points))
     series = list(dict.fromkeys(name for name, _ in points))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
+    figure.set_layout_engine("constrained", rect=(0, CAPTION_HEIGHT, 1, 1 - CAPTION_HEIGHT))
     axes = figure.add_subplot()
     if picture.lines:
         for name in series:
@@ -52,7 +56,8 @@ def _draw(table: Table, picture: Picture, path: Path, caption: str) -> bool:
         axes.set_yscale("log")
     if picture.group != picture.series:
         axes.set_xlabel(picture.group)
-        axes.legend(fontsize="small")
+        columns = min(len(series), SERIES_A_LINE)  # below the axes: inside it would cover bars
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=columns, fontsize="small")
     axes.set_title(table.title, fontsize="medium", wrap=True)
     figure.text(0.01, 0.005, caption, fontsize=6, color="gray")
     figure.savefig(path, dpi=120)
