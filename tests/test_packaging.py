@@ -128,7 +128,7 @@ for package in (appliance, workers):
         importlib.import_module(module.name)
 """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program, str(site)],
+        [os.path.abspath(sys.executable), "-P", "-c", program, str(site)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
