@@ -45,6 +45,11 @@ class Changes:
     service: bool
     refused: tuple[str, ...]
 
+    @property
+    def filters(self) -> dict[str, str]:
+        """The filters of the interfaces with new values, by label."""
+        return {interface.label: interface.filter for interface in self.interfaces}
+
     def __bool__(self) -> bool:
         return bool(self.interfaces or self.outputs or self.meter or self.service)
 

@@ -37,7 +37,6 @@ def prepare_reload(wired: Wiring, changes: Changes) -> Prepared:
     config = changes.config
     plan = planned_anew(wired.plan, config)
     topology = topology_of(plan, config, program_version())
-    filters = {interface.label: interface.filter for interface in changes.interfaces}
     words = turn_words(wired.plan, plan) | output_words(wired.plan, plan, changes)
     if plan.monitor and topology != wired.topology:
         words["monitor"] = RELOAD + changes_text(topology)
@@ -47,7 +46,7 @@ def prepare_reload(wired: Wiring, changes: Changes) -> Prepared:
     if changes.meter:
         check_meter(config)
         check_flow_directories(config)
-    return Prepared(plan, topology, words, compile_filters(wired, filters))
+    return Prepared(plan, topology, words, compile_filters(wired, changes.filters))
 
 
 def planned_anew(old: Plan, config: Config) -> Plan:
@@ -81,7 +80,7 @@ def turn_words(old: Plan, new: Plan) -> dict[str, bytes]:
 
 def output_words(old: Plan, new: Plan, changes: Changes) -> dict[str, bytes]:
     """For the merges of outputs that have changed themselves, or whose sources got other filters or turns."""
-    filters = {interface.label: interface.filter for interface in changes.interfaces}
+    filters = changes.filters
     words = {}
     for before, planned in zip(old.outputs, new.outputs, strict=True):
         told = [source for source in planned.sources if source.interface.label in filters]
